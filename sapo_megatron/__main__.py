@@ -1,0 +1,240 @@
+"""The command line: ``sapo-megatron train | eval | report``.
+
+Exit status: 0 done, 1 the work failed, 2 the input is wrong (one line on stderr says what).
+"""
+
+import argparse
+import json
+import logging
+import math
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from sapo_megatron.config import Recipe, RunFailed, UserError, load
+
+logger = logging.getLogger("sapo_megatron")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status."""
+    words = sys.argv[1:] if argv is None else list(argv)
+    debug = "--debug" in words
+    _set_up_logging(debug)
+    try:
+        arguments, rest = _parser().parse_known_args(words)
+        return arguments.command(arguments, rest, words)
+    except UserError as error:
+        return _fail(error, 2, debug, everywhere=False)
+    except RunFailed as error:
+        return _fail(error, 1, debug, everywhere=False)
+    except OSError as error:  # a full disk, say, and maybe on this process alone
+        return _fail(error, 1, debug, everywhere=True)
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see {self.prog} --help")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="sapo-megatron",
+        description="SAPO reinforcement learning for Mixture-of-Experts models on Megatron-Core.",
+    )
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    def command(name: str, function: Callable, help: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=help, description=help, allow_abbrev=False)
+        sub.add_argument("--debug", action="store_true", help="show tracebacks and debug messages")
+        sub.set_defaults(command=function)
+        return sub
+
+    train = command("train", _train, "Train a recipe. Anything in it can be changed on the line.")
+    train.add_argument("recipe", help="a YAML recipe")
+    train.add_argument(
+        "--resume",
+        metavar="auto|PATH",
+        help="go on with the newest run that has a checkpoint, or with this run or checkpoint",
+    )
+    train.usage = (
+        "sapo-megatron train RECIPE [--resume auto|PATH] [--debug] "
+        "[--KEY VALUE | SECTION.KEY=VALUE]..."
+    )
+    evaluate = command("eval", _eval, "Score a run on the held-out problems of a recipe.")
+    evaluate.add_argument("recipe", help="the run's recipe, or its config.yaml")
+    evaluate.add_argument(
+        "--checkpoint", required=True, metavar="PATH", help="a run folder, or one checkpoint of it"
+    )
+    evaluate.add_argument("--out", metavar="FILE", help="write the scores here, as JSON")
+    evaluate.usage = (
+        "sapo-megatron eval RECIPE --checkpoint PATH [--out FILE] [--debug] "
+        "[--KEY VALUE | SECTION.KEY=VALUE]..."
+    )
+    report = command("report", _report, "Draw a run's report: pictures and one HTML page.")
+    report.add_argument("run", help="a run folder, finished or not")
+    return parser
+
+
+def _train(arguments: argparse.Namespace, rest: list[str], words: list[str]) -> int:
+    from sapo_megatron.rollout.inputs import Inputs
+
+    recipe = load(arguments.recipe, _overrides(rest))
+
+    def work(inputs: Inputs) -> None:
+        from sapo_megatron.train import train
+
+        train(recipe, inputs, arguments.resume)
+
+    return _on_all_processes(recipe, words, work)
+
+
+def _eval(arguments: argparse.Namespace, rest: list[str], words: list[str]) -> int:
+    from sapo_megatron.rollout.inputs import Inputs
+
+    recipe = load(arguments.recipe, _overrides(rest))
+    out = Path(arguments.out) if arguments.out else None
+    if out and (out.is_dir() or not out.parent.is_dir()):
+        raise UserError(f"--out: expected a file in a folder that exists, got {out}; name another")
+
+    def work(inputs: Inputs) -> None:
+        from sapo_megatron import runs
+        from sapo_megatron.train import evaluate_checkpoint
+
+        scores = evaluate_checkpoint(recipe, inputs, Path(arguments.checkpoint))
+        if not _is_main():
+            return
+        sys.stdout.write("".join(f"{name} {score:.4f}\n" for name, score in scores.items()))
+        if out:
+            runs.write_whole(out, json.dumps(scores, indent=2) + "\n")
+
+    return _on_all_processes(recipe, words, work)
+
+
+def _report(arguments: argparse.Namespace, rest: list[str], words: list[str]) -> int:
+    if rest:
+        raise UserError(f"report: expected a run folder only, got also {' '.join(rest)}")
+    from sapo_megatron.report import write_report
+
+    write_report(arguments.run)
+    return 0
+
+
+def _on_all_processes(recipe: Recipe, words: list[str], work: Callable) -> int:
+    """Do ``work(inputs)`` on each process of the recipe's layout.
+
+    Those are the processes that torchrun, or something like it, started; or else as few as the
+    layout takes, on this machine, each with the command line ``words``.
+    """
+    # Here, not above: other commands, and mistakes in the recipe, do without.
+    from sapo_megatron.rollout.inputs import preflight, read_inputs
+
+    launched = "RANK" in os.environ
+    processes = _launched_world() if launched else _smallest_world(recipe)
+    # Once a machine: what all would stumble over, one looks for and tells.
+    inputs = preflight(recipe, processes) if _speaks() else read_inputs(recipe, processes)
+    if not launched and processes > 1:
+        return _launch(processes, words)
+    work(inputs)
+    from sapo_megatron.policy import parallel
+
+    parallel.shutdown()
+    return 0
+
+
+def _launch(processes: int, words: list[str]) -> int:
+    """Run this program on this machine as torchrun would; returns its exit status."""
+    from torch.distributed import run
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    os.environ.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // processes, 1)))
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    options = ["--standalone", "--nproc-per-node", str(processes), "-m", "sapo_megatron"]
+    try:
+        run.run(run.parse_args([*options, *words]))
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        if failure.exitcode < 0:
+            name = signal.Signals(-failure.exitcode).name
+            raise RunFailed(f"process {rank} was ended by {name} (out of memory?)") from None
+        # It has said why.
+        return failure.exitcode if failure.exitcode in (1, 2) else 1
+    except SignalException as error:
+        return 128 + error.sigval
+    return 0
+
+
+def _overrides(words: Sequence[str]) -> dict[str, str]:
+    """``--key value``, ``--key=value`` and ``section.key=value`` -> key to YAML text."""
+    overrides: dict[str, str] = {}
+    words = list(words)
+    while words:
+        word = words.pop(0)
+        key, equals, value = word.removeprefix("--").partition("=")
+        if not equals:
+            if not word.startswith("--") or not words or words[0].startswith("--"):
+                raise UserError(
+                    f"{word}: expected --key value or section.key=value, got no value for it"
+                )
+            value = words.pop(0)
+        overrides[key] = value
+    return overrides
+
+
+def _smallest_world(recipe: Recipe) -> int:
+    """The least number of processes that the recipe's layout divides."""
+    p = recipe.parallel
+    return math.lcm(
+        p.model_parallel_size * p.context_parallel_size,
+        p.pipeline_model_parallel_size
+        * p.expert_model_parallel_size
+        * p.expert_tensor_parallel_size,
+    )
+
+
+def _launched_world() -> int:
+    """The number of processes that were started. Raises UserError where that is not said."""
+    for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        if not os.environ.get(name):
+            raise UserError(
+                f"{name}: expected it in the environment beside RANK, got none; start with "
+                f"torchrun, or unset RANK"
+            )
+    for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"):
+        if not os.environ[name].isdecimal():
+            raise UserError(f"{name}: expected a whole number, got {os.environ[name]!r}; change it")
+    return int(os.environ["WORLD_SIZE"])
+
+
+def _is_main() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _speaks() -> bool:
+    """Whether this process tells what is wrong: one does on each machine."""
+    return os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")) == "0"
+
+
+def _set_up_logging(debug: bool) -> None:
+    """Plain lines on stderr; of ranks above 0 only what is wrong."""
+    logging.basicConfig(format="%(message)s", level=logging.WARNING, force=True)
+    logger.setLevel(logging.DEBUG if debug else logging.INFO if _is_main() else logging.ERROR)
+
+
+def _fail(error: Exception, status: int, debug: bool, *, everywhere: bool) -> int:
+    """``everywhere``: the other processes may not know of this error."""
+    if debug:
+        logger.exception("")
+    if everywhere or _speaks():
+        sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

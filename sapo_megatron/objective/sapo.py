@@ -1,0 +1,84 @@
+"""SAPO: the soft adaptive gate in place of hard clipping (arXiv 2511.20347, equations 5 to 8).
+
+    J = E[ 1/G sum_i 1/|y_i| sum_t f(r_it) A_i ]        f(r) = 4/tau sigmoid(tau (r - 1))
+
+The gradient of a token is ``w(r) r A d log pi`` with ``w = f'``: at r = 1, w is 1 for every tau and
+the update is the plain policy gradient; away from it w falls smoothly to zero. f(1) = 2/tau, so
+loss values of different temperatures do not compare; their gradients do.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+MAX_LOG_RATIO = 20.0
+"""Log-ratios are clamped to +-20: exp(20) is 5e8, far beyond every gate and clip range, and its
+square is still finite in fp32."""
+
+
+def sapo_token_loss(
+    log_ratio: Tensor,
+    advantages: Tensor,
+    *,
+    tau_pos: float = 1.0,
+    tau_neg: float = 1.05,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """``-f(r) A`` of every token, zero where ``mask`` is False; not reduced.
+
+    ``log_ratio``: any shape, log pi_theta - log pi_old in nats. ``advantages`` broadcasts with it
+    and carries no gradient. ``mask``: bool, same shape as ``log_ratio``. The temperature is
+    ``tau_pos`` where the advantage is positive and ``tau_neg`` elsewhere (equation 6). Computed in
+    fp32; fp64 stays fp64. Masked entries may hold anything, NaN and inf included.
+
+    Raises ValueError unless both temperatures are finite and > 0.
+    """
+    check_temperature("tau_pos", tau_pos)
+    check_temperature("tau_neg", tau_neg)
+    ratio = safe_log_ratio(log_ratio, mask).exp()
+    advantages = safe_advantages(advantages, ratio, mask)
+    return -sapo_gate(ratio, token_temperature(advantages, tau_pos, tau_neg)) * advantages
+
+
+def sapo_gate(ratio: Tensor, tau: float | Tensor) -> Tensor:
+    """f(r) = 4/tau sigmoid(tau (r - 1)), equation 6; between 0 and 4/tau."""
+    return torch.sigmoid(tau * (ratio - 1)) * (4 / tau)
+
+
+def sapo_weight(ratio: Tensor, tau: float | Tensor) -> Tensor:
+    """w(r) = f'(r) = sech^2(tau (r - 1) / 2), equation 8: the share of r A that a token keeps."""
+    x = tau * (ratio - 1)
+    return 4 * torch.sigmoid(x) * torch.sigmoid(-x)
+
+
+def token_temperature(advantages: Tensor, tau_pos: float, tau_neg: float) -> Tensor:
+    """``tau_pos`` where the advantage is positive, ``tau_neg`` elsewhere; shape of advantages."""
+    positive = torch.full_like(advantages, tau_pos)
+    return torch.where(advantages > 0, positive, tau_neg)
+
+
+def safe_log_ratio(log_ratio: Tensor, mask: Tensor | None) -> Tensor:
+    """The log-ratio as every loss takes it: zero where masked, at least fp32, clamped.
+
+    The order matters: garbage on padding must be gone before anything nonlinear, because a
+    gradient of zero times inf is NaN; and beyond 88.7 exp overflows fp32, which would leave a
+    finite loss with a NaN gradient. A NaN on a valid token stays NaN, for the caller to see.
+    """
+    return masked(log_ratio, mask).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+
+
+def safe_advantages(advantages: Tensor, like: Tensor, mask: Tensor | None) -> Tensor:
+    """Advantages without gradient, in the shape and dtype of ``like``, zero where masked."""
+    return masked(advantages.detach().to(like.dtype).expand_as(like), mask)
+
+
+def masked(x: Tensor, mask: Tensor | None) -> Tensor:
+    """``x`` in fp32 (fp64 stays fp64), zero where ``mask`` is False."""
+    x = x if x.dtype == torch.float64 else x.float()
+    return x if mask is None else torch.where(mask, x, 0.0)
+
+
+def check_temperature(name: str, tau: float) -> None:
+    if not (math.isfinite(tau) and tau > 0):
+        raise ValueError(f"{name}: expected a finite number > 0, got {tau}")

@@ -1,0 +1,23 @@
+"""The trained model on megatron-core: layout, layers, weights, optimizer step, checkpoints."""
+
+import logging
+import warnings
+
+from sapo_megatron.policy import cpu
+
+# megatron-core says at import what it does without, and calls torch by names that are going away:
+# nothing that a user of this package could act on.
+for _message in (
+    ".*Apex (is|are) not installed",
+    "full scope is deprecated",
+    ".*The .grad attribute of a Tensor that is not a leaf",
+    ".*is deprecated. Please use `torch.distributed",
+    ".*is experimental and still under active development",
+):
+    warnings.filterwarnings("ignore", message=_message)
+# The one warning of each, from 0.19 on: GPTModel is to give way to HybridModel; DDP works out the
+# layout of its buffers itself.
+for _module in ("models.gpt.gpt_model", "distributed.distributed_data_parallel"):
+    logging.getLogger(f"megatron.core.{_module}").setLevel(logging.ERROR)
+
+cpu.prepare_import()

@@ -1,0 +1,174 @@
+"""Process groups. The only reader of megatron-core's ``parallel_state``."""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state as mpu
+from megatron.core import tensor_parallel
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+from megatron.core.process_groups_config import ProcessGroupCollection
+from torch.distributed import ProcessGroup
+
+from sapo_megatron.config import ParallelConfig, Recipe, UserError
+from sapo_megatron.policy import cpu
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelGroups:
+    """The groups this rank belongs to, passed down as a value."""
+
+    world: ProcessGroup
+    """Every rank, over gloo: carries host objects (samples, metrics), never gradients."""
+    tp: ProcessGroup
+    pp: ProcessGroup
+    cp: ProcessGroup
+    ep: ProcessGroup
+    dp: ProcessGroup
+    """Ranks with the same weights and different sequences."""
+    dp_cp: ProcessGroup
+    """``dp`` and ``cp`` together: ranks with the same weights."""
+    megatron: ProcessGroupCollection
+    device: torch.device
+
+    @property
+    def is_first_stage(self) -> bool:
+        return self.pp.rank() == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.pp.rank() == self.pp.size() - 1
+
+    @property
+    def leader(self) -> int:
+        """Global rank that speaks for this model-parallel block: its last stage's first rank."""
+        block = dist.get_process_group_ranks(self.megatron.mp)
+        return block[-self.tp.size()]
+
+    @property
+    def is_leader(self) -> bool:
+        return dist.get_rank() == self.leader
+
+    def batch_layout(self, recipe: Recipe) -> dict[str, Any]:
+        """What ``batch.micro_batches`` needs to know of this rank's place."""
+        parallel = recipe.parallel
+        interleaved = parallel.virtual_pipeline_model_parallel_size is not None
+        return {
+            "dp_rank": self.dp.rank(),
+            "dp_size": self.dp.size(),
+            "cp_rank": self.cp.rank(),
+            "cp_size": self.cp.size(),
+            "tp_size": self.tp.size(),
+            "max_tokens": recipe.train.max_tokens_per_gpu * self.cp.size(),
+            "packing": recipe.train.packing,
+            "count_multiple": self.pp.size() if interleaved else 1,
+        }
+
+
+def launched() -> bool:
+    """Whether torchrun, or something like it, started this process as one of several."""
+    return "RANK" in os.environ
+
+
+def world_size() -> int:
+    """Processes that torchrun started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def setup(parallel: ParallelConfig, *, seed: int, timeout_s: float = 1800.0) -> ParallelGroups:
+    """Join the processes of this run and cut them into groups.
+
+    Collective over all processes. Uses nccl where there is CUDA, gloo elsewhere. Raises UserError
+    for a layout that needs a GPU where there is none.
+    """
+    check_device(parallel)
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
+    else:
+        cpu.enable()
+        device = torch.device("cpu")
+    if not dist.is_initialized():
+        _init_process_group("nccl" if device.type == "cuda" else "gloo", timeout_s)
+    mpu.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
+        context_parallel_size=parallel.context_parallel_size,
+        expert_model_parallel_size=parallel.expert_model_parallel_size,
+        expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
+        distributed_timeout_minutes=timeout_s / 60,
+    )
+    tensor_parallel.model_parallel_cuda_manual_seed(seed)
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    return ParallelGroups(
+        world=dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s)),
+        tp=groups.tp,
+        pp=groups.pp,
+        cp=groups.cp,
+        ep=groups.ep,
+        dp=groups.dp,
+        dp_cp=groups.dp_cp,
+        megatron=groups,
+        device=device,
+    )
+
+
+def check_device(parallel: ParallelConfig) -> None:
+    """Raises UserError for a layout that this machine's kind of device cannot run."""
+    size = parallel.expert_tensor_parallel_size
+    if size > 1 and not torch.cuda.is_available():
+        raise UserError(
+            f"parallel.expert_tensor_parallel_size: expected 1 without a GPU (gloo has no uneven "
+            f"all-gather), got {size}; remove it"
+        )
+
+
+def on_first_rank(groups: ParallelGroups, function: Callable[[], T]) -> T:
+    """``function()`` of global rank 0, on every rank; so is a UserError that it raises."""
+    box: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            box[0] = function()
+        except UserError as error:
+            box[1] = error
+    # Over the world: every rank comes here, whatever happened on the first.
+    dist.broadcast_object_list(box, group=groups.world)
+    if box[1] is not None:
+        raise box[1]
+    return box[0]
+
+
+def shutdown() -> None:
+    """Leave the process group at the end of a program."""
+    dist.destroy_process_group()
+
+
+def teardown() -> None:
+    """Drop the groups and the layout they stand for; another ``setup`` may follow."""
+    mpu.destroy_model_parallel()
+    # Upstream's cache of rotary frequencies holds the modules that computed them, and their groups.
+    RotaryEmbedding.forward.cache_clear()
+
+
+def _init_process_group(backend: str, timeout_s: float) -> None:
+    timeout = timedelta(seconds=timeout_s)
+    if launched():
+        try:
+            dist.init_process_group(backend, timeout=timeout)
+        except dist.DistNetworkError as error:
+            address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+            raise UserError(
+                f"MASTER_ADDR:MASTER_PORT: expected a free port that every node reaches, got "
+                f"{address} ({str(error).splitlines()[0]}); choose another with --master-port"
+            ) from None
+    else:
+        dist.init_process_group(
+            backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout
+        )

@@ -1,0 +1,1 @@
+"""Where samples and rewards come from."""

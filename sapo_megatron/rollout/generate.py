@@ -1,0 +1,196 @@
+"""In-process generation with the training model and its KV cache.
+
+Sampling is a pure function of (seed, sample uid, position): the same run samples the same tokens
+however it is laid out, and resuming needs no generator state.
+
+Shape legend: B sequences generated at once, V vocabulary, L longest sequence.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from sapo_megatron.sample import Sample
+
+
+class Decoder(Protocol):
+    """The model as generation needs it; each call is collective over the ranks that share it."""
+
+    device: torch.device
+
+    def start(self, batch_size: int, max_length: int) -> None:
+        """Begin a batch with an empty KV cache."""
+
+    def logits(self, tokens: Tensor) -> Tensor | None:
+        """Feed ``tokens [B, s]`` -> logits ``[B, V]`` after the last; None where they are not."""
+
+    def agree(self, tokens: Tensor, logprobs: Tensor) -> tuple[Tensor, Tensor]:
+        """The tokens and log-probs ``[B]`` of the rank that has logits, on every rank."""
+
+    def any(self, flag: bool) -> bool:
+        """Whether any rank that must stay in step says True."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """One response to generate."""
+
+    uid: int
+    prompt_tokens: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    temperature: float
+    """0 is greedy."""
+    top_p: float
+    max_new_tokens: int
+    eos_id: int
+    seed: int
+
+
+def generate(
+    decoder: Decoder, requests: Sequence[Request], params: SamplingParams, *, batch_size: int
+) -> list[Sample]:
+    """A response to every request, in their order.
+
+    Ranks that stay in step must call with the same number of requests and the same
+    ``batch_size``. Responses end with eos or at ``max_new_tokens`` (then ``truncated``).
+    """
+    by_length = sorted(range(len(requests)), key=lambda i: len(requests[i].prompt_tokens))
+    samples: dict[int, Sample] = {}
+    for start in range(0, len(requests), batch_size):
+        rows = by_length[start : start + batch_size]
+        batch = [requests[i] for i in rows]
+        samples.update(zip(rows, _generate_batch(decoder, batch, params), strict=True))
+    return [samples[i] for i in range(len(requests))]
+
+
+@torch.no_grad()
+def _generate_batch(
+    decoder: Decoder, requests: Sequence[Request], params: SamplingParams
+) -> list[Sample]:
+    """Prompts of unequal length run in one batch: all are prefilled to the shortest, and where a
+    prompt goes on its own next token is fed instead of the sampled one.
+    """
+    device = decoder.device
+    prompt_lengths = [len(r.prompt_tokens) for r in requests]
+    shortest, longest = min(prompt_lengths), max(prompt_lengths)
+    tokens = torch.full((len(requests), longest + params.max_new_tokens), params.eos_id)
+    for row, request in enumerate(requests):
+        tokens[row, : len(request.prompt_tokens)] = torch.tensor(request.prompt_tokens)
+    tokens = tokens.to(device)
+    logprobs = torch.zeros(tokens.shape, dtype=torch.float64, device=device)
+    begin = torch.tensor(prompt_lengths, device=device)
+    end = begin + params.max_new_tokens
+    uids = torch.tensor([r.uid for r in requests], device=device)
+
+    decoder.start(len(requests), tokens.shape[1])
+    done = torch.zeros(len(requests), dtype=torch.bool, device=device)
+    fed = tokens[:, :shortest]
+    position = shortest
+    # In step with the ranks that share experts: all go on until the last of them is done.
+    while decoder.any(not bool(done.all())):
+        logits = decoder.logits(fed)
+        column = min(position, tokens.shape[1] - 1)
+        if logits is None:
+            token, logprob = tokens[:, column], logprobs[:, column]
+        else:
+            noise = uniform(params.seed, uids, position - begin)
+            token, logprob = sample(logits, noise, params.temperature, params.top_p)
+        token, logprob = decoder.agree(token, logprob)
+        writes = (position >= begin) & (position < end) & ~done
+        tokens[:, column] = torch.where(writes, token, tokens[:, column])
+        logprobs[:, column] = torch.where(writes, logprob, logprobs[:, column])
+        done |= writes & ((token == params.eos_id) | (position + 1 >= end))
+        fed = tokens[:, column : column + 1]
+        position += 1
+    return _to_samples(requests, tokens.cpu(), logprobs.cpu(), params)
+
+
+def _to_samples(
+    requests: Sequence[Request], tokens: Tensor, logprobs: Tensor, params: SamplingParams
+) -> list[Sample]:
+    samples = []
+    for row, request in enumerate(requests):
+        begin = len(request.prompt_tokens)
+        response = tokens[row, begin : begin + params.max_new_tokens].tolist()
+        truncated = params.eos_id not in response
+        if not truncated:
+            response = response[: response.index(params.eos_id) + 1]
+        samples.append(
+            Sample(
+                uid=request.uid,
+                prompt_tokens=request.prompt_tokens,
+                response_tokens=response,
+                rollout_logprobs=logprobs[row, begin : begin + len(response)].tolist(),
+                truncated=truncated,
+            )
+        )
+    return samples
+
+
+def sample(
+    logits: Tensor, noise: Tensor, temperature: float, top_p: float
+) -> tuple[Tensor, Tensor]:
+    """Draw from ``logits [B, V]`` with ``noise [B]`` in [0, 1) by inverting the cumulative sum.
+
+    Returns token ids ``[B]`` and their fp64 log-probs ``[B]`` with ``temperature`` applied and
+    ``top_p`` not (at temperature 0, the most likely token and its log-prob at temperature 1).
+    """
+    logprobs = torch.log_softmax(logits.double() / (temperature or 1.0), dim=-1)
+    if temperature == 0:
+        token = logprobs.argmax(dim=-1)
+    else:
+        probs = logprobs.exp()
+        if top_p < 1:
+            probs = nucleus(probs, top_p)
+        cumulative = probs.cumsum(dim=-1)
+        threshold = noise.double()[:, None] * cumulative[:, -1:]
+        token = torch.searchsorted(cumulative, threshold, right=True).squeeze(-1)
+        # Logits that are not a number lead beyond the end; the update will find and report them.
+        token = token.clamp(max=logits.shape[-1] - 1)
+    return token, logprobs.gather(-1, token[:, None]).squeeze(-1)
+
+
+def nucleus(probs: Tensor, top_p: float) -> Tensor:
+    """``probs [B, V]`` with zeros outside the smallest set of tokens that holds ``top_p``."""
+    ordered, order = probs.sort(dim=-1, descending=True, stable=True)
+    before = ordered.cumsum(dim=-1) - ordered
+    return torch.zeros_like(probs).scatter(-1, order, ordered.where(before < top_p, 0.0))
+
+
+_GOLDEN, _MIX_1, _MIX_2 = (
+    value - (1 << 64) for value in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
+)
+
+
+def uniform(seed: int, uids: Tensor, positions: Tensor) -> Tensor:
+    """fp64 noise in [0, 1) for each (uid, position), both int64 ``[B]``, by SplitMix64."""
+    state = _mix(torch.full_like(uids, seed))
+    bits = _mix(_mix(state ^ uids) ^ positions)
+    return _shift(bits, 11).double() * 2.0**-53
+
+
+def _mix(x: Tensor) -> Tensor:
+    """The finaliser of SplitMix64 on int64 (Steele, Lea and Flood, OOPSLA 2014)."""
+    x = x + _GOLDEN
+    x = (x ^ _shift(x, 30)) * _MIX_1
+    x = (x ^ _shift(x, 27)) * _MIX_2
+    return x ^ _shift(x, 31)
+
+
+def _shift(x: Tensor, bits: int) -> Tensor:
+    """Logical right shift of int64."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def share(requests: Sequence[Request], rank: int, size: int) -> list[Request]:
+    """This rank's part of ``requests``, as many on every rank; fillers have uid -1."""
+    mine = list(requests[rank::size])
+    filler = dataclasses.replace(requests[0], uid=-1)
+    return mine + [filler] * (-(-len(requests) // size) - len(mine))

@@ -1,0 +1,116 @@
+"""The nouns that travel between the stages of a training step.
+
+Shape legend: T tokens of a packed micro-batch, S sequences in it, R tokens of one response.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields, replace
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # reward workers read samples and do without torch
+    import torch
+    from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """One problem.
+
+    Example: ``Prompt(uid=7, text="Calculate 3 + 4.", answer="7", tokens=(5, 9, 2), task="arith")``.
+    """
+
+    uid: int
+    text: str
+    answer: str
+    tokens: tuple[int, ...]
+    task: str = ""
+    entry: dict[str, Any] = field(default_factory=dict)
+    """The source's own record, as its scorer wants it back (a JSONL row, a reasoning-gym item)."""
+
+
+@dataclass(kw_only=True)
+class Sample:
+    """One response to a prompt; the later stages fill in ``text``, ``reward``, ``advantage``.
+
+    Example: ``Sample(uid=57, prompt_tokens=(5, 9, 2), response_tokens=[8, 1],
+    rollout_logprobs=[-0.1, -0.02], truncated=False)``.
+    """
+
+    uid: int
+    prompt_tokens: tuple[int, ...]
+    response_tokens: list[int]
+    """R token ids; the last one is eos unless ``truncated``."""
+    rollout_logprobs: list[float]
+    """R log-probs of the sampled tokens under the distribution they were sampled from
+    (temperature applied, top-p not), nats."""
+    truncated: bool
+    text: str = ""
+    reward: float = 0.0
+    advantage: float = 0.0
+
+
+@dataclass(kw_only=True)
+class Group:
+    """A prompt and its G responses: the unit over which advantages are computed."""
+
+    prompt: Prompt
+    samples: list[Sample]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Denominators:
+    """Sizes of the whole global mini-batch, over every rank and micro-batch.
+
+    Example: two responses of 3 and 5 tokens: ``Denominators(sequences=2, tokens=8)``.
+    """
+
+    sequences: int
+    """Sequences that hold at least one valid token."""
+    tokens: int
+    """Valid response tokens."""
+
+
+@dataclass(kw_only=True)
+class PackedBatch:
+    """A micro-batch as one context-parallel rank sees it: sequences laid end to end.
+
+    ``padded`` sequences are all of one length, so that ``[T]`` is also a ``[S, T / S]`` grid.
+
+    Vectors are ``[T]`` and aligned with ``tokens``: entry t speaks of the prediction of
+    ``targets[t]`` from ``tokens[t]`` and what precedes it in its sequence. ``cu_seqlens`` bounds
+    the sequences of the whole micro-batch (all context-parallel ranks together).
+
+    Example: prompts (5, 9), (4,) with responses (8, 1), (7, 1) on one rank, no padding:
+    ``tokens=[5, 9, 8, 4, 7]``, ``targets=[9, 8, 1, 7, 1]``, ``mask=[F, T, T, T, T]``,
+    ``position_ids=[0, 1, 2, 0, 1]``, ``sequence_ids=[0, 0, 0, 1, 1]``, ``cu_seqlens=[0, 3, 5]``,
+    ``lengths=[2, 2]``.
+    """
+
+    tokens: Tensor
+    targets: Tensor
+    mask: Tensor
+    """True where the target is a valid response token."""
+    position_ids: Tensor
+    sequence_ids: Tensor
+    """Index of each token's sequence in this micro-batch, 0 .. S-1 (padding included)."""
+    cu_seqlens: Tensor
+    """int32 [S + 1]."""
+    max_seqlen: int
+    lengths: Tensor
+    """[S] valid response tokens of each whole sequence, counted over all context-parallel ranks."""
+    advantages: Tensor
+    rollout_logprob: Tensor
+    sample_uids: tuple[int, ...]
+    """uid of each sequence; -1 marks a filler that holds no valid token."""
+    padded: bool = False
+    old_logprob: Tensor | None = None
+    """fp32, or fp64 for fp64 weights; set on the last pipeline stage before the first update."""
+    ref_logprob: Tensor | None = None
+
+    def to(self, device: torch.device) -> PackedBatch:
+        """The same batch with its tensors on ``device``."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(
+            self, **{name: x.to(device) for name, x in values.items() if hasattr(x, "to")}
+        )

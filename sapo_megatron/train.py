@@ -1,0 +1,258 @@
+"""The training loop.
+
+    prompts --generate--> responses --reward--> groups --advantage--> mini-batches
+       ^                                                                   |
+       |                                              packed micro-batches v
+       +---- weights <--optimizer step-- loss <--gate-- ratio <-- old and current log-probs
+
+Every rank runs every line; what is collective says so where it is defined.
+"""
+
+import functools
+import logging
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+import yaml
+
+from sapo_megatron import runs
+from sapo_megatron.batch import denominators, micro_batches, split_mini_batches
+from sapo_megatron.coldstart import initial_weights
+from sapo_megatron.config import Recipe, to_yaml
+from sapo_megatron.evaluate import evaluate
+from sapo_megatron.metrics import Max, Mean, Metrics
+from sapo_megatron.objective.advantage import group_advantages
+from sapo_megatron.objective.loss import policy_loss
+from sapo_megatron.policy import checkpoint, parallel
+from sapo_megatron.policy.decode import MegatronDecoder
+from sapo_megatron.policy.parallel import ParallelGroups
+from sapo_megatron.policy.step import FrozenPolicy, Policy
+from sapo_megatron.report import write_report
+from sapo_megatron.rollout.collect import Collector, rewards
+from sapo_megatron.rollout.inputs import Inputs
+from sapo_megatron.rollout.reward import Scorer
+from sapo_megatron.runs import RunFolder
+from sapo_megatron.sample import Group, PackedBatch
+from sapo_megatron.trackers import Progress, RunTrackers, duration
+
+logger = logging.getLogger(__name__)
+
+
+def train(recipe: Recipe, inputs: Inputs, resume: str | None = None) -> dict[str, Any]:
+    """A whole run, on every process of it. Returns what ``summary.json`` says.
+
+    ``resume`` as in :func:`sapo_megatron.runs.open_run`.
+    """
+    groups = parallel.setup(recipe.parallel, seed=recipe.train.seed)
+    run = parallel.on_first_rank(groups, lambda: runs.open_run(recipe, inputs.arch, resume))
+    logger.info("run folder: %s", run.path)
+    return Trainer(recipe, inputs, groups, run).train()
+
+
+def evaluate_checkpoint(recipe: Recipe, inputs: Inputs, path: Path) -> dict[str, float]:
+    """Scores of a run, or of one of its checkpoints, on the recipe's held-out problems."""
+    groups = parallel.setup(recipe.parallel, seed=recipe.train.seed)
+    run = parallel.on_first_rank(groups, lambda: runs.find_run(recipe, inputs.arch, path))
+    return Trainer(recipe, inputs, groups, run).evaluate()
+
+
+class Trainer:
+    """One run: its policy, its data, its folder."""
+
+    def __init__(
+        self, recipe: Recipe, inputs: Inputs, groups: ParallelGroups, run: RunFolder
+    ) -> None:
+        self.recipe = recipe
+        self.inputs = inputs
+        self.groups = groups
+        self.run = run
+        self.is_main = dist.get_rank() == 0
+        cursor = inputs.source.state_dict()
+        state = run.state or {"step": 0, "wall_s": 0.0, "eval": {}, "cursor": cursor}
+        self.start = run.start or initial_weights(recipe, inputs, groups, run.shared)
+        self.policy = Policy(
+            recipe,
+            inputs.arch,
+            groups,
+            self.start,
+            optimizer=recipe.optimizer,
+            total_updates=recipe.train.steps * recipe.train.num_mini_batches,
+        )
+        self.reference = (
+            FrozenPolicy(recipe, inputs.arch, groups, self.start)
+            if recipe.algorithm.kl_coef > 0
+            else None
+        )
+        self.decoder = MegatronDecoder(self.policy.chunks, groups)
+        self.first_step = state["step"] + 1
+        self.eval_before: dict[str, float] = state["eval"]
+        self.began = time.monotonic() - state["wall_s"]
+        inputs.source.load_state_dict(state["cursor"])
+        if run.checkpoint:
+            checkpoint.load(self.policy, run.checkpoint, state)
+            logger.info("loaded %s", run.checkpoint)
+
+    def evaluate(self) -> dict[str, float]:
+        """avg@k and pass@1 of the policy as it is."""
+        with self._scorer() as scorer:
+            return self._evaluate(self._collector(scorer))
+
+    def train(self) -> dict[str, Any]:
+        """Run to the end. Returns what ``summary.json`` says."""
+        recipe = self.recipe
+        with self._scorer() as scorer, self._trackers() as trackers:
+            collector = self._collector(scorer)
+            if not self.eval_before:
+                self.eval_before = self._evaluate(collector)
+                logger.info("before: %s", _shown(self.eval_before))
+            progress = Progress(recipe.train.steps)
+            after = self.eval_before
+            if self.first_step > max(recipe.train.steps, 1):  # a finished run, resumed
+                after = self._evaluate(collector)
+            for step in range(self.first_step, recipe.train.steps + 1):
+                metrics = self._step(step, collector)
+                if _due(step, recipe.eval.every) or step == recipe.train.steps:
+                    with _timed(metrics, "time/eval"):
+                        after = self._evaluate(collector)
+                    if self.is_main:
+                        for name, value in after.items():
+                            metrics.add(f"eval/{name}", Mean(value, 1.0))
+                if _due(step, recipe.checkpoint.every) or step == recipe.train.steps:
+                    with _timed(metrics, "time/checkpoint"):
+                        self._save(step)
+                metrics = metrics.gather(self.groups.world)
+                if trackers:
+                    trackers.log(step, metrics)
+                    progress.log(step, metrics)
+        return self._finish(after)
+
+    def _step(self, step: int, collector: Collector) -> Metrics:
+        recipe, groups = self.recipe, self.groups
+        began = time.monotonic()
+        with self.decoder.generating():
+            collected, metrics = collector.collect(self.inputs.source, seed=recipe.train.seed)
+        _set_advantages(collected, recipe.algorithm.adv_estimator)
+
+        mini_batches = split_mini_batches(collected, recipe.train.num_mini_batches)
+        layout = groups.batch_layout(recipe)
+        packed = [
+            [b.to(groups.device) for b in micro_batches(samples, **layout)]
+            for samples in mini_batches
+        ]
+        with _timed(metrics, "time/logprob"):
+            self._set_old_logprobs([b for batches in packed for b in batches])
+        with _timed(metrics, "time/update"):
+            for number, (samples, batches) in enumerate(zip(mini_batches, packed, strict=True)):
+                loss = functools.partial(
+                    policy_loss,
+                    algorithm=recipe.algorithm,
+                    denominators=denominators(samples),
+                    max_response_length=recipe.rollout.max_response_length,
+                    cp_group=groups.cp,
+                )
+                where = f"step {step}, mini-batch {number + 1} of {len(packed)}"
+                metrics.update(self.policy.update(batches, loss, where=where))
+        seconds = time.monotonic() - began
+        metrics.add("perf/step_s", Max(seconds))
+        if self.is_main:
+            samples = [s for g in collected for s in g.samples]
+            tokens = sum(len(s.prompt_tokens) + len(s.response_tokens) for s in samples)
+            metrics.add("perf/tokens_per_s", Mean(tokens / seconds, 1.0))
+        return metrics
+
+    def _set_old_logprobs(self, batches: list[PackedBatch]) -> None:
+        """From the training engine, with the packing of the updates: ratios then start at 1."""
+        for batch, logprob in zip(batches, self.policy.logprobs(batches), strict=True):
+            batch.old_logprob = logprob
+        if self.reference:
+            for batch, logprob in zip(batches, self.reference.logprobs(batches), strict=True):
+                batch.ref_logprob = logprob
+
+    def _evaluate(self, collector: Collector) -> dict[str, float]:
+        with self.decoder.generating():
+            return evaluate(collector, self.inputs.problems, self.recipe)
+
+    def _save(self, step: int) -> None:
+        checkpoint.save(
+            self.policy,
+            self.run.checkpoints,
+            {
+                "step": step,
+                "start": os.path.relpath(self.start, self.run.path),
+                "model": runs.identity(self.recipe, self.inputs.arch),
+                "cursor": self.inputs.source.state_dict(),
+                "eval": self.eval_before,
+                "wall_s": time.monotonic() - self.began,
+            },
+            self.recipe.parallel,
+            keep=self.recipe.checkpoint.keep,
+        )
+
+    def _scorer(self) -> Any:
+        return Scorer(self.recipe.reward) if self.groups.is_leader else nullcontext()
+
+    def _trackers(self) -> Any:
+        if not self.is_main:
+            return nullcontext()
+        return RunTrackers(
+            self.run.path,
+            self.recipe.logging,
+            yaml.safe_load(to_yaml(self.recipe)),
+            resume_step=self.first_step if self.run.checkpoint else None,
+        )
+
+    def _collector(self, scorer: Scorer | None) -> Collector:
+        return Collector(
+            decoder=self.decoder,
+            tokenizer=self.inputs.tokenizer,
+            scorer=scorer,
+            config=self.recipe.rollout,
+            share_rank=self.groups.dp_cp.rank(),
+            shares=self.groups.dp_cp.size(),
+            world=self.groups.world,
+        )
+
+    def _finish(self, after: dict[str, float]) -> dict[str, Any]:
+        summary: dict[str, Any] = {
+            "steps": self.recipe.train.steps,
+            "wall_s": round(time.monotonic() - self.began, 1),
+            "loss_type": self.recipe.algorithm.loss_type,
+            "world_size": dist.get_world_size(),
+            "eval": {"before": self.eval_before, "after": after},
+            "report": str(self.run.path / "report" / "index.html"),
+        }
+        if self.is_main:
+            self.run.write_summary(summary)
+            logger.info("before: %s", _shown(self.eval_before))
+            logger.info("after:  %s", _shown(after))
+            logger.info("took:   %s", duration(summary["wall_s"]))
+            if self.recipe.train.steps:
+                write_report(self.run.path)
+        return summary
+
+
+def _set_advantages(groups: list[Group], estimator: str) -> None:
+    for group, row in zip(groups, group_advantages(rewards(groups), estimator), strict=True):
+        for sample, advantage in zip(group.samples, row.tolist(), strict=True):
+            sample.advantage = advantage
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def _shown(scores: dict[str, float]) -> str:
+    return ", ".join(f"{name} {value:.3f}" for name, value in scores.items())
+
+
+@contextmanager
+def _timed(metrics: Metrics, name: str) -> Iterator[None]:
+    """Seconds of a stage, on the rank where it took longest."""
+    began = time.monotonic()
+    yield
+    metrics.add(name, Max(time.monotonic() - began))

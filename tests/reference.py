@@ -1,0 +1,200 @@
+"""A dense, single-process reference: Qwen3 and Qwen3-MoE, and the losses, in plain torch.
+
+Written from the papers and the model's definition, one sequence at a time, without padding, packing
+or parallelism, on a dict of Hugging Face named tensors. It shares no code with the package: what
+the package computes on many ranks is compared with this.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Weights = dict[str, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sequence:
+    """A prompt and its response, with the log-probs that the old policy gave the response."""
+
+    prompt: tuple[int, ...]
+    response: tuple[int, ...]
+    old_logprobs: tuple[float, ...]
+    advantage: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Objective:
+    """What is averaged over the sequences, and how."""
+
+    loss: str = "sapo"
+    aggregation: str = "sequences"
+    """``sequences``: the mean over sequences of their token means; ``tokens``: over all tokens."""
+    tau_pos: float = 1.0
+    tau_neg: float = 1.05
+    clip: tuple[float, float] = (3e-4, 4e-4)
+    entropy_coef: float = 0.0
+    temperature: float = 1.0
+    aux_loss_coeff: float = 0.0
+
+
+def forward(weights: Weights, arch: dict[str, Any], ids: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """Logits ``[T, V]`` of one sequence ``ids [T]``, and the router logits of each MoE layer."""
+    eps = arch["rms_norm_eps"]
+    x = weights["model.embed_tokens.weight"][ids]
+    router_logits = []
+    for i in range(arch["num_hidden_layers"]):
+        layer = f"model.layers.{i}."
+        w = {k.removeprefix(layer): v for k, v in weights.items() if k.startswith(layer)}
+        x = x + _attention(w, arch, _rms(x, w["input_layernorm.weight"], eps))
+        h = _rms(x, w["post_attention_layernorm.weight"], eps)
+        if "mlp.gate.weight" in w:
+            out, logits = _experts(w, arch, h)
+            router_logits.append(logits)
+        else:
+            out = _mlp(w, "mlp.", h)
+        x = x + out
+    x = _rms(x, weights["model.norm.weight"], eps)
+    head = "model.embed_tokens.weight" if arch["tie_word_embeddings"] else "lm_head.weight"
+    return x @ weights[head].T, router_logits
+
+
+def _rms(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * weight
+
+
+def _attention(w: Weights, arch: dict[str, Any], x: Tensor) -> Tensor:
+    size, eps = arch["head_dim"], arch["rms_norm_eps"]
+    heads = arch["num_attention_heads"]
+    q, k, v = (
+        (x @ w[f"self_attn.{name}_proj.weight"].T).unflatten(-1, (-1, size)).transpose(0, 1)
+        for name in "qkv"
+    )
+    q = _rotate(_rms(q, w["self_attn.q_norm.weight"], eps), arch["rope_theta"])
+    k = _rotate(_rms(k, w["self_attn.k_norm.weight"], eps), arch["rope_theta"])
+    k, v = (t.repeat_interleave(heads // len(t), 0) for t in (k, v))
+    scores = q @ k.transpose(1, 2) / math.sqrt(size)
+    future = torch.ones(scores.shape[1:], dtype=torch.bool).triu(1)
+    out = scores.masked_fill(future, -math.inf).softmax(-1) @ v
+    return out.transpose(0, 1).flatten(1) @ w["self_attn.o_proj.weight"].T
+
+
+def _rotate(x: Tensor, theta: float) -> Tensor:
+    """Rotary embedding of ``x [N, T, D]``: the first half of each head turns with the second."""
+    half = x.shape[-1] // 2
+    frequencies = theta ** -(torch.arange(half, dtype=x.dtype) / half)
+    angles = torch.arange(x.shape[1], dtype=x.dtype)[:, None] * frequencies
+    a, b = x[..., :half], x[..., half:]
+    return torch.cat((a * angles.cos() - b * angles.sin(), b * angles.cos() + a * angles.sin()), -1)
+
+
+def _mlp(w: Weights, prefix: str, x: Tensor) -> Tensor:
+    gate, up, down = (w[f"{prefix}{name}_proj.weight"] for name in ("gate", "up", "down"))
+    return (torch.nn.functional.silu(x @ gate.T) * (x @ up.T)) @ down.T
+
+
+def _experts(w: Weights, arch: dict[str, Any], x: Tensor) -> tuple[Tensor, Tensor]:
+    logits = x @ w["mlp.gate.weight"].T
+    share, chosen = logits.softmax(-1).topk(arch["num_experts_per_tok"])
+    if arch["norm_topk_prob"]:
+        share = share / share.sum(-1, keepdim=True)
+    rows = []
+    for token, experts, shares in zip(x, chosen.tolist(), share, strict=True):
+        outputs = [_mlp(w, f"mlp.experts.{e}.", token) for e in experts]
+        rows.append((torch.stack(outputs) * shares[:, None]).sum(0))
+    return torch.stack(rows), logits
+
+
+@dataclass(kw_only=True)
+class Outcome:
+    loss: Tensor
+    """The policy loss, without entropy bonus and auxiliary loss."""
+    gradients: Weights
+    """Of everything that is optimised."""
+    metrics: dict[str, float]
+    route_margin: float
+    """Smallest distance between the last expert chosen and the first one left out."""
+
+
+def evaluate(
+    weights: Weights, arch: dict[str, Any], sequences: list[Sequence], objective: Objective
+) -> Outcome:
+    """Loss, gradients and ratio statistics of a whole mini-batch."""
+    weights = {k: v.detach().clone().requires_grad_() for k, v in weights.items()}
+    token_losses, log_ratios, entropies, auxiliary = [], [], [], []
+    margin = math.inf
+    for s in sequences:
+        ids = torch.tensor(s.prompt + s.response)
+        logits, router_logits = forward(weights, arch, ids[:-1])
+        for layer in router_logits:
+            best = layer.detach().sort(descending=True).values
+            k = arch["num_experts_per_tok"]
+            margin = min(margin, float((best[:, k - 1] - best[:, k]).min()))
+        if objective.aux_loss_coeff:
+            auxiliary.append(sum(_balance(layer, arch) for layer in router_logits))
+        if not s.response:
+            continue
+        log_p = (logits / objective.temperature).log_softmax(-1)[len(s.prompt) - 1 :]
+        chosen = log_p[torch.arange(len(s.response)), list(s.response)]
+        log_ratio = chosen - torch.tensor(s.old_logprobs, dtype=chosen.dtype)
+        token_losses.append(_token_loss(log_ratio, s.advantage, objective))
+        log_ratios.append(log_ratio)
+        entropies.append(-(log_p.exp() * log_p).sum(-1))
+    loss = _mean(token_losses, objective)
+    total = loss - objective.entropy_coef * _mean(entropies, objective)
+    if auxiliary:
+        total = total + objective.aux_loss_coeff * sum(auxiliary) / len(auxiliary)
+    gradients = torch.autograd.grad(total, list(weights.values()), allow_unused=True)
+    return Outcome(
+        loss=loss.detach(),
+        gradients={
+            name: torch.zeros_like(w) if g is None else g
+            for (name, w), g in zip(weights.items(), gradients, strict=True)
+        },
+        metrics=_metrics(torch.cat(log_ratios).detach(), torch.cat(entropies).detach()),
+        route_margin=margin,
+    )
+
+
+def _token_loss(log_ratio: Tensor, advantage: float, objective: Objective) -> Tensor:
+    if objective.loss == "sapo":
+        # Equations 5 and 6: f(r) = 4 / tau sigmoid(tau (r - 1)).
+        tau = objective.tau_pos if advantage > 0 else objective.tau_neg
+        ratio = log_ratio.exp()
+        return -4 / tau * torch.sigmoid(tau * (ratio - 1)) * advantage
+    assert objective.loss == "gspo"
+    # One ratio a sequence, the geometric mean of its tokens' (arXiv 2507.18071, equation 7).
+    ratio = log_ratio.mean().exp().expand(len(log_ratio))
+    low, high = objective.clip
+    clipped = ratio.clamp(1 - low, 1 + high)
+    return -torch.minimum(ratio * advantage, clipped * advantage)
+
+
+def _mean(values: list[Tensor], objective: Objective) -> Tensor:
+    if objective.aggregation == "tokens":
+        return torch.cat(values).mean()
+    return torch.stack([v.mean() for v in values]).mean()
+
+
+def _balance(logits: Tensor, arch: dict[str, Any]) -> Tensor:
+    """The Switch load-balancing loss of one layer: experts x sum of (tokens share x mean prob)."""
+    k, experts = arch["num_experts_per_tok"], arch["num_experts"]
+    probs = logits.softmax(-1)
+    counts = torch.bincount(probs.topk(k).indices.flatten(), minlength=experts)
+    return experts * (counts / (k * len(logits)) * probs.mean(0)).sum()
+
+
+def _metrics(log_ratio: Tensor, entropy: Tensor) -> dict[str, float]:
+    ratio = log_ratio.exp()
+    values = {
+        "actor/ppo_kl": -log_ratio.mean(),
+        "actor/entropy": entropy.mean(),
+        "ratio/mean": ratio.mean(),
+        "ratio/min": ratio.min(),
+        "ratio/max": ratio.max(),
+        "ratio/log_var": log_ratio.var(correction=0),
+        "ratio/ess": ratio.sum() ** 2 / (len(ratio) * ratio.square().sum()),
+    }
+    return {name: float(value) for name, value in values.items()}

@@ -1,0 +1,118 @@
+"""GRPO's clips, GSPO and CISPO against their formulas written out by hand."""
+
+import math
+
+import pytest
+import torch
+
+from sapo_megatron.objective.baselines import (
+    cispo_token_loss,
+    grpo_token_loss,
+    gspo_token_loss,
+    outside_clip,
+)
+from sapo_megatron.objective.reduce import sequence_mean
+
+
+def f64(*values):
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def grad_of(loss, x):
+    return torch.autograd.grad(loss.sum(), x)[0]
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "objective", "slope"),
+    [
+        (1.1, 2.0, 2.2, 2.2),
+        (1.5, 2.0, 2.6, 0.0),
+        (0.5, 2.0, 1.0, 1.0),
+        (1.5, -2.0, -3.0, -3.0),
+        (0.5, -2.0, -1.6, 0.0),
+        (4.0, -2.0, -6.0, 0.0),
+    ],
+)
+def test_grpo_clip_higher_and_dual_clip(ratio, advantage, objective, slope):
+    log_ratio = f64(math.log(ratio)).requires_grad_()
+    loss = grpo_token_loss(
+        log_ratio, f64(advantage), clip_ratio_low=0.2, clip_ratio_high=0.3, clip_ratio_c=3.0
+    )
+    assert loss.item() == pytest.approx(-objective)
+    assert grad_of(loss, log_ratio).item() == pytest.approx(-slope)
+
+
+def test_without_dual_clip_the_negative_side_is_unbounded():
+    loss = grpo_token_loss(f64(math.log(4.0)), f64(-2.0))
+    assert loss.item() == pytest.approx(8.0)
+
+
+def test_outside_clip_is_where_the_gradient_vanishes():
+    torch.manual_seed(0)
+    log_ratio = torch.randn(200, dtype=torch.float64, requires_grad=True)
+    advantages = torch.randn(200, dtype=torch.float64)
+    loss = grpo_token_loss(log_ratio, advantages, clip_ratio_low=0.2, clip_ratio_high=0.3)
+    outside = outside_clip(log_ratio.detach().exp(), advantages, 0.2, 0.3)
+    assert torch.equal(grad_of(loss, log_ratio) == 0, outside)
+    assert outside.any()
+    assert not outside.all()
+
+
+def test_gspo_has_the_gradient_of_the_sequence_ratio():
+    sequence_ids = torch.tensor([0, 0, 0, 1, 1])
+    mask = torch.tensor([True, True, True, True, False])
+    lengths = torch.tensor([3, 1])
+    advantages = f64(2.0, 2.0, 2.0, -1.0, -1.0)
+    log_ratio = f64(1e-4, -3e-4, 2e-4, 3e-4, math.nan).requires_grad_()
+    mean = sequence_mean(log_ratio, mask, sequence_ids, lengths)
+    loss = gspo_token_loss(log_ratio, mean[sequence_ids], advantages, mask=mask)
+    weights = f64(1 / 3, 1 / 3, 1 / 3, 1.0, 0.0)
+    got = grad_of(weights * loss, log_ratio)
+
+    reference = log_ratio.detach().clone().requires_grad_()
+    s0, s1 = reference[:3].mean().exp(), reference[3].exp()
+    whole = -(2.0 * s0) - (-1.0 * s1)
+    torch.testing.assert_close((weights * loss).sum(), whole, rtol=1e-12, atol=0)
+    expected = grad_of(whole, reference)
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=0)
+
+
+def test_gspo_clips_the_whole_sequence():
+    log_ratio = f64(0.01, -0.005).requires_grad_()
+    mean = log_ratio.detach().mean().expand(2)
+    loss = gspo_token_loss(log_ratio, mean, f64(1.0, 1.0))
+    assert grad_of(loss, log_ratio).tolist() == [0.0, 0.0]
+    assert loss.tolist() == pytest.approx([-1.0004, -1.0004])
+
+
+def test_cispo_bounds_the_weight_and_keeps_the_gradient():
+    log_ratio = f64(math.log(3.0), math.log(0.5)).requires_grad_()
+    logprob = f64(-1.0, -2.0).requires_grad_()
+    loss = cispo_token_loss(log_ratio, logprob, f64(2.0, -1.0))
+    assert loss.tolist() == pytest.approx([1.28 * 2.0 * 1.0, -0.5 * 2.0])
+    assert grad_of(loss, logprob).tolist() == pytest.approx([-1.28 * 2.0, 0.5])
+    assert not cispo_token_loss(log_ratio, logprob.detach(), f64(2.0, -1.0)).requires_grad
+
+
+def every_loss(log_ratio, advantages, mask):
+    yield grpo_token_loss(log_ratio, advantages, clip_ratio_c=3.0, mask=mask)
+    yield gspo_token_loss(log_ratio, log_ratio.detach(), advantages, mask=mask)
+    yield cispo_token_loss(log_ratio, log_ratio, advantages, mask=mask)
+
+
+@pytest.mark.parametrize("garbage", [math.nan, math.inf, -math.inf, 200.0])
+def test_garbage_on_masked_tokens_changes_nothing(garbage):
+    mask = torch.tensor([True, False])
+    log_ratio = torch.tensor([0.0, garbage], requires_grad=True)
+    for loss in every_loss(log_ratio, torch.tensor([1.5, garbage]), mask):
+        assert loss[1] == 0
+        assert grad_of(loss, log_ratio).tolist() == [-1.5, 0.0]
+
+
+@pytest.mark.parametrize("extreme", [200.0, -200.0])
+@pytest.mark.parametrize("advantage", [1.0, -1.0])
+def test_extreme_ratios_stay_finite(extreme, advantage):
+    log_ratio = torch.tensor([extreme], requires_grad=True)
+    for loss in every_loss(log_ratio, torch.tensor([advantage]), None):
+        assert loss.isfinite().all()
+        assert grad_of(loss, log_ratio).isfinite().all()

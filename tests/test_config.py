@@ -1,0 +1,451 @@
+"""A recipe: what it means, and what is said about a wrong one."""
+
+import dataclasses
+import json
+import logging
+from pathlib import Path
+
+import pytest
+
+from sapo_megatron.check import check_architecture, check_world
+from sapo_megatron.config import (
+    PEER_KEYS,
+    UserError,
+    _known_keys,
+    load,
+    read_architecture,
+    to_yaml,
+)
+
+RECIPES = Path(__file__).parent.parent / "recipes"
+MINIMAL = """
+model: {path: tiny}
+data: {train: {tasks: [{name: chain_sum}]}}
+"""
+QWEN3_30B = {
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "num_hidden_layers": 48,
+    "num_experts": 128,
+    "moe_intermediate_size": 768,
+}
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(text=MINIMAL, name="recipe.yaml"):
+        path = tmp_path / name
+        path.write_text(text)
+        return path
+
+    return write
+
+
+def refusal(path, overrides=None):
+    """The message that ``load`` refuses with; one line, as every such message must be."""
+    with pytest.raises(UserError) as caught:
+        load(path, overrides)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def test_the_defaults_are_the_papers(write):
+    recipe = load(write())
+    assert recipe.name == "recipe"
+    assert recipe.algorithm.loss_type == "sapo"
+    assert (recipe.algorithm.tau_pos, recipe.algorithm.tau_neg) == (1.0, 1.05)
+    assert recipe.algorithm.loss_agg_mode == "seq-mean-token-mean"
+    assert recipe.train.num_mini_batches == 4
+
+
+def test_a_recipe_is_frozen(write):
+    recipe = load(write())
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        recipe.algorithm.tau_pos = 2.0
+
+
+def test_the_resolved_recipe_loads_as_itself(write, tmp_path):
+    overrides = {
+        "parallel.recompute_granularity": "selective",
+        "recompute_modules": "[moe, mlp]",
+        "data.eval": "{tasks: [{name: basic_arithmetic, options: {operators: ['+']}}], seed: 5}",
+        "data.template": '"Q: {prompt}\\nA:"',
+        "optimizer.lr": "1e-6",
+        "train.run_dir": "here",
+    }
+    recipe = load(write(), overrides)
+    assert recipe.data.eval.seed == 5
+    assert load(write(to_yaml(recipe), "resolved.yaml")) == recipe
+
+
+@pytest.mark.parametrize("recipe", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_recipes_of_the_project_load(recipe):
+    loaded = load(recipe)
+    assert loaded.name == recipe.stem
+    if Path(loaded.model.path).is_dir():
+        check_architecture(loaded, read_architecture(loaded.model))
+
+
+def test_a_section_with_nothing_below_means_its_defaults(write):
+    recipe = load(write(MINIMAL + "train:\noptimizer:\n"))
+    assert recipe.train == load(write()).train
+    assert "section" in refusal(write("model: {path: tiny}\ndata: {train: }"))
+
+
+def test_numbers_are_numbers(write):
+    assert load(write(MINIMAL + "optimizer: {lr: 2e-6}")).optimizer.lr == 2e-6
+    assert load(write(), {"optimizer.lr": "3E-06"}).optimizer.lr == 3e-6
+    assert load(write(), {"tau_neg": "2"}).algorithm.tau_neg == 2.0
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "expected"),
+    [
+        ("train.steps", "abc", 'expected a whole number, got "abc"'),
+        ("train.steps", "1.5", "expected a whole number, got 1.5"),
+        ("train.steps", "true", "expected a whole number, got true"),
+        ("tau_pos", "true", "expected a number, got true"),
+        ("tau_pos", "[1]", "expected a number, got [1]"),
+        ("name", "3", "expected a text (quote it), got 3"),
+        ("dynamic_sampling", "1", "expected true or false, got 1"),
+        ("recompute_modules", "moe", 'expected a list, got "moe"'),
+        ("data.train.tasks", "[3]", "data.train.tasks.0: expected a section"),
+        ("data.train.tasks", "[{name: x, options: 3}]", "expected a mapping"),
+        ("data.train.tasks", "[{nam: x}]", "tasks.0.nam: no such key"),
+        ("data.train.tasks", "[{weight: 1}]", "data.train.tasks.0.name: missing"),
+        ("loss_type", "ppo", "expected 'sapo', 'grpo', 'gspo' or 'cispo', got \"ppo\""),
+        ("data.train", "3", "no such key"),
+        ("data.eval", "3", "expected a section"),
+    ],
+)
+def test_a_wrong_type_says_what_is_wanted(write, key, text, expected):
+    assert expected in refusal(write(), {key: text})
+
+
+@pytest.mark.parametrize("value", [".nan", ".inf", "-.inf", "0", "-1"])
+@pytest.mark.parametrize("key", ["tau_pos", "tau_neg", "optimizer.lr", "rollout.temperature"])
+def test_not_a_finite_positive_number(write, key, value):
+    message = refusal(write(), {key: value if value != "0" else "0.0"})
+    assert key.rsplit(".", 1)[-1] in message
+    assert "expected a finite number > 0, got" in message
+
+
+@pytest.mark.parametrize(
+    ("overrides", "parts"),
+    [
+        ({"rollout.top_p": "0.0"}, ["rollout.top_p", "(0, 1]"]),
+        ({"eval.top_p": "1.5"}, ["eval.top_p", "got 1.5"]),
+        ({"adam_beta2": "1.0"}, ["optimizer.adam_beta2", "[0, 1)"]),
+        ({"kl_coef": "-0.1"}, ["algorithm.kl_coef", ">= 0"]),
+        ({"train.steps": "-1"}, ["train.steps", ">= 0"]),
+        ({"timeout_s": ".inf"}, ["reward.timeout_s", "finite"]),
+        ({"logprob_chunk_size": "0"}, ["train.logprob_chunk_size", "> 0"]),
+        ({"num_generations": "1"}, ["rollout.num_generations", "at least 2"]),
+        ({"num_mini_batches": "7"}, ["train.num_mini_batches", "256", "got 7"]),
+        ({"max_tokens_per_gpu": "2047"}, ["train.max_tokens_per_gpu", "2048", "2047"]),
+        (
+            {"max_tokens_per_gpu": "2047", "context_parallel_size": "2"},
+            ["train.max_tokens_per_gpu", "even", "context_parallel_size 2", "2047"],
+        ),
+        (
+            {"packing": "false", "context_parallel_size": "2"},
+            ["train.packing", "context_parallel_size 2"],
+        ),
+        ({"min_lr": "1e-3"}, ["optimizer.min_lr", "1e-06"]),
+        ({"name": "a/b"}, ["name", "a/b"]),
+        ({"template": "hello"}, ["data.template", "{prompt}"]),
+        ({"data.train.path": "x.jsonl"}, ["data.train", "tasks or path", "both"]),
+        ({"data.train.tasks": "[]"}, ["data.train", "neither"]),
+        ({"data.eval": "{seed: 1}"}, ["data.eval", "neither"]),
+        ({"data.train.seed": "-3"}, ["data.train.seed", ">= 0"]),
+        ({"data.train.tasks": "[{name: a, weight: 0}]"}, ["tasks.0.weight", "> 0"]),
+        ({"reward.function": "math_verfy"}, ["reward.function", "nearest is math_verify"]),
+        (
+            {"reward.function": "reasoning_gym", "data.eval.path": "x.jsonl"},
+            ["reward.function", "data.eval.path"],
+        ),
+        (
+            {"importance_sampling_level": "sequence"},
+            ["importance_sampling_level", "SAPO gates each token", "GSPO"],
+        ),
+        (
+            {"importance_sampling_level": "token", "loss_type": "gspo"},
+            ["importance_sampling_level", "expected sequence", "got token"],
+        ),
+        ({"clip_ratio_low": "0.2"}, ["algorithm.clip_ratio_low", "sapo", "soft gate"]),
+        ({"clip_ratio_high": "0.3"}, ["algorithm.clip_ratio_high", "sapo", "got 0.3"]),
+        ({"clip_ratio_c": "3.0"}, ["algorithm.clip_ratio_c", "sapo"]),
+        ({"clip_ratio_c": "3.0", "loss_type": "gspo"}, ["algorithm.clip_ratio_c", "grpo"]),
+        ({"clip_ratio_c": "1.0", "loss_type": "grpo"}, ["algorithm.clip_ratio_c", "> 1"]),
+        ({"clip_ratio_low": "-1.0", "loss_type": "grpo"}, ["clip_ratio_low", "> 0", "-1"]),
+        ({"virtual_pipeline_model_parallel_size": "2"}, ["virtual_pipeline", "2 on 1"]),
+        (
+            {"virtual_pipeline_model_parallel_size": "1", "pipeline_model_parallel_size": "2"},
+            ["virtual_pipeline", "1 on 2"],
+        ),
+        ({"num_layers_in_last_pipeline_stage": "2"}, ["num_layers_in_last", "one pipeline"]),
+        ({"recompute_granularity": "full"}, ["recompute_method", "recompute_num_layers"]),
+        (
+            {"recompute_granularity": "full", "recompute_method": "uniform"},
+            ["parallel.recompute_num_layers: missing"],
+        ),
+        ({"recompute_method": "block"}, ["parallel.recompute_method", "got 'block'"]),
+        (
+            {"recompute_granularity": "selective", "recompute_num_layers": "1"},
+            ["parallel.recompute_num_layers", "unless recompute_granularity is full"],
+        ),
+        ({"recompute_modules": "[moe]"}, ["parallel.recompute_modules", "selective"]),
+        (
+            {"recompute_granularity": "selective", "recompute_modules": "[moes]"},
+            ["parallel.recompute_modules", "nearest is moe"],
+        ),
+    ],
+)
+def test_a_broken_rule_is_named(write, overrides, parts):
+    message = refusal(write(), overrides)
+    assert all(part in message for part in parts), message
+
+
+def test_what_other_losses_may_set(write):
+    gspo = load(write(), {"loss_type": "gspo", "importance_sampling_level": "sequence"})
+    assert gspo.algorithm.clip_range == (3e-4, 4e-4)
+    grpo = load(write(), {"loss_type": "grpo", "clip_ratio_high": "0.28", "clip_ratio_c": "3.0"})
+    assert grpo.algorithm.clip_range == (0.2, 0.28)
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("algorithm: {tau_poss: 1.0}", ["algorithm.tau_poss", "nearest is algorithm.tau_pos"]),
+        ("train: {tau_pos: 1.0}", ["train.tau_pos", "nearest is algorithm.tau_pos"]),
+        ("tau_pos: 1.0", ["tau_pos: no such key", "nearest is algorithm.tau_pos"]),
+        ("algorithm: {sapo_temperature_neg: 1}", ["called algorithm.tau_neg"]),
+        ("algorithm: {policy_loss: {loss_mode: sapo}}", ["called algorithm.loss_type"]),
+        ("actor: {loss_mode: sapo}", ["actor.loss_mode", "called algorithm.loss_type"]),
+        (
+            "actor_rollout_ref: {actor: {policy_loss: {loss_mode: sapo}}}",
+            ["actor_rollout_ref.actor.policy_loss.loss_mode", "called algorithm.loss_type"],
+        ),
+        ("optimiser: {lr: 1.0e-6}", ["optimiser.lr", "nearest is optimizer.lr"]),
+    ],
+)
+def test_an_unknown_key_is_answered_with_ours(write, text, parts):
+    message = refusal(write(MINIMAL + text))
+    assert all(part in message for part in parts), message
+
+
+@pytest.mark.parametrize("name", sorted(PEER_KEYS))
+def test_peers_names_lead_to_keys_that_exist(write, name):
+    assert PEER_KEYS[name] in _known_keys()
+    assert PEER_KEYS[name] in refusal(write(), {name: "1"})
+
+
+def test_keys_on_the_command_line(write, tmp_path, monkeypatch):
+    recipe = load(write(), {"tau-pos": "1.5", "optimizer.lr": "2e-5", "loss_type": "sapo"})
+    assert (recipe.algorithm.tau_pos, recipe.optimizer.lr) == (1.5, 2e-5)
+    assert "cold_start.lr" in refusal(write(), {"lr": "1"})
+    assert load(write(MINIMAL + "logging:"), {"wandb": "true"}).logging.wandb
+    monkeypatch.chdir("/")
+    here = load(write(), {"data.train.tasks": "[]", "data.train.path": "rows.jsonl"})
+    assert here.data.train.path == "/rows.jsonl"
+    assert "algorithm: expected a section" in refusal(write("algorithm: 3"), {"tau_pos": "1"})
+
+
+def test_paths_are_relative_to_the_recipe(write, tmp_path):
+    recipe = load(write("model: {path: m, tokenizer: t.model}\ndata: {train: {path: d.jsonl}}"))
+    assert recipe.model.path == str(tmp_path / "m")
+    assert recipe.model.tokenizer == str(tmp_path / "t.model")
+    assert recipe.data.train.path == str(tmp_path / "d.jsonl")
+    hub = load(write(MINIMAL), {"model.tokenizer": "Qwen/Qwen3-30B-A3B"})
+    assert hub.model.tokenizer == "Qwen/Qwen3-30B-A3B"
+
+
+def test_base_recipes(write, tmp_path):
+    (tmp_path / "sub").mkdir()
+    write(MINIMAL + "name: base\nalgorithm: {tau_pos: 1.5, kl_coef: 0.1}", "sub/low.yaml")
+    recipe = load(write("base: sub/low.yaml\nalgorithm: {tau_pos: 1.25}\ntrain:", "top.yaml"))
+    assert (recipe.algorithm.tau_pos, recipe.algorithm.kl_coef) == (1.25, 0.1)
+    assert recipe.name == "top"
+    assert recipe.model.path == str(tmp_path / "sub" / "tiny")
+    assert "its own base" in refusal(write("base: loop.yaml", "loop.yaml"))
+    message = refusal(write("base: none.yaml", "top.yaml"))
+    assert "none.yaml" in message
+    assert "top.yaml" in message
+
+
+def test_a_section_of_the_base_can_be_taken_back(write):
+    low = "model: {path: m}\ndata: {train: {path: a}, eval: {path: b}}"
+    write(low, "low.yaml")
+    assert load(write("base: low.yaml\ndata: {eval: null}", "top.yaml")).data.eval is None
+    assert load(write("base: low.yaml\ndata:", "top.yaml")).data.eval is not None
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("a: [1\nb: 2", [":2:", "expected ',' or ']'"]),
+        ("model: {path: a}\nmodel: {path: b}", [":2:", "model is given twice"]),
+        ("- 1", ["expected a mapping of sections, got [1]"]),
+        ("", ["expected a mapping of sections, got null"]),
+        ("model: {path: a}", ["data: missing"]),
+        ("model: \x00", ["not YAML"]),
+    ],
+)
+def test_a_file_that_is_no_recipe(write, text, parts):
+    message = refusal(write(text))
+    assert all(part in message for part in parts), message
+
+
+def test_a_file_that_cannot_be_read(write, tmp_path):
+    assert "no such file" in refusal(tmp_path / "none.yaml")
+    assert "cannot read" in refusal(tmp_path)
+    (tmp_path / "latin.yaml").write_bytes(b"name: \xe9")
+    assert "cannot read" in refusal(tmp_path / "latin.yaml")
+
+
+def test_yaml_anchors_work(write):
+    text = (
+        "model: {path: m}\ndata:\n  train: &t {tasks: [{name: a}], seed: 1}\n"
+        "  eval: {<<: *t, seed: 2}"
+    )
+    data = load(write(text)).data
+    assert (data.train.seed, data.eval.seed) == (1, 2)
+    assert data.train.tasks == data.eval.tasks
+
+
+@pytest.mark.parametrize(
+    ("overrides", "warnings"),
+    [
+        ({}, []),
+        ({"tau_neg": "0.9"}, ["tau_neg 0.9 < algorithm.tau_pos 1"]),
+        ({"num_mini_batches": "1"}, ["num_mini_batches is 1"]),
+        ({"tau_neg": "0.9", "num_mini_batches": "1"}, ["tau_neg", "num_mini_batches"]),
+        ({"tau_neg": "0.9", "num_mini_batches": "1", "loss_type": "grpo"}, []),
+    ],
+)
+def test_each_warning_comes_once(write, caplog, overrides, warnings):
+    with caplog.at_level(logging.WARNING):
+        load(write(), overrides)
+    assert len(caplog.messages) == len(warnings)
+    assert all(part in said for part, said in zip(warnings, caplog.messages, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("layout", "world_size", "parts"),
+    [
+        ({}, 1, None),
+        ({"tensor_model_parallel_size": "4", "pipeline_model_parallel_size": "2"}, 8, None),
+        ({"tensor_model_parallel_size": "2"}, 3, ["tp x pp x cp = 2", "3 processes"]),
+        ({"expert_model_parallel_size": "4"}, 6, ["etp x ep x pp = 4", "6 processes"]),
+        (
+            {"context_parallel_size": "3", "expert_model_parallel_size": "2"},
+            2,
+            ["tp x pp x cp = 3", "a multiple of 6", "torchrun --nproc-per-node 6"],
+        ),
+        ({}, 3, ["rollout_batch_size", "256", "3 ranks"]),
+    ],
+)
+def test_the_number_of_processes(write, layout, world_size, parts):
+    recipe = load(write(), layout)
+    if parts is None:
+        check_world(recipe, world_size)
+        return
+    with pytest.raises(UserError) as caught:
+        check_world(recipe, world_size)
+    assert all(part in str(caught.value) for part in parts), caught.value
+
+
+@pytest.mark.parametrize(
+    ("layout", "arch", "parts"),
+    [
+        ({}, {}, None),
+        (
+            {
+                "tensor_model_parallel_size": "8",
+                "pipeline_model_parallel_size": "4",
+                "virtual_pipeline_model_parallel_size": "3",
+                "expert_model_parallel_size": "16",
+                "expert_tensor_parallel_size": "2",
+            },
+            {},
+            None,
+        ),
+        ({"tensor_model_parallel_size": "3"}, {}, ["num_attention_heads 32", "got 3"]),
+        (
+            {"tensor_model_parallel_size": "4"},
+            {"num_key_value_heads": 6},
+            ["num_key_value_heads 6", "got 4"],
+        ),
+        ({"pipeline_model_parallel_size": "5"}, {}, ["48 layers", "48 over 5"]),
+        (
+            {"pipeline_model_parallel_size": "4", "num_layers_in_first_pipeline_stage": "10"},
+            {},
+            ["48 layers", "10 on the outer stages", "38 over 3"],
+        ),
+        (
+            {"pipeline_model_parallel_size": "4", "num_layers_in_first_pipeline_stage": "12"},
+            {},
+            None,
+        ),
+        (
+            {
+                "pipeline_model_parallel_size": "2",
+                "num_layers_in_first_pipeline_stage": "20",
+                "num_layers_in_last_pipeline_stage": "20",
+            },
+            {},
+            ["20 + 20", "8 over 0"],
+        ),
+        (
+            {
+                "pipeline_model_parallel_size": "2",
+                "num_layers_in_first_pipeline_stage": "23",
+                "num_layers_in_last_pipeline_stage": "25",
+            },
+            {},
+            None,
+        ),
+        ({"pipeline_model_parallel_size": "64"}, {"num_hidden_layers": 32}, ["32 over 64"]),
+        (
+            {"pipeline_model_parallel_size": "4", "virtual_pipeline_model_parallel_size": "5"},
+            {},
+            ["virtual_pipeline_model_parallel_size", "12 layers of a stage", "got 5"],
+        ),
+        ({"expert_model_parallel_size": "3"}, {}, ["experts 128", "got 3"]),
+        (
+            {"expert_model_parallel_size": "3"},
+            {"num_experts": None, "n_routed_experts": 64},
+            ["experts 64", "got 3"],
+        ),
+        (
+            {"expert_model_parallel_size": "3"},
+            {"num_experts": None, "num_local_experts": 8},
+            ["experts 8", "got 3"],
+        ),
+        ({"expert_tensor_parallel_size": "5"}, {}, ["expert_tensor", "768", "got 5"]),
+        ({"expert_model_parallel_size": "2"}, {"num_experts": None}, ["without experts", "2"]),
+        ({}, {"num_experts": None}, None),
+        ({}, {"num_hidden_layers": None}, ["num_hidden_layers: missing"]),
+        ({}, {"num_hidden_layers": "x"}, ["num_hidden_layers", "'x'"]),
+    ],
+)
+def test_the_layout_against_the_model(write, layout, arch, parts):
+    recipe = load(write(), layout)
+    if parts is None:
+        check_architecture(recipe, QWEN3_30B | arch)
+        return
+    with pytest.raises(UserError) as caught:
+        check_architecture(recipe, QWEN3_30B | arch)
+    assert all(part in str(caught.value) for part in parts), caught.value
+
+
+def test_the_models_config_json(write, tmp_path):
+    model = load(write("model: {path: .}\ndata: {train: {path: d}}")).model
+    for text, part in [(None, "config.json"), ("{", ":1: not JSON"), ("[]", "a JSON object")]:
+        if text is not None:
+            (tmp_path / "config.json").write_text(text)
+        with pytest.raises(UserError, match=part):
+            read_architecture(model)
+    (tmp_path / "config.json").write_text(json.dumps(QWEN3_30B))
+    assert read_architecture(model) == QWEN3_30B
