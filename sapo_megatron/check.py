@@ -129,6 +129,12 @@ def check_architecture(recipe: Recipe, arch: dict[str, Any]) -> None:
         return
     if experts % ep:
         raise _indivisible("expert_model_parallel_size", ep, f"number of experts {experts}")
+    topk = _whole(arch, "num_experts_per_tok")
+    if topk > experts:
+        raise UserError(
+            f"model.path: expected num_experts_per_tok of at most the number of experts {experts}, "
+            f"got {topk}; correct config.json"
+        )
     width = _whole(arch, "moe_intermediate_size", "intermediate_size")
     if width % etp:
         raise _indivisible("expert_tensor_parallel_size", etp, f"expert width {width}")

@@ -30,7 +30,7 @@ def run_ranks(
             context.Process(
                 target=_rank_main,
                 args=(rank, world_size, f"{folder}/store", sender, function, args, timeout),
-                daemon=True,
+                daemon=False,  # writing a checkpoint starts processes, which a daemon may not
             )
             for rank, (_, sender) in enumerate(pipes)
         ]

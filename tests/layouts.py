@@ -250,7 +250,9 @@ def random_weights(arch: dict[str, Any], folder: Path, seed: int = 2) -> None:
     """A Hugging Face folder of random weights, larger than at initialisation.
 
     Attention and routing are then far from uniform, and no gradient is close to zero. Layers add
-    half of what they could to the residual stream, which keeps fp32's rounding errors small.
+    half of what they could to the residual stream, which keeps fp32's rounding errors small. With
+    some seeds the gradient of one expert all but cancels, and one rank in fp32 has a relative error
+    of 2e-5 there; with this one it stays below 4e-6.
     """
     generator = torch.Generator().manual_seed(seed)
     hidden, size = arch["hidden_size"], arch["head_dim"]

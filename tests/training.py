@@ -1,7 +1,6 @@
 """What the tests of whole runs do on ranks: several runs, one after the other, in one world."""
 
 import math
-import multiprocessing
 from pathlib import Path
 from typing import Any
 
@@ -55,8 +54,6 @@ class Crash(Exception):
 def resuming(folder: Path) -> dict[str, Any]:
     """Runs of four steps that were interrupted in several ways, below ``folder``."""
     train.write_report = lambda folder: None
-    # Writing a checkpoint starts a process, which a daemon may not.
-    multiprocessing.current_process()._config["daemon"] = False
     if dist.get_rank() == 0:
         write_recipe(
             folder,

@@ -13,6 +13,9 @@ for _message in (
     ".*The .grad attribute of a Tensor that is not a leaf",
     ".*is deprecated. Please use `torch.distributed",
     ".*is experimental and still under active development",
+    ".*`load_state_dict` is deprecated",
+    ".*use DTensor instead",
+    ".*we are deprecating ShardedTensor",
 ):
     warnings.filterwarnings("ignore", message=_message)
 # The one warning of each, from 0.19 on: GPTModel is to give way to HybridModel; DDP works out the

@@ -7,6 +7,7 @@ the layout must be those it was written with.
 """
 
 import json
+import queue
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, tensor_parallel
 from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 
 from sapo_megatron.config import ParallelConfig, UserError
 from sapo_megatron.policy.step import Policy
@@ -43,6 +45,9 @@ def save(
         temporary.mkdir(parents=True)
     dist.barrier(policy.groups.world)
     metadata = _metadata(policy)
+    # Upstream's queue belongs to a process of its own, which outlives a rank that is killed; the
+    # one thread that writes needs no more than this.
+    filesystem_async._results_queue = queue.SimpleQueue()
     dist_checkpointing.save(
         _sharded_state(policy, metadata, loading=False, with_rng=True),
         str(temporary),

@@ -76,11 +76,6 @@ def launched() -> bool:
     return "RANK" in os.environ
 
 
-def world_size() -> int:
-    """Processes that torchrun started; 1 without it."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
 def setup(parallel: ParallelConfig, *, seed: int, timeout_s: float = 1800.0) -> ParallelGroups:
     """Join the processes of this run and cut them into groups.
 
