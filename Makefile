@@ -8,8 +8,23 @@ ARGS ?=
 
 STAMP := $(VENV)/.installed
 BIN := $(VENV)/bin
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: venv train test test-all lint bench
+# The other release of megatron-core, and what of the tests make test runs on it.
+MCORE_019 := venvs/mcore-0.19
+MCORE_019_STAMP := $(MCORE_019)/.installed
+ON_MCORE_019 := MEGATRON_CORE_VERSION=$(shell sed -n 's/^megatron-core==//p' \
+	requirements-mcore-0.19.txt) PYTHONPATH="$(CURDIR)/$(MCORE_019)"
+SLICE_FILES := $(patsubst %,tests/test_%.py, \
+	release layers logprob generate checkpoint matrix)
+SLICE_LAYOUTS := TP2xPP2xEP2 or CP2xEP2xDP2 or PP2xVPP2xDP2 or CP2xDP2 or moe_act or 3-tuple or \
+	balanced
+SLICE ?= $(SLICE_FILES) -k "not (test_layout or killed or tensor_parallel) \
+	or float64 and ($(SLICE_LAYOUTS))"
+
+BENCHMARKS := logprob loss step
+
+.PHONY: venv train test test-mcore-0.19 test-all lint bench
 
 venv: $(STAMP)
 
@@ -27,16 +42,31 @@ train: venv
 	OMP_NUM_THREADS=1 $(BIN)/python -m torch.distributed.run --standalone \
 		--nproc-per-node $(PROCESSES) -m sapo_megatron train $(RECIPE) $(ARGS)
 
-test: venv
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(ARGS)
+# All tests on the megatron-core of requirements.txt, then some of them on the other release; with
+# ARGS, those tests on the first alone: make test ARGS="tests/test_sapo.py -k gate"
+test: venv $(if $(ARGS),,$(MCORE_019_STAMP))
+	$(PYTEST) $(ARGS)
+	$(if $(ARGS),,$(ON_MCORE_019) $(PYTEST) $(SLICE))
 
-test-all: venv
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow or not slow" $(ARGS)
+test-mcore-0.19: venv $(MCORE_019_STAMP)
+	$(ON_MCORE_019) $(PYTEST) $(or $(ARGS),$(SLICE))
+
+test-all: venv $(MCORE_019_STAMP)
+	$(PYTEST) -m "slow or not slow" $(ARGS)
+	$(ON_MCORE_019) $(PYTEST) -m "slow or not slow" $(ARGS)
+
+$(MCORE_019_STAMP): requirements-mcore-0.19.txt | $(STAMP)
+	rm -rf $(MCORE_019)
+	$(BIN)/python -m pip install --disable-pip-version-check --ignore-requires-python --no-deps \
+		--target $(MCORE_019) -r $<
+	@touch $@
 
 lint: venv
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+# Tables on the screen, rows as JSON below runs/benchmarks. For instance: make bench ARGS=--full
 bench: venv
-	@set -e; for script in $(wildcard benchmarks/*.py); do \
-		echo "== $$script"; $(BIN)/python $$script $(ARGS); done
+	@set -e; for name in $(BENCHMARKS); do \
+		echo "== $$name"; \
+		$(BIN)/python benchmarks/$$name.py --out runs/benchmarks/$$name.json $(ARGS); done

@@ -1,4 +1,4 @@
-"""The command line: ``sapo-megatron train | eval | report``.
+"""The command line: ``sapo-megatron train | eval | report | gates``.
 
 Exit status: 0 done, 1 the work failed, 2 the input is wrong (one line on stderr says what).
 """
@@ -78,6 +78,25 @@ def _parser() -> argparse.ArgumentParser:
     )
     report = command("report", _report, "Draw a run's report: pictures and one HTML page.")
     report.add_argument("run", help="a run folder, finished or not")
+    gates = command("gates", _gates, "Compare what gates keep of the gradient of dumped tokens.")
+    gates.add_argument("dumps", nargs="+", metavar="DUMP", help="a token dump, or a folder of them")
+    gates.add_argument(
+        "--gate",
+        action="append",
+        default=[],
+        metavar="NAME:VALUE,VALUE",
+        help="sapo:TAU_POS,TAU_NEG, or grpo, gspo or cispo with CLIP_LOW,CLIP_HIGH; repeat it for "
+        "more; without it, one of each",
+    )
+    gates.add_argument(
+        "--attenuation",
+        type=float,
+        default=0.95,
+        metavar="W",
+        help="mean weight for which to suggest temperatures (default 0.95)",
+    )
+    gates.add_argument("--json", metavar="FILE", help="write the numbers here, as JSON")
+    gates.add_argument("--out", metavar="FOLDER", help="draw gates.png into this folder")
     return parser
 
 
@@ -122,6 +141,18 @@ def _report(arguments: argparse.Namespace, rest: list[str], words: list[str]) ->
     from sapo_megatron.report import write_report
 
     write_report(arguments.run)
+    return 0
+
+
+def _gates(arguments: argparse.Namespace, rest: list[str], words: list[str]) -> int:
+    if rest:
+        raise UserError(f"gates: expected dumps and its own options, got also {' '.join(rest)}")
+    from sapo_megatron.gates import compare_gates
+
+    text = compare_gates(
+        arguments.dumps, arguments.gate, arguments.attenuation, arguments.json, arguments.out
+    )
+    sys.stdout.write(text)
     return 0
 
 

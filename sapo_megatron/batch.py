@@ -121,7 +121,7 @@ def pack(
         mask[response] = True
         rollout_logprob[response] = torch.tensor(sample.rollout_logprobs)
     per_sequence = torch.tensor(sizes)
-    return PackedBatch(
+    batch = PackedBatch(
         tokens=tokens,
         targets=targets,
         mask=mask,
@@ -137,6 +137,32 @@ def pack(
         sample_uids=tuple(s.uid for s in samples),
         padded=not packing,
     )
+    if any(s.routes for s in samples):
+        _lay_out_routes(batch, samples)
+    return batch
+
+
+def _lay_out_routes(batch: PackedBatch, samples: Sequence[Sample]) -> None:
+    """Bring the rollout engine's routes into the order of the tokens."""
+    first = next(s.routes for s in samples if s.routes)
+    experts = torch.full((len(batch.tokens), *first.experts.shape[1:]), -1, dtype=torch.int16)
+    rows = torch.full((len(batch.tokens),), -1)
+    probs: list[Tensor] = []
+    kept = 0
+    for sample, start in zip(samples, batch.cu_seqlens.tolist(), strict=False):
+        if sample.routes is None:
+            continue
+        fed = len(sample.routes.experts)
+        assert fed == _length(sample), f"sample {sample.uid}: routes of {fed} tokens"
+        experts[start : start + fed] = torch.from_numpy(sample.routes.experts)
+        if sample.routes.probs is not None:
+            positions = sample.routes.positions
+            rows[start + torch.from_numpy(positions)] = torch.arange(kept, kept + len(positions))
+            probs.append(torch.from_numpy(sample.routes.probs))
+            kept += len(positions)
+    batch.rollout_experts = experts
+    if probs:
+        batch.rollout_probs, batch.rollout_probs_row = torch.cat(probs), rows
 
 
 def cp_slice(batch: PackedBatch, cp_rank: int, cp_size: int) -> PackedBatch:
@@ -144,21 +170,30 @@ def cp_slice(batch: PackedBatch, cp_rank: int, cp_size: int) -> PackedBatch:
     if cp_size == 1:
         return batch
     rows = zigzag_rows(batch.cu_seqlens, cp_rank, cp_size)
-    return dataclasses.replace(
-        batch,
-        **{
-            name: getattr(batch, name)[rows]
-            for name in (
-                "tokens",
-                "targets",
-                "mask",
-                "position_ids",
-                "sequence_ids",
-                "advantages",
-                "rollout_logprob",
-            )
-        },
-    )
+    by_token = [
+        "tokens",
+        "targets",
+        "mask",
+        "position_ids",
+        "sequence_ids",
+        "advantages",
+        "rollout_logprob",
+    ]
+    by_token += ["rollout_experts"] if batch.rollout_experts is not None else []
+    by_token += ["rollout_probs_row"] if batch.rollout_probs_row is not None else []
+    return dataclasses.replace(batch, **{name: getattr(batch, name)[rows] for name in by_token})
+
+
+def router_rows(batch: PackedBatch, tp_rank: int, tp_size: int) -> Tensor:
+    """Which tokens the routers of a tensor-parallel rank see, in their order: int [T / tp_size].
+
+    Sequence parallelism gives each rank an equal part of the tokens, position by position where
+    sequences lie side by side.
+    """
+    rows = torch.arange(len(batch.tokens), device=batch.tokens.device)
+    if batch.padded:
+        rows = rows.view(len(batch.lengths), -1).T.flatten()
+    return rows.chunk(tp_size)[tp_rank]
 
 
 def zigzag_rows(cu_seqlens: Tensor, cp_rank: int, cp_size: int) -> Tensor:

@@ -73,6 +73,9 @@ _NOT_NEGATIVE = (
     "cold_start.lr_warmup_steps",
     "eval.every",
     "checkpoint.every",
+    "routing.decompose_every",
+    "routing.prob_every",
+    "logging.dump_every",
 )
 _RANGES = (
     (_POSITIVE, "> 0", lambda x: x > 0),
@@ -125,6 +128,11 @@ def check_architecture(recipe: Recipe, arch: dict[str, Any]) -> None:
             raise UserError(
                 f"parallel.expert_model_parallel_size: expected 1, and expert_tensor_parallel_size "
                 f"1, for a model without experts, got {ep} and {etp}; remove them"
+            )
+        if recipe.routing.router_replay != "disabled":
+            raise UserError(
+                f"routing.router_replay: expected disabled for a model without experts, got "
+                f"{recipe.routing.router_replay}; remove it"
             )
         return
     if experts % ep:

@@ -82,7 +82,7 @@ def _train(
         samples = demonstrations(recipe, inputs)
         sizes = denominators(samples)
         batches = micro_batches(samples, **layout)
-        metrics = policy.update(
+        metrics, _ = policy.update(
             [b.to(groups.device) for b in batches],
             lambda b, logprob, entropy, sizes=sizes: supervised_loss(
                 b, logprob, entropy, denominators=sizes

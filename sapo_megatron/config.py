@@ -116,6 +116,21 @@ class RewardConfig:
     """Seconds for one response; beyond it the reward is 0 and ``reward/timeouts`` counts it."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class RoutingConfig:
+    """The routers of a model with experts: what they are made to do, and how they are watched."""
+
+    router_replay: Literal["disabled", "R2", "R3"] = "disabled"
+    """Whose experts the training passes use: their own routers' (disabled), those of the old
+    policy in the training engine (R2, from the first update on), or the rollout engine's (R3)."""
+    decompose_every: int = 16
+    """Updates between splits of Var[log r] into weights, router and covariance (two more forward
+    passes of one mini-batch); 0: never."""
+    prob_every: int = 16
+    """Positions between tokens whose router probabilities are kept for ``tv`` and
+    ``shift_factor``; 0: none are."""
+
+
 LossType = Literal["sapo", "grpo", "gspo", "cispo"]
 
 CLIP_DEFAULTS: dict[str, tuple[float, float]] = {
@@ -227,6 +242,8 @@ class LoggingConfig:
     wandb: bool = False
     wandb_project: str = "sapo-megatron"
     wandb_name: str | None = None
+    dump_every: int = 0
+    """Updates between dumps of a mini-batch's tokens to ``<run>/dumps``; 0: never."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -238,6 +255,7 @@ class Recipe:
     parallel: ParallelConfig = ParallelConfig()
     rollout: RolloutConfig = RolloutConfig()
     reward: RewardConfig = RewardConfig()
+    routing: RoutingConfig = RoutingConfig()
     algorithm: AlgorithmConfig = AlgorithmConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     train: TrainConfig = TrainConfig()
@@ -274,6 +292,13 @@ PEER_KEYS = {
     "max_completion_length": "rollout.max_response_length",
     "rollout_max_response_len": "rollout.max_response_length",
     "learning_rate": "optimizer.lr",
+    "routing_replay": "routing.router_replay",
+    "use_routing_replay": "routing.router_replay",
+    "use_rollout_routing_replay": "routing.router_replay",
+    "enable_rollout_routing_replay": "routing.router_replay",
+    "moe_enable_routing_replay": "routing.router_replay",
+    "enable_routing_replay": "routing.router_replay",
+    "router_replay_mode": "routing.router_replay",
     "tp": "parallel.tensor_model_parallel_size",
     "pp": "parallel.pipeline_model_parallel_size",
     "vpp": "parallel.virtual_pipeline_model_parallel_size",

@@ -8,7 +8,7 @@ depend on how a batch was cut into ranks and micro-batches. Statistics may be 0-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import Self
+from typing import ClassVar, Self
 
 import torch
 import torch.distributed as dist
@@ -68,8 +68,7 @@ class Variance(Metric):
         return cls(count, x.sum(), x.square().sum())
 
     def value(self) -> float:
-        mean = _ratio(self.total, self.count)
-        return max(_ratio(self.squares, self.count) - mean * mean, 0.0)
+        return max(_covariance(self.count, self.total, self.total, self.squares), 0.0)
 
 
 @dataclass(frozen=True)
@@ -78,6 +77,56 @@ class Std(Variance):
 
     def value(self) -> float:
         return math.sqrt(super().value())
+
+
+@dataclass(frozen=True)
+class Covariance(Metric):
+    """Population covariance of two series."""
+
+    count: Scalar
+    x: Scalar
+    y: Scalar
+    xy: Scalar
+
+    @classmethod
+    def of(cls, x: Tensor, y: Tensor, mask: Tensor | None = None) -> "Covariance":
+        """Of the pairs of ``x`` and ``y`` where ``mask`` is True."""
+        x, count = _select(x, mask)
+        y, _ = _select(y, mask)
+        return cls(count, x.sum(), y.sum(), (x * y).sum())
+
+    def value(self) -> float:
+        return _covariance(self.count, self.x, self.y, self.xy)
+
+
+@dataclass(frozen=True)
+class Share(Metric):
+    """The part of the variance of z = a + b that b explains.
+
+    (Var b + Cov(a, b)) / Var z, that is Cov(b, z) / Var z: the shares of a and b add up to one,
+    and either can lie outside [0, 1] where a and b cancel.
+    """
+
+    count: Scalar
+    b: Scalar
+    z: Scalar
+    bz: Scalar
+    zz: Scalar
+
+    @classmethod
+    def of(cls, a: Tensor, b: Tensor, mask: Tensor | None = None) -> "Share":
+        """The share of ``b`` in ``a + b`` over the entries where ``mask`` is True."""
+        a, count = _select(a, mask)
+        b, _ = _select(b, mask)
+        z = a + b
+        return cls(count, b.sum(), z.sum(), (b * z).sum(), z.square().sum())
+
+    def value(self) -> float:
+        variance = _covariance(self.count, self.z, self.z, self.zz)
+        # Sums of a constant z leave no exact zero; what is below their rounding counts as none.
+        if variance <= 1e-13 * _ratio(self.zz, self.count):
+            return math.nan
+        return _covariance(self.count, self.b, self.z, self.bz) / variance
 
 
 @dataclass(frozen=True)
@@ -133,6 +182,22 @@ class Min(Metric):
 
 
 @dataclass(frozen=True)
+class MaxViolation(Metric):
+    """How far the busiest expert of a layer is above the mean load; the mean over the layers.
+
+    max_e load / mean_e load - 1, so 0 is a perfect balance. Layers without tokens do not count.
+    """
+
+    counts: Tensor
+    """int64 [L, E]: the tokens that each of E experts got in each of L layers."""
+
+    def value(self) -> float:
+        load = self.counts.double()
+        load = load[load.sum(-1) > 0]
+        return float((load.amax(-1) / load.mean(-1) - 1).mean())
+
+
+@dataclass(frozen=True)
 class Histogram(Metric):
     """Counts between fixed edges; what falls outside counts in the first or last bin."""
 
@@ -150,6 +215,45 @@ class Histogram(Metric):
     def merge(self, other: "Histogram") -> "Histogram":
         assert self.edges == other.edges, "histograms with different edges do not merge"
         return Histogram(self.edges, self.counts + other.counts)
+
+
+@dataclass(frozen=True)
+class Points(Metric):
+    """Pairs for a scatter plot, at most ``MOST`` of them.
+
+    Those with the smallest hash stay, so the sample is even and the same in whatever order and
+    pieces the pairs arrive. Pairs that are not finite have no place in a plot and are left out.
+    """
+
+    MOST: ClassVar[int] = 256
+
+    x: Tensor
+    """fp64 [n]."""
+    y: Tensor
+    """fp64 [n]."""
+
+    @classmethod
+    def of(cls, x: Tensor, y: Tensor, mask: Tensor | None = None) -> "Points":
+        """The pairs of ``x`` and ``y`` where ``mask`` is True."""
+        x, y = x.detach().double(), y.detach().double()
+        plotted = x.isfinite() & y.isfinite()
+        if mask is not None:
+            plotted &= mask
+        return cls(*cls._sample(x[plotted], y[plotted]))
+
+    def merge(self, other: "Points") -> "Points":
+        pairs = torch.cat([self.x, other.x]), torch.cat([self.y, other.y])
+        return Points(*self._sample(*pairs))
+
+    def pairs(self) -> list[list[float]]:
+        """``[x, y]`` of each point."""
+        return torch.stack([self.x, self.y], dim=1).tolist()
+
+    @classmethod
+    def _sample(cls, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        key = _scramble(_scramble(x.view(torch.int64)) + y.view(torch.int64))
+        kept = torch.argsort(key)[: cls.MOST]
+        return x[kept], y[kept]
 
 
 class Metrics:
@@ -217,11 +321,15 @@ class Metrics:
         return merged
 
     def values(self) -> dict[str, float]:
-        """Name to value, without the histograms."""
-        return {n: m.value() for n, m in self._metrics.items() if not isinstance(m, Histogram)}
+        """Name to value, without the histograms and points."""
+        shapes = (Histogram, Points)
+        return {n: m.value() for n, m in self._metrics.items() if not isinstance(m, shapes)}
 
     def histograms(self) -> dict[str, Histogram]:
         return {n: m for n, m in self._metrics.items() if isinstance(m, Histogram)}
+
+    def points(self) -> dict[str, Points]:
+        return {n: m for n, m in self._metrics.items() if isinstance(m, Points)}
 
 
 def _select(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -232,6 +340,13 @@ def _select(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     return torch.where(mask, x, 0.0), mask.sum().double()
 
 
+def _scramble(bits: Tensor) -> Tensor:
+    """splitmix64's finaliser on int64, whose products wrap around."""
+    bits = (bits ^ (bits >> 30)) * -4658895280553007687
+    bits = (bits ^ (bits >> 27)) * -7723592293110705685
+    return bits ^ (bits >> 31)
+
+
 def _extreme(a: Scalar, b: Scalar, of_tensors: Callable, of_floats: Callable) -> Scalar:
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         return of_tensors(a, b)
@@ -240,3 +355,8 @@ def _extreme(a: Scalar, b: Scalar, of_tensors: Callable, of_floats: Callable) ->
 
 def _ratio(total: Scalar, count: Scalar) -> float:
     return float(total) / float(count) if float(count) else math.nan
+
+
+def _covariance(count: Scalar, x: Scalar, y: Scalar, xy: Scalar) -> float:
+    """Population covariance from a count and the sums of x, of y and of their products."""
+    return _ratio(xy, count) - _ratio(x, count) * _ratio(y, count)

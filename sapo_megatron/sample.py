@@ -9,6 +9,8 @@ from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # reward workers read samples and do without torch
+    import numpy as np
+    import numpy.typing as npt
     import torch
     from torch import Tensor
 
@@ -27,6 +29,21 @@ class Prompt:
     task: str = ""
     entry: dict[str, Any] = field(default_factory=dict)
     """The source's own record, as its scorer wants it back (a JSONL row, a reasoning-gym item)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleRoutes:
+    """The experts that the rollout engine chose for a sample's tokens.
+
+    Of the N = prompt + response - 1 tokens that are fed, in all M layers with experts.
+    """
+
+    experts: npt.NDArray[np.int16]
+    """[N, M, k]."""
+    probs: npt.NDArray[np.float32] | None = None
+    """[P, M, E] router probabilities, kept at some positions."""
+    positions: npt.NDArray[np.int64] | None = None
+    """[P] the positions, from 0, at which they were kept."""
 
 
 @dataclass(kw_only=True)
@@ -48,6 +65,7 @@ class Sample:
     text: str = ""
     reward: float = 0.0
     advantage: float = 0.0
+    routes: SampleRoutes | None = None
 
 
 @dataclass(kw_only=True)
@@ -69,6 +87,20 @@ class Denominators:
     """Sequences that hold at least one valid token."""
     tokens: int
     """Valid response tokens."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Routes:
+    """The experts of a micro-batch as one rank's routers see it.
+
+    M layers with experts on this rank, N tokens that its routers see (sequence parallelism gives
+    each tensor-parallel rank a part), k experts a token, E experts.
+    """
+
+    experts: Tensor
+    """int16 [M, N, k]."""
+    probs: Tensor | None = None
+    """fp32 [M, P, E]: router probabilities of the P tokens at which they are kept."""
 
 
 @dataclass(kw_only=True)
@@ -107,6 +139,14 @@ class PackedBatch:
     old_logprob: Tensor | None = None
     """fp32, or fp64 for fp64 weights; set on the last pipeline stage before the first update."""
     ref_logprob: Tensor | None = None
+    rollout_experts: Tensor | None = None
+    """int16 [T, M, k] of the rollout engine, all M layers with experts; -1 on padding."""
+    rollout_probs: Tensor | None = None
+    """fp32 [P, M, E]: router probabilities of the rollout engine, where they were kept."""
+    rollout_probs_row: Tensor | None = None
+    """Row of ``rollout_probs`` that belongs to each token; -1 where none was kept."""
+    old_routes: Routes | None = None
+    """What this rank's routers chose in the pass that computed ``old_logprob``."""
 
     def to(self, device: torch.device) -> PackedBatch:
         """The same batch with its tensors on ``device``."""

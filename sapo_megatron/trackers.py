@@ -2,7 +2,8 @@
 
 Only rank 0 builds these. ``metrics.jsonl`` holds one JSON object a step: ``step`` and the flat
 metric names; what is not finite is null. A histogram stands under its name as
-``{"hist": {"edges": [n + 1 numbers], "counts": [n integers]}}``, edges to six digits.
+``{"hist": {"edges": [n + 1 numbers], "counts": [n integers]}}``, the points of a scatter plot as
+``{"points": [[x, y], ...]}``; edges and points to six digits.
 
 A tracker that fails is logged once and dropped: bookkeeping never stops training.
 """
@@ -18,13 +19,13 @@ import urllib.error
 import urllib.request
 import uuid
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
 
 from sapo_megatron.config import LoggingConfig
-from sapo_megatron.metrics import Histogram, Metrics
+from sapo_megatron.metrics import Metrics
 
 logger = logging.getLogger(__name__)
 
@@ -38,9 +39,7 @@ WANDB_FINISH_S = 60.0
 class Tracker(Protocol):
     """One destination for metrics. Any method may raise; the owner then drops the tracker."""
 
-    def log(
-        self, step: int, values: dict[str, float], histograms: dict[str, Histogram]
-    ) -> None: ...
+    def log(self, step: int, metrics: Metrics) -> None: ...
 
     def close(self, failed: bool) -> None:
         """Flush and let go; ``failed`` says that the run ended with an error."""
@@ -77,10 +76,9 @@ class RunTrackers:
 
     def log(self, step: int, metrics: Metrics) -> None:
         """Write one step's metrics, already gathered over the ranks; once for each step."""
-        values, histograms = metrics.values(), metrics.histograms()
         for name, tracker in list(self._trackers.items()):
             try:
-                tracker.log(step, values, histograms)
+                tracker.log(step, metrics)
             except Exception as error:
                 del self._trackers[name]
                 logger.warning("%s failed at step %d and is dropped: %s", name, step, _line(error))
@@ -119,12 +117,13 @@ class JsonlTracker:
         _keep_before(path, resume_step)
         self._file = path.open("a", encoding="ascii")
 
-    def log(self, step: int, values: dict[str, float], histograms: dict[str, Histogram]) -> None:
+    def log(self, step: int, metrics: Metrics) -> None:
         record: dict[str, Any] = {"step": step}
-        record |= {name: v if math.isfinite(v) else None for name, v in values.items()}
-        for name, h in histograms.items():
-            edges = [float(f"{edge:.6g}") for edge in h.edges]
-            record[name] = {"hist": {"edges": edges, "counts": h.counts.tolist()}}
+        record |= {n: v if math.isfinite(v) else None for n, v in metrics.values().items()}
+        for name, h in metrics.histograms().items():
+            record[name] = {"hist": {"edges": _rounded(h.edges), "counts": h.counts.tolist()}}
+        for name, p in metrics.points().items():
+            record[name] = {"points": [_rounded(pair) for pair in p.pairs()]}
         self._file.write(json.dumps(record, allow_nan=False) + "\n")
         self._file.flush()
 
@@ -133,17 +132,17 @@ class JsonlTracker:
 
 
 class TensorBoardTracker:
-    """Scalars and histograms as event files under ``<run>/tensorboard``."""
+    """Scalars and histograms as event files under ``<run>/tensorboard``; it has no scatter plot."""
 
     def __init__(self, run_dir: Path, *, resume_step: int | None = None) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=resume_step)
 
-    def log(self, step: int, values: dict[str, float], histograms: dict[str, Histogram]) -> None:
-        for name, value in values.items():
+    def log(self, step: int, metrics: Metrics) -> None:
+        for name, value in metrics.values().items():
             self._writer.add_scalar(name, value, step)
-        for name, h in histograms.items():
+        for name, h in metrics.histograms().items():
             counts = h.counts.tolist()
             if not sum(counts):
                 continue
@@ -212,10 +211,13 @@ class WandbTracker:
         where = self._run.url if mode == "online" else Path(self._run.dir).parent
         logger.info("W&B (%s): %s", mode, where)
 
-    def log(self, step: int, values: dict[str, float], histograms: dict[str, Histogram]) -> None:
-        record: dict[str, Any] = dict(values)
-        for name, h in histograms.items():
+    def log(self, step: int, metrics: Metrics) -> None:
+        record: dict[str, Any] = metrics.values()
+        for name, h in metrics.histograms().items():
             record[name] = self._wandb.Histogram(np_histogram=(h.counts.tolist(), list(h.edges)))
+        for name, p in metrics.points().items():
+            table = self._wandb.Table(columns=["x", "y"], data=p.pairs())
+            record[name] = self._wandb.plot.scatter(table, "x", "y", title=name)
         self._run.log(record, step=step)
 
     def close(self, failed: bool) -> None:
@@ -332,6 +334,11 @@ def _reachable(url: str, timeout_s: float) -> bool:
     thread.start()
     thread.join(timeout_s)
     return bool(answers)
+
+
+def _rounded(numbers: Iterable[float]) -> list[float]:
+    """To six significant digits."""
+    return [float(f"{x:.6g}") for x in numbers]
 
 
 def _line(error: Exception) -> str:

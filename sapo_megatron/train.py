@@ -39,6 +39,7 @@ from sapo_megatron.rollout.reward import Scorer
 from sapo_megatron.runs import RunFolder
 from sapo_megatron.sample import Group, PackedBatch
 from sapo_megatron.trackers import Progress, RunTrackers, duration
+from sapo_megatron.watch import RouterWatch
 
 logger = logging.getLogger(__name__)
 
@@ -88,7 +89,8 @@ class Trainer:
             if recipe.algorithm.kl_coef > 0
             else None
         )
-        self.decoder = MegatronDecoder(self.policy.chunks, groups)
+        self.decoder = MegatronDecoder(self.policy)
+        self.watch = RouterWatch(recipe, self.policy, run.path / "dumps")
         self.first_step = state["step"] + 1
         self.eval_before: dict[str, float] = state["eval"]
         self.began = time.monotonic() - state["wall_s"]
@@ -134,7 +136,7 @@ class Trainer:
     def _step(self, step: int, collector: Collector) -> Metrics:
         recipe, groups = self.recipe, self.groups
         began = time.monotonic()
-        with self.decoder.generating():
+        with self.decoder.generating(record=True):
             collected, metrics = collector.collect(self.inputs.source, seed=recipe.train.seed)
         _set_advantages(collected, recipe.algorithm.adv_estimator)
 
@@ -145,7 +147,7 @@ class Trainer:
             for samples in mini_batches
         ]
         with _timed(metrics, "time/logprob"):
-            self._set_old_logprobs([b for batches in packed for b in batches])
+            metrics.update(self._set_old_logprobs([b for batches in packed for b in batches]))
         with _timed(metrics, "time/update"):
             for number, (samples, batches) in enumerate(zip(mini_batches, packed, strict=True)):
                 loss = functools.partial(
@@ -156,7 +158,9 @@ class Trainer:
                     cp_group=groups.cp,
                 )
                 where = f"step {step}, mini-batch {number + 1} of {len(packed)}"
-                metrics.update(self.policy.update(batches, loss, where=where))
+                metrics.update(
+                    self.watch.update(batches, loss, step=step, mini_batch=number, where=where)
+                )
         seconds = time.monotonic() - began
         metrics.add("perf/step_s", Max(seconds))
         if self.is_main:
@@ -165,13 +169,11 @@ class Trainer:
             metrics.add("perf/tokens_per_s", Mean(tokens / seconds, 1.0))
         return metrics
 
-    def _set_old_logprobs(self, batches: list[PackedBatch]) -> None:
-        """From the training engine, with the packing of the updates: ratios then start at 1."""
-        for batch, logprob in zip(batches, self.policy.logprobs(batches), strict=True):
-            batch.old_logprob = logprob
+    def _set_old_logprobs(self, batches: list[PackedBatch]) -> Metrics:
         if self.reference:
-            for batch, logprob in zip(batches, self.reference.logprobs(batches), strict=True):
-                batch.ref_logprob = logprob
+            for batch, forward in zip(batches, self.reference.forward(batches), strict=True):
+                batch.ref_logprob = forward.logprob
+        return self.watch.set_old_logprobs(batches)
 
     def _evaluate(self, collector: Collector) -> dict[str, float]:
         with self.decoder.generating():

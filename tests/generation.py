@@ -46,7 +46,7 @@ def check_one_rank(folder: Path) -> dict[str, float]:
     """Largest errors of decoding against the whole model at once."""
     errors = {}
     recipe, policy = build(folder, {})
-    decoder = MegatronDecoder(policy.chunks, policy.groups)
+    decoder = MegatronDecoder(policy)
     with decoder.generating():
         errors["incremental"] = _incremental_error(decoder)
     for temperature, name in ((1.0, "logprob"), (0.7, "logprob at 0.7")):
@@ -63,7 +63,7 @@ def check_layouts(folder: Path, layouts: list[dict[str, int]]) -> list[list[Samp
     for layout in layouts:
         recipe, policy = build(folder, layout)
         groups = policy.groups
-        decoder = MegatronDecoder(policy.chunks, groups)
+        decoder = MegatronDecoder(policy)
         collector = Collector(
             decoder=decoder,
             tokenizer=load_tokenizer(recipe.model.tokenizer, 104),
@@ -114,10 +114,10 @@ def _incremental_error(decoder: MegatronDecoder) -> float:
 
 def _logprob_error(policy: FrozenPolicy, p: SamplingParams) -> float:
     """Between the log-probs that generation records and those of the training engine."""
-    decoder = MegatronDecoder(policy.chunks, policy.groups)
+    decoder = MegatronDecoder(policy)
     requests = [Request(uid=i, prompt_tokens=t) for i, t in enumerate(PROMPTS)]
     with decoder.generating():
         samples = generate(decoder, requests, p, batch_size=4)
     batch = pack(samples)
-    (logprob,) = policy.logprobs([batch])
-    return (logprob - batch.rollout_logprob)[batch.mask].abs().max().item()
+    (forward,) = policy.forward([batch])
+    return (forward.logprob - batch.rollout_logprob)[batch.mask].abs().max().item()

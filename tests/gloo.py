@@ -13,6 +13,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+import sapo_megatron.policy  # noqa: F401  before a rank's function names Megatron
+
 
 def run_ranks(
     world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 120.0

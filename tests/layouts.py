@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import reference
 import torch
 import torch.distributed as dist
@@ -34,11 +35,11 @@ from sapo_megatron.config import (
 from sapo_megatron.metrics import Metrics, Sum
 from sapo_megatron.objective.loss import policy_loss
 from sapo_megatron.objective.reduce import megatron_loss
-from sapo_megatron.policy import parallel, step
+from sapo_megatron.policy import compat, parallel, step
 from sapo_megatron.policy.model import transformer_config
 from sapo_megatron.policy.parallel import ParallelGroups
 from sapo_megatron.policy.step import Policy
-from sapo_megatron.sample import Sample
+from sapo_megatron.sample import Sample, SampleRoutes
 
 LONGEST_RESPONSE = 12
 TIMEOUT_S = 60.0
@@ -100,6 +101,8 @@ class Layout:
     objective: str = "sapo"
     packing: bool = True
     fused: bool = False
+    replay: bool = False
+    """Experts are those of the samples' routes."""
     batch: str = "ragged"
     max_tokens: int = 48
     """Of a micro-batch, over all context-parallel ranks."""
@@ -124,6 +127,7 @@ class Layout:
         words += ["per-token loss"] if self.per_token_loss else []
         words += [] if self.packing else ["padded"]
         words += ["fused"] if self.fused else []
+        words += ["replay"] if self.replay else []
         return ", ".join(words)
 
     @property
@@ -166,6 +170,9 @@ REPRESENTATIVE = (
     Layout(world=2, tp=2, model="dense", recompute="core_attn"),
     Layout(world=4, tp=2, contract="3-tuple", per_token_loss=True),
     Layout(world=4, tp=2, ep=2, objective="balanced", batch="same", max_tokens=16),
+    Layout(replay=True, model="mixed"),
+    Layout(world=4, tp=2, pp=2, ep=2, replay=True, recompute="uniform"),
+    Layout(world=4, cp=2, pp=2, vpp=2, replay=True, max_tokens=24, recompute="moe"),
 )
 """What an ordinary test run walks through."""
 
@@ -224,6 +231,15 @@ LAYOUTS = (
         contract="3-tuple",
         per_token_loss=True,
     ),
+    Layout(replay=True),
+    Layout(world=2, tp=2, replay=True),
+    Layout(world=2, tp=2, replay=True, packing=False),
+    Layout(world=4, tp=2, ep=2, replay=True, recompute="moe"),
+    Layout(world=2, pp=2, vpp=2, replay=True, model="mixed"),
+    Layout(world=2, pp=2, replay=True, recompute="block", max_tokens=24),
+    Layout(world=4, cp=4, replay=True, model="unnormed"),
+    Layout(world=4, ep=4, replay=True, batch="few"),
+    Layout(world=8, tp=2, pp=2, cp=2, ep=4, replay=True, fused=True),
 )
 
 
@@ -328,7 +344,34 @@ def sequences(kind: str) -> list[reference.Sequence]:
     return {"ragged": ragged, "reversed": ragged[::-1], "few": ragged[:2]}[kind]
 
 
-def samples(kind: str) -> list[Sample]:
+def mini_batch(layout: Layout) -> list[reference.Sequence]:
+    """The mini-batch of a layout, with routes at random where it replays them.
+
+    The seed is one with which the reference itself, in fp32, stays within 3e-6 of fp64: an expert
+    whose only token has a ratio of 90 has a gradient that fp32 cannot hold.
+    """
+    batch = sequences(layout.batch)
+    if not layout.replay:
+        return batch
+    arch, rng = MODELS[layout.model], random.Random(14)
+    layers = arch["num_hidden_layers"] - len(arch["mlp_only_layers"])
+
+    def experts() -> tuple[int, ...]:
+        return tuple(rng.sample(range(arch["num_experts"]), arch["num_experts_per_tok"]))
+
+    return [
+        replace(
+            s,
+            routes=tuple(
+                tuple(experts() for _ in range(layers))
+                for _ in range(len(s.prompt) + len(s.response) - 1)
+            ),
+        )
+        for s in batch
+    ]
+
+
+def samples(layout: Layout) -> list[Sample]:
     """The same mini-batch as the package takes it; old log-probs stand in for the rollout's."""
     return [
         Sample(
@@ -338,8 +381,9 @@ def samples(kind: str) -> list[Sample]:
             rollout_logprobs=list(s.old_logprobs),
             truncated=False,
             advantage=s.advantage,
+            routes=s.routes and SampleRoutes(experts=np.array(s.routes, dtype=np.int16)),
         )
-        for i, s in enumerate(sequences(kind))
+        for i, s in enumerate(mini_batch(layout))
     ]
 
 
@@ -347,7 +391,7 @@ def make_reference(layout: Layout, folder: Path) -> reference.Outcome:
     """What a layout has to reproduce: fp64, on the weights of ``folder``."""
     weights = {k: v.double() for k, v in load_file(folder / "model.safetensors").items()}
     objective = OBJECTIVES[layout.objective][1]
-    return reference.evaluate(weights, MODELS[layout.model], sequences(layout.batch), objective)
+    return reference.evaluate(weights, MODELS[layout.model], mini_batch(layout), objective)
 
 
 @dataclass(kw_only=True)
@@ -394,19 +438,18 @@ def measure(layout: Layout, dtype: str, folder: Path, gradients: Path) -> Measur
     recipe = make_recipe(layout, folder, dtype)
     groups = parallel.setup(recipe.parallel, seed=1, timeout_s=TIMEOUT_S)
     policy = _policy(recipe, layout, groups, folder)
-    mini_batch = samples(layout.batch)
-    batches = micro_batches(mini_batch, **groups.batch_layout(recipe))
+    batch_samples = samples(layout)
+    batches = micro_batches(batch_samples, **groups.batch_layout(recipe))
     for batch in batches:
         batch.old_logprob = batch.rollout_logprob
-    # Megatron weighs auxiliary losses by the tokens a router sees; all micro-batches have the same
-    # number in the only batch that is used with them.
-    router_tokens = len(batches[0].tokens) // groups.tp.size()
-    reports = policy.backward(
+    # All micro-batches have as many in the only batch that is used with auxiliary losses.
+    router_tokens = compat.auxiliary_loss_tokens(len(batches[0].tokens), groups.tp.size())
+    reports, _ = policy.backward(
         batches,
         functools.partial(
             policy_loss,
             algorithm=recipe.algorithm,
-            denominators=denominators(mini_batch),
+            denominators=denominators(batch_samples),
             max_response_length=LONGEST_RESPONSE,
             cp_group=groups.cp,
         ),
@@ -415,6 +458,7 @@ def measure(layout: Layout, dtype: str, folder: Path, gradients: Path) -> Measur
             contract=layout.contract,
             num_tokens=router_tokens if recipe.model.moe_aux_loss_coeff else 1,
         ),
+        replay=[policy.view.rollout_routes(b).experts for b in batches] if layout.replay else None,
     )
     metrics = Metrics()
     if groups.is_leader:

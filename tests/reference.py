@@ -23,6 +23,8 @@ class Sequence:
     response: tuple[int, ...]
     old_logprobs: tuple[float, ...]
     advantage: float
+    routes: tuple[tuple[tuple[int, ...], ...], ...] | None = None
+    """Experts of each token but the last, by layer with experts; None: what the router chooses."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,8 +42,13 @@ class Objective:
     aux_loss_coeff: float = 0.0
 
 
-def forward(weights: Weights, arch: dict[str, Any], ids: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """Logits ``[T, V]`` of one sequence ``ids [T]``, and the router logits of each MoE layer."""
+def forward(
+    weights: Weights, arch: dict[str, Any], ids: Tensor, routes: Tensor | None = None
+) -> tuple[Tensor, list[Tensor]]:
+    """Logits ``[T, V]`` of one sequence ``ids [T]``, and the router logits of each MoE layer.
+
+    ``routes`` int [T, MoE layers, k] stand in the place of what the routers choose.
+    """
     eps = arch["rms_norm_eps"]
     x = weights["model.embed_tokens.weight"][ids]
     router_logits = []
@@ -51,7 +58,8 @@ def forward(weights: Weights, arch: dict[str, Any], ids: Tensor) -> tuple[Tensor
         x = x + _attention(w, arch, _rms(x, w["input_layernorm.weight"], eps))
         h = _rms(x, w["post_attention_layernorm.weight"], eps)
         if "mlp.gate.weight" in w:
-            out, logits = _experts(w, arch, h)
+            told = None if routes is None else routes[:, len(router_logits)]
+            out, logits = _experts(w, arch, h, told)
             router_logits.append(logits)
         else:
             out = _mlp(w, "mlp.", h)
@@ -95,9 +103,13 @@ def _mlp(w: Weights, prefix: str, x: Tensor) -> Tensor:
     return (torch.nn.functional.silu(x @ gate.T) * (x @ up.T)) @ down.T
 
 
-def _experts(w: Weights, arch: dict[str, Any], x: Tensor) -> tuple[Tensor, Tensor]:
+def _experts(
+    w: Weights, arch: dict[str, Any], x: Tensor, told: Tensor | None
+) -> tuple[Tensor, Tensor]:
     logits = x @ w["mlp.gate.weight"].T
-    share, chosen = logits.softmax(-1).topk(arch["num_experts_per_tok"])
+    probs = logits.softmax(-1)
+    chosen = probs.topk(arch["num_experts_per_tok"]).indices if told is None else told
+    share = probs.gather(-1, chosen)
     if arch["norm_topk_prob"]:
         share = share / share.sum(-1, keepdim=True)
     rows = []
@@ -127,7 +139,8 @@ def evaluate(
     margin = math.inf
     for s in sequences:
         ids = torch.tensor(s.prompt + s.response)
-        logits, router_logits = forward(weights, arch, ids[:-1])
+        routes = None if s.routes is None else torch.tensor(s.routes)
+        logits, router_logits = forward(weights, arch, ids[:-1], routes)
         for layer in router_logits:
             best = layer.detach().sort(descending=True).values
             k = arch["num_experts_per_tok"]

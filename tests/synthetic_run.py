@@ -7,10 +7,25 @@ from pathlib import Path
 import torch
 
 from sapo_megatron import config
-from sapo_megatron.metrics import Histogram, Max, Mean, Metrics, Min, Sum, Variance
+from sapo_megatron.metrics import (
+    Covariance,
+    Histogram,
+    Max,
+    MaxViolation,
+    Mean,
+    Metrics,
+    Min,
+    Points,
+    Share,
+    Sum,
+    Variance,
+)
 from sapo_megatron.objective.loss import RATIO_EDGES, WEIGHT_EDGES
 from sapo_megatron.objective.sapo import sapo_weight
 from sapo_megatron.trackers import JsonlTracker
+
+LAYERS = 4
+SPLIT_EVERY = 4
 
 
 def recipe(loss_type: str = "sapo", steps: int = 60) -> config.Recipe:
@@ -25,15 +40,22 @@ def recipe(loss_type: str = "sapo", steps: int = 60) -> config.Recipe:
     )
 
 
-def write_run(folder: Path, *, loss_type: str = "sapo", steps: int = 60) -> Path:
-    """``folder`` as a finished run of this many steps leaves it, without checkpoints."""
+def write_run(
+    folder: Path, *, loss_type: str = "sapo", steps: int = 60, experts: bool = True
+) -> Path:
+    """``folder`` as a finished run of this many steps leaves it, without checkpoints.
+
+    ``experts``: whether the model has any; a dense one logs nothing about routers.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(config.to_yaml(recipe(loss_type, steps)))
     generator = torch.Generator().manual_seed(0)
     tracker = JsonlTracker(folder / "metrics.jsonl")
-    for step in range(steps + 1):
+    for step in range(1, steps + 1):
         metrics = step_metrics(step, steps, loss_type, generator)
-        tracker.log(step, metrics.values(), metrics.histograms())
+        if experts:
+            metrics.update(router_metrics(step, steps, generator))
+        tracker.log(step, metrics)
     tracker.close(failed=False)
     summary = {
         "steps": steps,
@@ -51,14 +73,12 @@ def write_run(folder: Path, *, loss_type: str = "sapo", steps: int = 60) -> Path
 
 
 def step_metrics(step: int, steps: int, loss_type: str, generator: torch.Generator) -> Metrics:
-    """What step ``step`` of ``steps`` might log; step 0 holds only an evaluation."""
+    """What step ``step`` of ``steps`` might log."""
     metrics = Metrics()
     learned = 1 - math.exp(-2.5 * step / steps)
     if step % 10 == 0 or step == steps:
         metrics.add("eval/avg@8", Mean(0.31 + 0.4 * learned, 1.0))
         metrics.add("eval/pass@1", Mean(0.42 + 0.35 * learned, 1.0))
-    if step == 0:
-        return metrics
 
     def noisy(x: float) -> float:
         return x * (1 + 0.12 * torch.randn((), generator=generator).item())
@@ -96,4 +116,52 @@ def step_metrics(step: int, steps: int, loss_type: str, generator: torch.Generat
         metrics.add("sapo/hist_weight_neg", Histogram.of(weight, WEIGHT_EDGES, ~positive))
     else:
         metrics.add("actor/clip_fraction", Mean.of((ratio - 1).abs() > 0.2))
+    return metrics
+
+
+def router_metrics(step: int, steps: int, generator: torch.Generator) -> Metrics:
+    """What step ``step`` of ``steps`` might log about the routers of ``LAYERS`` layers."""
+    metrics = Metrics()
+    heat = 0.01 + 0.03 * step / steps
+    chances = heat * torch.linspace(2.0, 0.5, LAYERS)[:, None]
+    flipped = torch.rand(LAYERS, 3000, generator=generator) < chances.expand(LAYERS, 3000)
+    mismatched = torch.rand(LAYERS, 3000, generator=generator) < 0.008
+    for prefix, part in (("routing", flipped), ("rollout_train", mismatched)):
+        for layer, changed in enumerate(part):
+            metrics.add(f"{prefix}/flip_fraction", Mean.of(changed / 2))
+            metrics.add(f"{prefix}/flip_fraction/layer_{layer}", Mean.of(changed / 2))
+            metrics.add(f"{prefix}/tv", Mean.of(0.2 * changed + 0.01))
+        metrics.add(f"{prefix}/token_flip_share", Mean.of(part.any(0)))
+        metrics.add(f"{prefix}/layers_flipped", Mean.of(part.sum(0)))
+    metrics.add("routing/shift_factor", Mean.of((-heat * (1 + flipped.sum(0))).exp()))
+    load = torch.randint(80, 120, (LAYERS, 8), generator=generator)
+    metrics.add("routing/max_violation", MaxViolation(load))
+
+    layers_flipped = flipped.sum(0)
+    router = 0.15 * layers_flipped.sqrt() * torch.randn(3000, generator=generator)
+    weights = 2 * heat * torch.randn(3000, generator=generator) - 0.15 * router
+    log_ratio = weights + router
+    if step % SPLIT_EVERY == 0:
+        metrics.add("variance/total", Variance.of(log_ratio))
+        metrics.add("variance/weights", Variance.of(weights))
+        metrics.add("variance/router", Variance.of(router))
+        metrics.add("variance/cov", Covariance.of(2 * weights, router))
+        metrics.add("variance/router_share", Share.of(weights, router))
+        metrics.add("variance/noise", Mean(1e-4, 1.0))
+        for name, least, greatest in (("0", 0, 0), ("1", 1, 1), ("2", 2, 2), ("3-4", 3, 4)):
+            inside = (layers_flipped >= least) & (layers_flipped <= greatest)
+            metrics.add(f"variance/by_layers/{name}", Variance.of(log_ratio, inside))
+            metrics.add(f"variance/by_layers_share/{name}", Mean.of(inside))
+
+    spread = torch.linspace(-1.5, 1.5, 60).exp()
+    sequences = log_ratio.view(60, 50).double() * spread[:, None]
+    gate = sapo_weight(1 + sequences, 1.0)
+    distance = (gate.mean(1) - sapo_weight(1 + sequences.mean(1), 1.0)).abs()
+    bound = sequences.var(1, correction=0) / 4
+    metrics.add("sapo/bound_points", Points.of(bound, distance))
+    metrics.add("sapo/bound_violations", Sum((distance > bound).sum()))
+    metrics.add("rollout_train/kl", Mean.of(-log_ratio / 10))
+    metrics.add("rollout_train/k3_kl", Mean.of(log_ratio.square() / 200))
+    metrics.add("rollout_train/logprob_abs_diff", Mean.of(log_ratio.abs() / 10))
+    metrics.add("rollout_train/extreme_fraction", Mean.of(log_ratio.abs() > 0.4))
     return metrics

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -13,10 +14,11 @@ from sapo_megatron.batch import (
     micro_batches,
     pack,
     plan_micro_batches,
+    router_rows,
     split_mini_batches,
     zigzag_rows,
 )
-from sapo_megatron.sample import Group, Prompt, Sample
+from sapo_megatron.sample import Group, Prompt, Sample, SampleRoutes
 
 
 def _sample(uid, prompt, response, advantage=0.0):
@@ -147,3 +149,99 @@ def test_mini_batches_differ_by_at_most_one():
     group = Group(prompt=prompt, samples=[_sample(i, (1,), (2,)) for i in range(7)])
     parts = split_mini_batches([group], 3)
     assert [[s.uid for s in part] for part in parts] == [[0, 1], [2, 3], [4, 5, 6]]
+
+
+@pytest.mark.parametrize("tp_size", [1, 2, 4])
+@pytest.mark.parametrize("packing", [True, False])
+def test_routers_share_out_the_tokens(packing, tp_size):
+    batch = pack([*TWO, _sample(5, (2,), (3,))], tp_size=tp_size, packing=packing)
+    shares = [router_rows(batch, rank, tp_size) for rank in range(tp_size)]
+    assert {len(share) for share in shares} == {len(batch.tokens) // tp_size}
+    rows = torch.cat(shares)
+    assert rows.sort().values.tolist() == list(range(len(batch.tokens)))
+    if packing:
+        assert rows.tolist() == list(range(len(batch.tokens)))
+    else:
+        assert batch.position_ids[rows].tolist() == sorted(batch.position_ids.tolist())
+
+
+def test_routers_see_padded_sequences_position_by_position():
+    batch = pack(TWO, tp_size=2, packing=False)
+    assert batch.tokens.view(2, -1).tolist() == [[5, 9, 8, 0], [4, 7, 1, 0]]
+    first, second = (batch.tokens[router_rows(batch, rank, 2)].tolist() for rank in range(2))
+    assert first == [5, 4, 9, 7]
+    assert second == [8, 1, 0, 0]
+
+
+def _routed(sample, every=2):
+    """With routes that say whose they are: uid, position, layer; probabilities at some positions.
+
+    Two layers with experts, two of three experts a token.
+    """
+    position = np.arange(len(sample.prompt_tokens) + len(sample.response_tokens) - 1)
+    layer, experts = np.arange(2), np.zeros(2)
+    of_token = 100 * sample.uid + 10 * position[:, None, None] + layer[:, None] + experts
+    routes = SampleRoutes(experts=of_token.astype(np.int16))
+    if every:
+        kept = position[::every]
+        probs = sample.uid + 0.125 * kept[:, None, None] + np.zeros((2, 3))
+        routes = dataclasses.replace(routes, probs=probs.astype(np.float32), positions=kept)
+    return dataclasses.replace(sample, routes=routes)
+
+
+ROUTED = [_routed(s) for s in TWO]
+
+
+def test_routes_lie_with_their_tokens():
+    """Each sequence of three tokens is padded by one; probabilities at positions 0 and 2."""
+    batch = pack(ROUTED, cp_size=2)
+    assert batch.rollout_experts.dtype == torch.int16
+    assert batch.rollout_experts.shape == (8, 2, 2)
+    assert batch.rollout_experts[:, 0, 0].tolist() == [300, 310, 320, -1, 400, 410, 420, -1]
+    assert batch.rollout_experts[:, 1, 1].tolist() == [301, 311, 321, -1, 401, 411, 421, -1]
+    assert batch.rollout_probs.shape == (4, 2, 3)
+    assert batch.rollout_probs[:, 1, 2].tolist() == [3.0, 3.25, 4.0, 4.25]
+    assert batch.rollout_probs_row.tolist() == [0, -1, 1, -1, 2, -1, 3, -1]
+
+
+def test_context_parallel_slices_keep_their_routes():
+    whole = pack(ROUTED, cp_size=2)
+    first, second = (cp_slice(whole, rank, 2) for rank in range(2))
+    assert first.rollout_experts[:, 0, 0].tolist() == [300, -1, 400, -1]
+    assert second.rollout_experts[:, 0, 0].tolist() == [310, 320, 410, 420]
+    assert first.rollout_probs_row.tolist() == [0, -1, 2, -1]
+    assert second.rollout_probs_row.tolist() == [-1, 1, -1, 3]
+    for part in (first, second):
+        kept = part.rollout_probs_row >= 0
+        probs = part.rollout_probs[part.rollout_probs_row[kept]]
+        uids = torch.tensor(part.sample_uids)[part.sequence_ids]
+        assert probs[:, 0, 0].tolist() == (uids + 0.125 * part.position_ids)[kept].tolist()
+
+
+def test_padded_sequences_keep_their_routes():
+    batch = pack([*ROUTED, _routed(_sample(5, (2,), (3,)))], tp_size=2, packing=False)
+    grid = batch.rollout_experts[:, 0, 0].view(3, -1)
+    assert grid.tolist() == [[300, 310, 320, -1], [400, 410, 420, -1], [500, -1, -1, -1]]
+    assert batch.rollout_probs_row.view(3, -1).tolist() == [
+        [0, -1, 1, -1],
+        [2, -1, 3, -1],
+        [4, -1, -1, -1],
+    ]
+
+
+def test_samples_without_routes():
+    none = pack(TWO)
+    assert none.rollout_experts is none.rollout_probs is none.rollout_probs_row is None
+    some = pack([TWO[0], ROUTED[1]])
+    assert some.rollout_experts[:, 0, 0].tolist() == [-1, -1, -1, 400, 410, 420]
+    assert some.rollout_probs_row.tolist() == [-1, -1, -1, 0, -1, 1]
+    bare = pack([_routed(s, every=0) for s in TWO], cp_size=2)
+    assert bare.rollout_probs is bare.rollout_probs_row is None
+    assert cp_slice(bare, 0, 2).rollout_experts[:, 0, 0].tolist() == [300, -1, 400, -1]
+
+
+def test_a_filler_has_no_routes():
+    layout = {"cp_rank": 0, "cp_size": 2, "tp_size": 1, "max_tokens": 12}
+    (batch,) = micro_batches(ROUTED[:1], dp_rank=1, dp_size=2, **layout)
+    assert batch.sample_uids == (-1,)
+    assert batch.rollout_experts is None

@@ -74,6 +74,7 @@ def test_a_finished_run_only_tells_its_scores_again(runs):
 
 KILLED = """
 import os, signal, sys
+import sapo_megatron.policy
 from megatron.core import dist_checkpointing
 save = dist_checkpointing.save
 def killed(state, folder, **kwargs):

@@ -34,6 +34,9 @@ class Echo:
     def any(self, flag):
         return flag
 
+    def routes(self):
+        return None
+
 
 class Words:
     """A tokenizer."""

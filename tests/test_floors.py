@@ -10,11 +10,11 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "sapo_megatron"
 FLOORS = [
-    {"__init__", "config", "check", "sample", "metrics", "trackers"},
+    {"__init__", "config", "check", "sample", "metrics", "trackers", "dump"},
     {"objective", "rollout", "batch"},
     {"routing", "patches"},
     {"policy"},
-    {"train", "coldstart", "evaluate", "report", "runs", "plan"},
+    {"train", "watch", "coldstart", "evaluate", "report", "gates", "runs", "plan"},
     {"__main__"},
 ]
 FLOOR_OF = {unit: floor for floor, units in enumerate(FLOORS) for unit in units}

@@ -183,6 +183,9 @@ class Toy:
         self.company -= 1
         return flag or self.company >= 0
 
+    def routes(self):
+        return None
+
 
 def toy_logits(tokens):
     """``[B, V]`` from whole sequences, a hash of all their tokens; eos is likely now and then."""

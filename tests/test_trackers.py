@@ -13,7 +13,7 @@ import torch
 
 from sapo_megatron import trackers
 from sapo_megatron.config import LoggingConfig
-from sapo_megatron.metrics import Histogram, Mean, Metrics
+from sapo_megatron.metrics import Histogram, Mean, Metrics, Points
 from sapo_megatron.trackers import Progress, RunTrackers, duration
 
 
@@ -30,6 +30,8 @@ def _metrics(value: float) -> Metrics:
     metrics.add("reward/std", Mean(math.nan, 1.0))
     edges = (0.0, 0.5, 1.0, 1.5)
     metrics.add("ratio/hist_pos", Histogram.of(torch.tensor([0.1, 0.7, 0.8, 9.0]), edges))
+    bounds = torch.tensor([1 / 3, 0.25]), torch.tensor([1e-9, math.inf])
+    metrics.add("sapo/bound_points", Points.of(*bounds))
     return metrics
 
 
@@ -48,13 +50,14 @@ def _lines(run_dir: Path) -> list[dict]:
     return [json.loads(line, parse_constant=refuse) for line in text.splitlines()]
 
 
-def test_jsonl_holds_valid_json_with_null_for_nan_and_compact_histograms(tmp_path):
+def test_jsonl_holds_valid_json_with_null_for_nan_and_six_digits(tmp_path):
     _log(tmp_path, range(1, 3))
     assert _lines(tmp_path)[1] == {
         "step": 2,
         "reward/mean": 0.2,
         "reward/std": None,
         "ratio/hist_pos": {"hist": {"edges": [0.0, 0.5, 1.0, 1.5], "counts": [1, 2, 1]}},
+        "sapo/bound_points": {"points": [[0.333333, 1e-9]]},
     }
 
 
@@ -102,7 +105,8 @@ def test_wandb_without_a_key_writes_an_offline_run(tmp_path):
     assert record.name == f"run-{run_id}.wandb"
     # W&B's service flushes the file a moment after finish() has returned.
     deadline = time.monotonic() + 20
-    while b"reward/mean" not in record.read_bytes():
+    logged = (b"reward/mean", b"ratio/hist_pos", b"sapo/bound_points")
+    while not all(name in record.read_bytes() for name in logged):
         assert time.monotonic() < deadline, "the offline run does not hold the metrics"
         time.sleep(0.05)
 
@@ -122,7 +126,12 @@ def _fake_wandb(monkeypatch, run: object) -> None:
         return run
 
     fake = types.SimpleNamespace(
-        init=init, Settings=dict, Histogram=dict, teardown=lambda: None, __name__="wandb"
+        init=init,
+        Settings=dict,
+        Histogram=dict,
+        Table=dict,
+        plot=types.SimpleNamespace(scatter=lambda *_, **__: None),
+        teardown=lambda: None,
     )
     monkeypatch.setitem(sys.modules, "wandb", fake)
 

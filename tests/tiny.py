@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import uuid
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,11 @@ ARCH: dict[str, Any] = {
 def even(prompt: Prompt, response: str) -> float:
     """A reward that differs within nearly every group, also of an untrained model."""
     return sum(c in "02468" for c in response) / max(len(response), 1)
+
+
+def varied(prompt: Prompt, response: str) -> float:
+    """A reward that differs between nearly any two responses."""
+    return zlib.crc32(response.encode()) % 16 / 15
 
 
 def starts_even(prompt: Prompt, response: str) -> float:
@@ -121,7 +127,8 @@ def cli(
     """``sapo-megatron words`` as a program; whatever it starts is gone afterwards."""
     mark = f"SAPO_MEGATRON_TEST={uuid.uuid4().hex}"
     kept = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    paths = {"PYTHONPATH": os.pathsep.join([str(ROOT), str(TESTS)])}
+    inherited = filter(None, [os.environ.get("PYTHONPATH")])
+    paths = {"PYTHONPATH": os.pathsep.join([str(ROOT), str(TESTS), *inherited])}
     marked = dict([mark.split("=")])
     # Into files: what a killed process leaves behind would keep a pipe open.
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:

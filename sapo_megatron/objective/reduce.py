@@ -31,7 +31,9 @@ router multiplies its loss by the tokens it sees (``T / (tp * cp)`` under sequen
 parallelism) and counts on finalize to divide. So there a 2-tuple leaves the auxiliary loss too
 large by that number of tokens, and a 3-tuple divides it by the sum of n: an n equal to the
 router's own count gives the token-weighted mean over M * dp * cp, that is 1 / cp of the other
-contract's scale. The default, a 2-tuple with per-token loss off, has none of these corners.
+contract's scale. (Later releases multiply by T, and an n of ``T / cp`` gives that scale itself;
+``auxiliary_loss_tokens`` in policy/compat.py knows.) The default, a 2-tuple with per-token loss
+off, has none of these corners.
 """
 
 from typing import Any, Literal

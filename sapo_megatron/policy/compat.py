@@ -12,6 +12,7 @@ from typing import Any
 from megatron.core.models.backends import BackendSpecProvider
 from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.moe.experts import TEGroupedMLP
+from megatron.core.transformer.moe.router import TopKRouter
 
 
 def grouped_mlp(linear: type) -> tuple[type, MLPSubmodules] | Callable[..., Any]:
@@ -24,3 +25,13 @@ def grouped_mlp(linear: type) -> tuple[type, MLPSubmodules] | Callable[..., Any]
     if "moe_use_legacy_grouped_gemm" in asked:
         return TEGroupedMLP, submodules
     return functools.partial(TEGroupedMLP, submodules=submodules)
+
+
+def auxiliary_loss_tokens(tokens: int, tp_size: int) -> int:
+    """``num_tokens`` of a 3-tuple loss that auxiliary losses count on under per-token loss.
+
+    ``tokens`` of a micro-batch on one context-parallel rank, of which each tensor-parallel rank's
+    router sees its part. Routers multiply by those they see; now by the whole micro-batch's.
+    """
+    code = TopKRouter.attach_and_log_load_balancing_loss.__code__
+    return tokens if "tp_cp_group" in code.co_names else tokens // tp_size

@@ -114,6 +114,21 @@ def _without_fp8(init: Any) -> Any:
     return initialise
 
 
+def _fp64_gradients(copy: Any) -> Any:
+    """The optimizer's shards of fp64 weights take fp64 gradients, which upstream makes fp32."""
+
+    @functools.wraps(copy)
+    def copy_gradients(self: Any) -> None:
+        if self.is_stub_optimizer or self.config.params_dtype != torch.float64:
+            return copy(self)
+        for weights, shards in zip(self.model_fp32_groups, self.shard_fp32_groups, strict=True):
+            for weight, shard in zip(weights, shards, strict=True):
+                place = self._get_model_param_range_map(weight)["param"]
+                shard.grad = weight.main_grad.view(-1)[place.start : place.end]
+
+    return copy_gradients
+
+
 _torch_on_cpu = _TorchOnCpu("torch")
 for _name in ("tensor", "zeros", "ones", "empty", "full", "empty_like"):
     setattr(_torch_on_cpu, _name, _on_cpu(getattr(torch, _name)))
@@ -124,7 +139,7 @@ def _patch_megatron() -> None:
     from megatron.core import utils
     from megatron.core.dist_checkpointing import exchange_utils
     from megatron.core.dist_checkpointing.strategies import state_dict_saver
-    from megatron.core.optimizer import clip_grads, grad_scaler, optimizer
+    from megatron.core.optimizer import clip_grads, distrib_optimizer, grad_scaler, optimizer
     from megatron.core.pipeline_parallel import schedules
     from megatron.core.tensor_parallel import random
     from megatron.core.transformer.moe import moe_utils, token_dispatcher
@@ -146,6 +161,11 @@ def _patch_megatron() -> None:
 
     # Upstream takes "no fp8" (False) for fp8 and goes on to ask Transformer Engine about it.
     random.CheckpointWithoutOutput.__init__ = _without_fp8(random.CheckpointWithoutOutput.__init__)
+
+    distributed = distrib_optimizer.DistributedOptimizer
+    distributed._copy_model_grads_to_main_grads = _fp64_gradients(
+        distributed._copy_model_grads_to_main_grads
+    )
 
     # Named whether or not Transformer Engine is there; None selects the torch path.
     moe_utils.te_general_gemm = None

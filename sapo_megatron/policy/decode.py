@@ -3,14 +3,15 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core.inference.contexts import StaticInferenceContext
 from megatron.core.transformer.utils import set_model_to_sequence_parallel
 from torch import Tensor
 
-from sapo_megatron.policy.model import PolicyModel
-from sapo_megatron.policy.parallel import ParallelGroups
+from sapo_megatron.policy.step import FrozenPolicy
+from sapo_megatron.rollout.generate import DecodedRoutes
 
 
 class _Alone:
@@ -29,26 +30,31 @@ class MegatronDecoder:
     Context-parallel ranks hold the same weights and decode as if they were data parallel.
     """
 
-    def __init__(self, chunks: list[PolicyModel], groups: ParallelGroups) -> None:
-        self.chunks = chunks
-        self.groups = groups
-        self.device = groups.device
-        self._mp = groups.megatron.mp
+    def __init__(self, policy: FrozenPolicy) -> None:
+        self.chunks = policy.chunks
+        self.groups = policy.groups
+        self.device = policy.groups.device
+        self._routers = policy.routers
+        self._prob_every = policy.view.prob_every
+        self._recording = False
+        self._fed: list[tuple[int, int]] = []
         self._contexts: list[StaticInferenceContext] = []
-        self._max_length = 0
+        self._batch_size = self._max_length = 0
 
     @contextmanager
-    def generating(self) -> Iterator["MegatronDecoder"]:
+    def generating(self, *, record: bool = False) -> Iterator["MegatronDecoder"]:
         """Puts the model into inference mode for the length of a rollout.
 
         Sequence parallelism is off meanwhile: one token a step does not divide. So is context
-        parallelism.
+        parallelism. With ``record``, samples of a model with experts come with their routes.
         """
         self._set_training(False)
+        self._recording = record and bool(self._routers.moe_layers)
         try:
             yield self
         finally:
             self._contexts = []
+            self._routers.reset()
             self._set_training(True)
 
     def _set_training(self, training: bool) -> None:
@@ -64,7 +70,10 @@ class MegatronDecoder:
 
     def start(self, batch_size: int, max_length: int) -> None:
         self._contexts = [StaticInferenceContext(batch_size, max_length) for _ in self.chunks]
-        self._max_length = max_length
+        self._batch_size, self._max_length = batch_size, max_length
+        self._fed = []
+        keep = self._kept_rows if self._prob_every else None
+        self._routers.begin(record=self._recording, keep=keep)
 
     def logits(self, tokens: Tensor) -> Tensor | None:
         """``tokens [B, s]`` -> logits ``[B, V]`` on the last stage, None on the others.
@@ -76,6 +85,7 @@ class MegatronDecoder:
         offset = min(self._contexts[0].sequence_len_offset, self._max_length - length)
         positions = torch.arange(offset, offset + length, device=self.device).expand(batch, -1)
         stages = self.groups.pp.size()
+        self._fed.append((offset, length))
         out: Tensor | None = None
         for chunk, (model, context) in enumerate(zip(self.chunks, self._contexts, strict=True)):
             context.sequence_len_offset = offset
@@ -94,10 +104,52 @@ class MegatronDecoder:
             return None
         return out[:, -1, : self.chunks[-1].true_vocab_size]
 
+    def routes(self) -> DecodedRoutes | None:
+        if not self._recording:
+            return None
+        routers = self._routers
+        layers = len(routers.moe_layers)
+        places = torch.tensor(routers.places, dtype=torch.long, device=self.device)
+        experts = torch.zeros(
+            (self._batch_size, self._max_length, layers, routers.topk),
+            dtype=torch.int32,
+            device=self.device,
+        )
+        positions = [p for p in range(self._max_length) if self._keeps(p)]
+        probs = torch.zeros(
+            (self._batch_size, len(positions), layers, routers.num_experts), device=self.device
+        )
+        for (offset, length), routes in zip(self._fed, routers.recorded(), strict=False):
+            # The routers' rows go position by position: [M, s B, k] -> [B, s, M, k].
+            chosen = routes.experts.int().unflatten(1, (length, self._batch_size))
+            experts[:, offset : offset + length, places] = chosen.permute(2, 1, 0, 3)
+            kept = [positions.index(p) for p in range(offset, offset + length) if self._keeps(p)]
+            if kept and routes.probs is not None:
+                values = routes.probs.unflatten(1, (len(kept), self._batch_size))
+                probs[:, kept[0] : kept[-1] + 1, places] = values.permute(2, 1, 0, 3)
+        for part in (experts, probs):
+            # Pipeline group: each stage brings its layers, and all stages generate together.
+            dist.all_reduce(part, group=self.groups.pp)
+        return DecodedRoutes(
+            experts=experts.to("cpu", torch.int16).numpy(),
+            probs=probs.cpu().numpy() if positions else None,
+            positions=np.array(positions, dtype=np.int64),
+        )
+
+    def _keeps(self, position: int) -> bool:
+        return self._prob_every > 0 and position % self._prob_every == 0
+
+    def _kept_rows(self, call: int) -> Tensor:
+        """Rows of what was fed last at whose positions router probabilities are kept."""
+        offset, length = self._fed[call]
+        kept = [s for s in range(length) if self._keeps(offset + s)]
+        rows = torch.arange(self._batch_size * length, device=self.device)
+        return rows.view(length, -1)[kept].flatten()
+
     def agree(self, tokens: Tensor, logprobs: Tensor) -> tuple[Tensor, Tensor]:
         packed = torch.stack((tokens.double(), logprobs))
         # Over the model-parallel block: its ranks hold pieces of one model and stay in step.
-        dist.broadcast(packed, src=self.groups.leader, group=self._mp)
+        dist.broadcast(packed, src=self.groups.leader, group=self.groups.megatron.mp)
         return packed[0].long(), packed[1]
 
     def any(self, flag: bool) -> bool:

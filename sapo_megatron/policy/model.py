@@ -226,6 +226,11 @@ def _moe_layers(arch: dict[str, Any]) -> list[int]:
     ]
 
 
+def moe_layers(config: TransformerConfig) -> list[int]:
+    """Numbers, from 0, of the layers that have experts."""
+    return [layer for layer, freq in enumerate(_layer_freq(config)) if freq]
+
+
 def _backend() -> BackendSpecProvider:
     if not torch.cuda.is_available():
         return TorchSpecProvider()

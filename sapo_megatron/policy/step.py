@@ -1,7 +1,9 @@
 """One optimizer step, and log-probs without one, on megatron-core's pipeline schedules."""
 
+import itertools
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +25,26 @@ from sapo_megatron.config import OptimizerConfig, Recipe, RunFailed
 from sapo_megatron.metrics import Mean, Metrics
 from sapo_megatron.objective.reduce import megatron_loss
 from sapo_megatron.policy import weights
-from sapo_megatron.policy.model import build_model, transformer_config
+from sapo_megatron.policy.model import build_model, moe_layers, transformer_config
 from sapo_megatron.policy.parallel import ParallelGroups
-from sapo_megatron.sample import PackedBatch
+from sapo_megatron.policy.routes import RouterView
+from sapo_megatron.routing.replay import ModelRouters
+from sapo_megatron.sample import PackedBatch, Routes
 
 logger = logging.getLogger(__name__)
 
 LossFunction = Callable[[PackedBatch, Tensor, Tensor], tuple[Tensor, Metrics]]
 """(micro-batch, logprob [T], entropy [T]) -> (share of the global loss, metrics)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Forward:
+    """What one rank has of a micro-batch's forward pass."""
+
+    logprob: Tensor | None
+    """[T] of the targets; None off the last stage."""
+    routes: Routes | None = None
+    """None where nothing was recorded, or this rank has no layer with experts."""
 
 
 class FrozenPolicy:
@@ -44,16 +58,29 @@ class FrozenPolicy:
         self.chunks = build_model(arch, self.config, groups, recipe)
         self.checkpoint = weights.HuggingFaceWeights(self.chunks, folder, recipe.model)
         self.checkpoint.load()
+        self.routers = ModelRouters(self.chunks, self.config, moe_layers(self.config))
+        self.view = RouterView(
+            routers=self.routers, groups=groups, prob_every=recipe.routing.prob_every
+        )
 
     @torch.no_grad()
-    def logprobs(self, batches: Sequence[PackedBatch]) -> list[Tensor] | list[None]:
-        """Log-probs ``[T]`` of each micro-batch's targets; Nones off the last stage."""
+    def forward(
+        self,
+        batches: Sequence[PackedBatch],
+        *,
+        replay: Sequence[Tensor] | None = None,
+        record: bool = False,
+    ) -> list[Forward]:
+        """Each micro-batch's log-probs and, with ``record``, routes. Collective over all ranks.
+
+        ``replay`` has each micro-batch's experts ``[M, N, k]``, as in ``sample.Routes``.
+        """
 
         def loss_function(batch: PackedBatch) -> Callable:
             return lambda output, non_loss_data: output[0].flatten()
 
-        outputs = self._run(batches, loss_function)
-        return outputs if self.groups.is_last_stage else [None] * len(batches)
+        outputs, routes = self._run(batches, loss_function, replay=replay, record=record)
+        return _forwards(outputs, routes, batches)
 
     def _run(
         self,
@@ -61,8 +88,13 @@ class FrozenPolicy:
         loss_function: Callable[[PackedBatch], Callable],
         *,
         train: bool = False,
-    ) -> list[Any]:
-        """Through the schedule; what ``loss_function(batch)`` reported, on the last stage."""
+        replay: Sequence[Tensor] | None = None,
+        record: bool = False,
+    ) -> tuple[list[Any], list[Routes]]:
+        """Through the schedule: what ``loss_function(batch)`` reported, on the last stage; routes.
+
+        Both in the order of the micro-batches; routes where ``record`` and there are experts.
+        """
 
         def forward_step(iterator: Iterator[PackedBatch], model: Any) -> tuple[Any, Callable]:
             batch = next(iterator)
@@ -76,17 +108,23 @@ class FrozenPolicy:
             )
             return output, loss_function(batch)
 
+        def kept_rows(number: int) -> Tensor:
+            return self.view.kept_rows(batches[number])
+
         models = self._models()
-        return get_forward_backward_func()(
-            forward_step_func=forward_step,
-            data_iterator=[iter(batches) for _ in models],
-            model=models,
-            num_microbatches=len(batches),
-            seq_length=len(batches[0].tokens) * self.groups.cp.size(),
-            micro_batch_size=1,
-            forward_only=not train,
-            collect_non_loss_data=not train,
-        )
+        keep = kept_rows if self.view.prob_every else None
+        with self.routers.watching(replay=replay, record=record, keep=keep) as routes:
+            outputs = get_forward_backward_func()(
+                forward_step_func=forward_step,
+                data_iterator=[iter(batches) for _ in models],
+                model=models,
+                num_microbatches=len(batches),
+                seq_length=len(batches[0].tokens) * self.groups.cp.size(),
+                micro_batch_size=1,
+                forward_only=not train,
+                collect_non_loss_data=not train,
+            )
+        return outputs, routes
 
     def _models(self) -> list[Any]:
         return list(self.chunks)
@@ -149,18 +187,28 @@ class Policy(FrozenPolicy):
             wd_incr_style="constant",
         )
 
-    def update(self, batches: Sequence[PackedBatch], loss: LossFunction, *, where: str) -> Metrics:
+    def update(
+        self,
+        batches: Sequence[PackedBatch],
+        loss: LossFunction,
+        *,
+        where: str,
+        replay: Sequence[Tensor] | None = None,
+        record: bool = False,
+    ) -> tuple[Metrics, list[Forward]]:
         """One optimizer step on a mini-batch, ``where`` in messages. Collective over all ranks.
 
         Returns this rank's metrics: those of ``loss`` where the loss was computed and, on the
-        leader of each model-parallel block, the gradient norm (before clipping) and learning rate.
-        A NaN or inf in loss or gradient leaves weights, optimizer and schedule as they are and is
-        counted in ``actor/skipped_updates``, or raises RunFailed, as the recipe says.
+        leader of each model-parallel block, the gradient norm (before clipping) and learning rate;
+        and what the weights before the step gave, with ``replay`` and ``record`` as in
+        :meth:`forward`. A NaN or inf in loss or gradient leaves weights, optimizer and schedule as
+        they are and is counted in ``actor/skipped_updates`` (there are no forward passes then),
+        or raises RunFailed, as the recipe says.
         """
         for chunk in self.ddp:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        reports = self.backward(batches, loss)
+        reports, forwards = self.backward(batches, loss, replay=replay, record=record)
         metrics = Metrics()
         if self.groups.is_leader:
             for report in reports:
@@ -174,7 +222,7 @@ class Policy(FrozenPolicy):
             )
         if skipped:
             logger.warning("%s: %s is not finite; the update is skipped", where, skipped)
-            metrics = Metrics()
+            metrics, forwards = Metrics(), []
         else:
             lr = self.optimizer.param_groups[0]["lr"]
             _, grad_norm, _ = self.optimizer.step()
@@ -184,7 +232,7 @@ class Policy(FrozenPolicy):
             if not skipped:
                 metrics.add("actor/grad_norm", Mean(float(grad_norm), 1.0))
                 metrics.add("actor/lr", Mean(lr, 1.0))
-        return metrics
+        return metrics, forwards
 
     def backward(
         self,
@@ -192,16 +240,21 @@ class Policy(FrozenPolicy):
         loss: LossFunction,
         *,
         contract: Callable[..., Any] = megatron_loss,
-    ) -> list[Metrics]:
+        replay: Sequence[Tensor] | None = None,
+        record: bool = False,
+    ) -> tuple[list[Metrics], list[Forward]]:
         """Gradients of the mini-batch's global loss into DDP's buffers, reduced and final.
 
         ``contract`` puts a micro-batch's share of the loss into the form that Megatron's schedule
-        takes. Collective over all ranks.
+        takes; ``replay`` and ``record`` as in :meth:`forward`. Returns what ``loss`` reported, on
+        the last stage, and the forward passes. Collective over all ranks.
         """
+        logprobs: list[Tensor] = []
 
         def loss_function(batch: PackedBatch) -> Callable:
             def compute(output: Tensor) -> tuple[Tensor, Metrics]:
                 logprob, entropy = output.flatten(1)
+                logprobs.append(logprob.detach())
                 loss_sum, metrics = loss(batch, logprob, entropy)
                 return contract(
                     loss_sum,
@@ -214,7 +267,10 @@ class Policy(FrozenPolicy):
 
             return compute
 
-        return self._run(batches, loss_function, train=True)
+        reports, routes = self._run(
+            batches, loss_function, train=True, replay=replay, record=record
+        )
+        return reports, _forwards(logprobs, routes, batches)
 
     def close(self) -> None:
         """Let go of the model; without this, weights and gradients outlive the policy.
@@ -242,6 +298,16 @@ class Policy(FrozenPolicy):
         dist.all_reduce(bad, op=dist.ReduceOp.MAX, group=self.groups.world)
         names = ("actor/pg_loss", "actor/grad_norm")
         return next((name for name, flag in zip(names, bad.tolist(), strict=True) if flag), None)
+
+
+def _forwards(
+    logprobs: Sequence[Tensor], routes: Sequence[Routes], batches: Sequence[PackedBatch]
+) -> list[Forward]:
+    """By micro-batch; a rank may have neither the log-probs nor the routes."""
+    return [
+        Forward(logprob=logprob, routes=route)
+        for _, logprob, route in itertools.zip_longest(batches, logprobs, routes)
+    ]
 
 
 def _packed_seq_params(batch: PackedBatch) -> PackedSeqParams:

@@ -9,13 +9,14 @@ from pathlib import Path
 
 import jinja2
 
-from sapo_megatron.report.figures import FIGURES, THEMES, Figure, render
+from sapo_megatron.report.drawing import THEMES, Figure, render
+from sapo_megatron.report.figures import FIGURES
 from sapo_megatron.report.run import Run, read_run
 from sapo_megatron.trackers import duration
 
 logger = logging.getLogger(__name__)
 
-SECTIONS = ("Learning", "Ratios and the gate", "Optimisation", "Speed")
+SECTIONS = ("Learning", "Ratios and the gate", "The router", "Optimisation", "Speed")
 
 
 @dataclass(frozen=True)
@@ -92,12 +93,24 @@ def _replace(new: Path, old: Path) -> None:
 
 
 def _tiles(run: Run) -> list[tuple[str, str, str]]:
-    """The headline: (label, value, note) of each evaluation, before and after."""
+    """The headline: (label, value, note) of each evaluation and of the router."""
     tiles = []
     for name, (before, after) in run.evaluations().items():
         note = f"from {before:.1%} ({(after - before) * 100:+.1f} points)"
         tiles.append((f"held-out {name}", f"{after:.1%}", note))
+    for label, value, step in _router_numbers(run):
+        tiles.append((label, value, f"at step {step}"))
     return tiles
+
+
+def _router_numbers(run: Run) -> list[tuple[str, str, int]]:
+    """(label, value, step) of what was last logged about the router."""
+    names = {
+        "variance/router_share": "router's share of the variance",
+        "routing/flip_fraction": "experts that changed",
+    }
+    last = {label: run.series(name) for name, label in names.items() if run.has(name)}
+    return [(label, f"{y[-1]:.1%}", int(x[-1])) for label, (x, y) in last.items()]
 
 
 def _rows(run: Run) -> list[tuple[str, str]]:
@@ -125,6 +138,8 @@ def _rows(run: Run) -> list[tuple[str, str]]:
     ]
     for name, (before, after) in run.evaluations().items():
         rows.append((f"Held-out {name}", f"{before:.1%} before, {after:.1%} after"))
+    for label, value, step in _router_numbers(run):
+        rows.append((label.capitalize(), f"{value} at step {step}"))
     layout = (
         f"TP {p.tensor_model_parallel_size}, PP {p.pipeline_model_parallel_size}, "
         f"CP {p.context_parallel_size}, EP {p.expert_model_parallel_size}, "

@@ -1,178 +1,41 @@
 """The report's figures: which series each one needs and how it is drawn."""
 
-import io
 from collections.abc import Callable
-from dataclasses import dataclass
 
-import matplotlib as mpl
 import numpy as np
 import torch
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure as Canvas
-from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
+from matplotlib.ticker import FuncFormatter
 
 from sapo_megatron.config import CLIP_DEFAULTS
 from sapo_megatron.objective.baselines import grpo_token_loss, outside_clip
 from sapo_megatron.objective.sapo import sapo_gate, sapo_weight
-from sapo_megatron.report.run import Floats, Run
-
-WIDTH, HEIGHT, DPI = 5.6, 3.5, 180
-"""Inches and dots per inch: legible at the width of a phone, sharp in print."""
-SMOOTH_FROM = 50
-"""Points from which a curve is drawn as its running mean over the faint raw values."""
-DASHES = (0, (4, 1.5))
-
-
-@dataclass(frozen=True)
-class Theme:
-    """Colours of a figure; ``series`` are told apart with every kind of colour vision."""
-
-    face: str
-    ink: str
-    muted: str
-    grid: str
-    series: tuple[str, ...]
-
-
-THEMES = {
-    "light": Theme(
-        face="#ffffff",
-        ink="#1b1f24",
-        muted="#57606a",
-        grid="#e4e7eb",
-        series=("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9"),
-    ),
-    "dark": Theme(
-        face="#161b22",
-        ink="#e6edf3",
-        muted="#9aa4af",
-        grid="#2b323b",
-        series=("#56b4e9", "#f0883e", "#3fbf93", "#e08fc0", "#f0d442", "#8c9eff"),
-    ),
-}
-"""Okabe and Ito's palette on white, and a lighter one of the same hues on black."""
-
-
-@dataclass(frozen=True)
-class Figure:
-    """One picture: ``draw`` fills an empty canvas, ``available`` says whether the run can."""
-
-    name: str
-    section: str
-    title: str
-    caption: str
-    available: Callable[[Run], bool]
-    draw: Callable[[Canvas, Run, Theme], None]
-    height: float = HEIGHT
-
-
-def render(figure: Figure, run: Run, theme: Theme) -> bytes:
-    """The figure as PNG."""
-    settings = {
-        "figure.facecolor": theme.face,
-        "axes.facecolor": theme.face,
-        "axes.edgecolor": theme.muted,
-        "axes.labelcolor": theme.ink,
-        "axes.titlecolor": theme.ink,
-        "axes.prop_cycle": mpl.cycler(color=theme.series),
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.grid": True,
-        "axes.axisbelow": True,
-        "grid.color": theme.grid,
-        "text.color": theme.ink,
-        "xtick.color": theme.muted,
-        "ytick.color": theme.muted,
-        "xtick.labelcolor": theme.ink,
-        "ytick.labelcolor": theme.ink,
-        "legend.frameon": False,
-        "legend.fontsize": 9.5,
-        "font.size": 10.5,
-        "lines.linewidth": 1.8,
-    }
-    with mpl.rc_context(settings):
-        canvas = Canvas(figsize=(WIDTH, figure.height), dpi=DPI, layout="constrained")
-        FigureCanvasAgg(canvas)
-        figure.draw(canvas, run, theme)
-        canvas.suptitle(figure.title, fontsize=11.5, fontweight="bold")
-        png = io.BytesIO()
-        canvas.savefig(png, format="png", metadata={"Software": None})
-    return png.getvalue()
-
-
-def _has(*names: str) -> Callable[[Run], bool]:
-    """Whether the run logged any of these."""
-    return lambda run: any(run.has(name) for name in names)
-
-
-def _curve(ax: Axes, x: Floats, y: Floats, color: str, label: str | None = None) -> None:
-    """A series over steps: few points with markers, many as a running mean over the raw ones."""
-    if len(y) < SMOOTH_FROM:
-        marker = "o" if len(y) <= 30 else None
-        ax.plot(x, y, color=color, label=label, marker=marker, markersize=3.5)
-        return
-    ax.plot(x, y, color=color, alpha=0.3, linewidth=0.9)
-    window = np.ones(len(y) // 25 * 2 + 1)
-    smooth = np.convolve(y, window, "same") / np.convolve(np.ones(len(y)), window, "same")
-    ax.plot(x, smooth, color=color, label=label)
-
-
-def _step_axis(ax: Axes) -> None:
-    ax.set_xlabel("step")
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
-
-
-def _lines(ylabel: str, names: dict[str, str], *, log: bool = False) -> Callable:
-    """A drawing of these metrics (name -> label) on one pair of axes."""
-
-    def draw(canvas: Canvas, run: Run, theme: Theme) -> None:
-        ax = canvas.subplots()
-        shown = {name: label for name, label in names.items() if run.has(name)}
-        for color, (name, label) in zip(theme.series, shown.items(), strict=False):
-            _curve(ax, *run.series(name), color, label)
-        if log and all(_spans_decade(run.series(name)[1]) for name in shown):
-            ax.set_yscale("log")
-        ax.set_ylabel(ylabel)
-        _step_axis(ax)
-        if len(names) > 1:
-            ax.legend()
-
-    return draw
-
-
-def _spans_decade(y: Floats) -> bool:
-    """Whether a logarithmic axis is possible and worth its while."""
-    return bool(y.min() > 0 and y.max() > 10 * y.min())
+from sapo_megatron.report.drawing import (
+    DASHES,
+    Figure,
+    Panel,
+    Theme,
+    curve,
+    curves,
+    has,
+    step_axis,
+)
+from sapo_megatron.report.router_figures import ROUTER_FIGURES
+from sapo_megatron.report.run import Run
 
 
 def _draw_reward(canvas: Canvas, run: Run, theme: Theme) -> None:
     ax = canvas.subplots()
     if run.has("reward/mean"):
-        _curve(ax, *run.series("reward/mean"), theme.series[0], "training reward (mean)")
+        curve(ax, *run.series("reward/mean"), theme.series[0], "training reward (mean)")
     for color, marker, name in zip(theme.series[1:], "sD^v<", run.scores(), strict=False):
         label = f"held-out {name.removeprefix('eval/')}"
         x, y = run.series(name)
         size = 6 if len(x) <= 15 else 3.5
         ax.plot(x, y, color=color, marker=marker, markersize=size, label=label)
     ax.set_ylabel("reward, share correct")
-    _step_axis(ax)
+    step_axis(ax)
     ax.legend()
-
-
-def _draw_response(canvas: Canvas, run: Run, theme: Theme) -> None:
-    names = [n for n in ("response/length_mean", "response/truncated") if run.has(n)]
-    axes = np.atleast_1d(canvas.subplots(len(names), sharex=True))
-    for ax, name in zip(axes, names, strict=True):
-        if name == "response/length_mean":
-            _curve(ax, *run.series(name), theme.series[0])
-            ax.set_ylabel("mean length\n(tokens)")
-        else:
-            _curve(ax, *run.series(name), theme.series[1])
-            ax.set_ylabel("truncated\n(share)")
-            ax.yaxis.set_major_formatter(PercentFormatter(1.0))
-            ax.set_ylim(bottom=0)
-    _step_axis(axes[-1])
 
 
 def _draw_histograms(stem: str, xlabel: str) -> Callable:
@@ -226,7 +89,7 @@ def _draw_time(canvas: Canvas, run: Run, theme: Theme) -> None:
         ax.bar(steps[told], height[told], width, base, color=color, label=label, hatch=hatch)
         base = base + height[told]
     ax.set_ylabel("seconds a step")
-    _step_axis(ax)
+    step_axis(ax)
     ax.grid(axis="x", visible=False)
     canvas.legend(loc="outside lower center", ncols=3)
 
@@ -277,7 +140,7 @@ def _draw_gate(canvas: Canvas, run: Run, theme: Theme) -> None:
 
 
 def _draw_throughput(canvas: Canvas, run: Run, theme: Theme) -> None:
-    _lines("tokens/s", {"perf/tokens_per_s": "tokens/s"})(canvas, run, theme)
+    curves(Panel("tokens/s", {"perf/tokens_per_s": "tokens/s"}))(canvas, run, theme)
     ax = canvas.axes[0]
     ax.set_ylim(bottom=0)
     ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:,.0f}"))
@@ -301,8 +164,11 @@ FIGURES = (
         "Learning",
         "Response length and truncation",
         "A truncated response reached max_response_length before its end-of-text token.",
-        _has("response/length_mean", "response/truncated"),
-        _draw_response,
+        has("response/length_mean", "response/truncated"),
+        curves(
+            Panel("mean length\n(tokens)", {"response/length_mean": "mean length"}),
+            Panel("truncated\n(share)", {"response/truncated": "truncated"}, percent=True),
+        ),
     ),
     Figure(
         "ratio_hist",
@@ -326,18 +192,20 @@ FIGURES = (
         "Ratios and the gate",
         "Variance of the log ratio",
         "How far the updates of a step move off the policy that made its samples.",
-        _has("ratio/log_var"),
-        _lines("Var[log r]", {"ratio/log_var": "Var[log r]"}, log=True),
+        has("ratio/log_var"),
+        curves(Panel("Var[log r] (nats^2)", {"ratio/log_var": "Var[log r]"}, log=True)),
     ),
     Figure(
         "kept",
         "Ratios and the gate",
         "What the objective holds back",
         "The mean gate weight of SAPO, or the share of tokens that a clipped loss cuts off.",
-        _has("sapo/weight_mean", "actor/clip_fraction"),
-        _lines(
-            "mean over tokens",
-            {"sapo/weight_mean": "gate weight w", "actor/clip_fraction": "share clipped"},
+        has("sapo/weight_mean", "actor/clip_fraction"),
+        curves(
+            Panel(
+                "mean over tokens",
+                {"sapo/weight_mean": "gate weight w", "actor/clip_fraction": "share clipped"},
+            )
         ),
     ),
     Figure(
@@ -350,21 +218,22 @@ FIGURES = (
         _draw_gate,
         height=5.2,
     ),
+    *ROUTER_FIGURES,
     Figure(
         "loss",
         "Optimisation",
         "Policy loss",
         "Its level says little, since advantages cancel within a group; jumps say more.",
-        _has("actor/pg_loss"),
-        _lines("loss", {"actor/pg_loss": "policy loss"}),
+        has("actor/pg_loss"),
+        curves(Panel("loss", {"actor/pg_loss": "policy loss"})),
     ),
     Figure(
         "grad_norm",
         "Optimisation",
         "Gradient norm",
         "Before clipping.",
-        _has("actor/grad_norm"),
-        _lines("L2 norm", {"actor/grad_norm": "gradient norm"}),
+        has("actor/grad_norm"),
+        curves(Panel("L2 norm", {"actor/grad_norm": "gradient norm"})),
     ),
     Figure(
         "kl",
@@ -372,10 +241,12 @@ FIGURES = (
         "KL divergence",
         "Of the current policy from the one that made the samples and, where the loss has a KL "
         "term, from the frozen reference.",
-        _has("actor/ppo_kl", "actor/kl_loss"),
-        _lines(
-            "nats per token",
-            {"actor/ppo_kl": "from the old policy", "actor/kl_loss": "from the reference"},
+        has("actor/ppo_kl", "actor/kl_loss"),
+        curves(
+            Panel(
+                "nats per token",
+                {"actor/ppo_kl": "from the old policy", "actor/kl_loss": "from the reference"},
+            )
         ),
     ),
     Figure(
@@ -383,8 +254,8 @@ FIGURES = (
         "Optimisation",
         "Entropy",
         "Mean entropy of the next-token distribution on response tokens.",
-        _has("actor/entropy"),
-        _lines("nats per token", {"actor/entropy": "entropy"}),
+        has("actor/entropy"),
+        curves(Panel("nats per token", {"actor/entropy": "entropy"})),
     ),
     Figure(
         "time",
@@ -400,7 +271,7 @@ FIGURES = (
         "Speed",
         "Throughput",
         "Tokens per second over whole steps, all ranks together.",
-        _has("perf/tokens_per_s"),
+        has("perf/tokens_per_s"),
         _draw_throughput,
     ),
 )

@@ -19,7 +19,8 @@ class Run:
 
     recipe: Recipe
     records: list[dict[str, Any]]
-    """Lines of ``metrics.jsonl`` in the order of their steps."""
+    """Lines of ``metrics.jsonl`` in the order of their steps, from step 0: the evaluation before
+    the first step, which the summary tells where no line does."""
     summary: dict[str, Any]
     """``summary.json``; empty where the run has not ended."""
 
@@ -46,6 +47,14 @@ class Run:
         if not counts.sum():
             return None
         return np.asarray(edges, dtype=np.float64), counts.astype(np.float64)
+
+    def points(self, name: str) -> Floats:
+        """``[n, 3]``: step, x and y of every point of a scatter plot."""
+        held = [
+            (r["step"], r[name]["points"]) for r in self.records if isinstance(r.get(name), dict)
+        ]
+        table = [(step, x, y) for step, points in held for x, y in points]
+        return np.array(table, dtype=np.float64).reshape(-1, 3)
 
     def evaluations(self) -> dict[str, tuple[float, float]]:
         """(before, after) of each held-out score, from the summary or else the first and last."""
@@ -95,6 +104,9 @@ def read_run(folder: Path) -> Run:
         raise UserError(f"{summary}:{error.lineno}: not JSON: {error.msg}") from None
     if not isinstance(held, dict):
         raise UserError(f"{summary}: expected a JSON object, got {type(held).__name__}")
+    before = (held.get("eval") or {}).get("before")
+    if before and records[0]["step"] > 0:
+        records.insert(0, {"step": 0} | {f"eval/{name}": score for name, score in before.items()})
     return Run(load(folder / "config.yaml"), records, held)
 
 

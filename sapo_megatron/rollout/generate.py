@@ -11,10 +11,33 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from sapo_megatron.sample import Sample
+from sapo_megatron.sample import Sample, SampleRoutes
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodedRoutes:
+    """The experts of every token that a batch was fed: L positions, M layers with experts."""
+
+    experts: npt.NDArray[np.int16]
+    """[B, L, M, k]."""
+    probs: npt.NDArray[np.float32] | None
+    """[B, P, M, E] router probabilities."""
+    positions: npt.NDArray[np.int64]
+    """[P] the positions at which they were kept."""
+
+    def of(self, row: int, fed: int) -> SampleRoutes:
+        """Those of one sequence, of which ``fed`` tokens count."""
+        kept = self.positions < fed
+        return SampleRoutes(
+            experts=self.experts[row, :fed].copy(),
+            probs=None if self.probs is None else self.probs[row, kept],
+            positions=None if self.probs is None else self.positions[kept],
+        )
 
 
 class Decoder(Protocol):
@@ -33,6 +56,9 @@ class Decoder(Protocol):
 
     def any(self, flag: bool) -> bool:
         """Whether any rank that must stay in step says True."""
+
+    def routes(self) -> DecodedRoutes | None:
+        """Of what was fed since ``start``; None where they are not recorded."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,11 +135,15 @@ def _generate_batch(
         done |= writes & ((token == params.eos_id) | (position + 1 >= end))
         fed = tokens[:, column : column + 1]
         position += 1
-    return _to_samples(requests, tokens.cpu(), logprobs.cpu(), params)
+    return _to_samples(requests, tokens.cpu(), logprobs.cpu(), params, decoder.routes())
 
 
 def _to_samples(
-    requests: Sequence[Request], tokens: Tensor, logprobs: Tensor, params: SamplingParams
+    requests: Sequence[Request],
+    tokens: Tensor,
+    logprobs: Tensor,
+    params: SamplingParams,
+    routes: DecodedRoutes | None,
 ) -> list[Sample]:
     samples = []
     for row, request in enumerate(requests):
@@ -129,6 +159,7 @@ def _to_samples(
                 response_tokens=response,
                 rollout_logprobs=logprobs[row, begin : begin + len(response)].tolist(),
                 truncated=truncated,
+                routes=routes and routes.of(row, begin + len(response) - 1),
             )
         )
     return samples

@@ -1,0 +1,1 @@
+"""The router of a Mixture-of-Experts model: record, replay, measure."""
