@@ -10,6 +10,7 @@ Every rank runs every line; what is collective says so where it is defined.
 
 import functools
 import logging
+import math
 import os
 import time
 from collections.abc import Iterator
@@ -42,6 +43,9 @@ from sapo_megatron.trackers import Progress, RunTrackers, duration
 from sapo_megatron.watch import RouterWatch
 
 logger = logging.getLogger(__name__)
+
+ROUTER = ("variance/total", "variance/router_share", "routing/flip_fraction")
+"""What the summary says of the router."""
 
 
 def train(recipe: Recipe, inputs: Inputs, resume: str | None = None) -> dict[str, Any]:
@@ -94,6 +98,7 @@ class Trainer:
         self.first_step = state["step"] + 1
         self.eval_before: dict[str, float] = state["eval"]
         self.began = time.monotonic() - state["wall_s"]
+        self.router: dict[str, float] = {}
         inputs.source.load_state_dict(state["cursor"])
         if run.checkpoint:
             checkpoint.load(self.policy, run.checkpoint, state)
@@ -131,6 +136,7 @@ class Trainer:
                 if trackers:
                     trackers.log(step, metrics)
                     progress.log(step, metrics)
+                self._keep_router(metrics)
         return self._finish(after)
 
     def _step(self, step: int, collector: Collector) -> Metrics:
@@ -174,6 +180,13 @@ class Trainer:
             for batch, forward in zip(batches, self.reference.forward(batches), strict=True):
                 batch.ref_logprob = forward.logprob
         return self.watch.set_old_logprobs(batches)
+
+    def _keep_router(self, metrics: Metrics) -> None:
+        """The last finite values of what the summary says of the router."""
+        values = metrics.values()
+        for name in ROUTER:
+            if math.isfinite(values.get(name, math.nan)):
+                self.router[name] = values[name]
 
     def _evaluate(self, collector: Collector) -> dict[str, float]:
         with self.decoder.generating():
@@ -226,12 +239,15 @@ class Trainer:
             "loss_type": self.recipe.algorithm.loss_type,
             "world_size": dist.get_world_size(),
             "eval": {"before": self.eval_before, "after": after},
+            "router": self.router,
             "report": str(self.run.path / "report" / "index.html"),
         }
         if self.is_main:
             self.run.write_summary(summary)
             logger.info("before: %s", _shown(self.eval_before))
             logger.info("after:  %s", _shown(after))
+            if self.router:
+                logger.info("router: %s (last measured)", _shown(self.router, "{} {:.2g}"))
             logger.info("took:   %s", duration(summary["wall_s"]))
             if self.recipe.train.steps:
                 write_report(self.run.path)
@@ -248,8 +264,8 @@ def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def _shown(scores: dict[str, float]) -> str:
-    return ", ".join(f"{name} {value:.3f}" for name, value in scores.items())
+def _shown(values: dict[str, float], form: str = "{} {:.3f}") -> str:
+    return ", ".join(form.format(*item) for item in values.items())
 
 
 @contextmanager
