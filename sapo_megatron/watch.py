@@ -42,7 +42,10 @@ class RouterWatch:
         With the packing of the updates, so that ratios start at 1. Raises UserError for routes of
         the rollout engine that do not fit, or are missing where R3 needs them.
         """
-        rollout = [self.view.rollout_routes(batch) for batch in batches] if self.has_experts else []
+        # Every rank of a model-parallel block has the same samples, so all of it goes one way.
+        routed = any(batch.rollout_experts is not None for batch in batches)
+        compared = self.has_experts and (routed or self.mode == "R3")
+        rollout = [self.view.rollout_routes(batch) for batch in batches] if compared else []
         replay = [routes.experts for routes in rollout] if self.mode == "R3" else None
         forwards = self.policy.forward(batches, replay=replay, record=True)
         metrics = Metrics()
@@ -52,7 +55,7 @@ class RouterWatch:
                 metrics.update(
                     mismatch_metrics(batch.old_logprob, batch.rollout_logprob, batch.mask)
                 )
-        if self.has_experts:
+        if compared:
             old = [batch.old_routes for batch in batches]
             found, _ = self._divergence(batches, rollout, old, "rollout_train")
             metrics.update(found)
@@ -77,7 +80,7 @@ class RouterWatch:
         if _due(number, self.recipe.routing.decompose_every):
             began = time.monotonic()
             probe = self._probe(batches, replay)
-            metrics.add("time/decompose", Max(time.monotonic() - began))
+            metrics.add("perf/decompose_s", Max(time.monotonic() - began))
         updated, forwards = self.policy.update(
             batches, loss, where=where, replay=replay, record=True
         )

@@ -9,6 +9,7 @@ from tiny import ROOT, cli, read_metrics, write_recipe
 from training import VARIANTS, variants
 
 from sapo_megatron.config import load
+from sapo_megatron.dump import read_dumps
 
 METRICS = {
     "actor/pg_loss",
@@ -31,6 +32,29 @@ METRICS = {
     "reward/timeouts",
     "response/length_mean",
     "response/truncated",
+    "routing/flip_fraction",
+    "routing/flip_fraction/layer_2",
+    "routing/token_flip_share",
+    "routing/layers_flipped",
+    "routing/tv",
+    "routing/shift_factor",
+    "routing/max_violation",
+    "rollout_train/flip_fraction",
+    "rollout_train/tv",
+    "rollout_train/kl",
+    "rollout_train/k3_kl",
+    "rollout_train/logprob_abs_diff",
+    "rollout_train/extreme_fraction",
+    "variance/total",
+    "variance/weights",
+    "variance/router",
+    "variance/cov",
+    "variance/router_share",
+    "variance/noise",
+    "sapo/bound_lhs",
+    "sapo/bound_rhs",
+    "sapo/bound_violations",
+    "sapo/gate_distance",
     "perf/tokens_per_s",
     "perf/step_s",
     "time/rollout",
@@ -48,6 +72,7 @@ BUDGET = [
     "eval.num_problems=8",
     "eval.every=2",
     "--k=4",
+    "logging.dump_every=4",
 ]
 
 
@@ -73,7 +98,8 @@ def run(work, done):
 def test_it_ends_well_and_says_where_things_are(done, run):
     assert done.processes == 0
     assert "Traceback" not in done.stderr
-    for text in ("before: avg@4", "after:  avg@4", "step 3/3", "run-001/report/index.html"):
+    shown = ("before: avg@4", "after:  avg@4", "step 3/3", "run-001/report/index.html")
+    for text in (*shown, "router: ", "variance/router_share"):
         assert text in done.stderr
     assert done.stderr.count("step 1/3") == 1  # of two ranks, one speaks
 
@@ -88,6 +114,11 @@ def test_the_summary(run):
         assert set(summary["eval"][when]) == {"avg@4", "pass@1"}
         assert all(0 <= score <= 1 for score in summary["eval"][when].values())
     assert (run.parents[2] / summary["report"]).exists()
+    assert set(summary["router"]) == {
+        "variance/total",
+        "variance/router_share",
+        "routing/flip_fraction",
+    }
 
 
 def test_the_metrics_of_every_step(run):
@@ -120,6 +151,25 @@ def test_the_rest_of_the_folder(run):
     assert kept.parallel.expert_model_parallel_size == 2
     assert [p.name for p in run.parent.glob("cold-start-*")] != []
     assert not list(run.parent.rglob("*.tmp"))
+
+
+def test_dumps_hold_the_last_mini_batch_of_each_step(run):
+    files = sorted((run / "dumps").iterdir())
+    assert len(files) == 3 * 2, "both ranks hold sequences of their own"
+    dump = read_dumps([p for p in files if p.name.startswith("step-000003")])
+    rows = dump.rows
+    log_ratio = (rows.logprob.double() - rows.old_logprob.double())[rows.mask]
+    line = read_metrics(run)[-1]
+    assert float(log_ratio.var(correction=0)) == pytest.approx(line["variance/total"], rel=1e-4)
+    assert rows.layers_changed.min() >= 0
+    assert len(dump.lengths) == 8 * 8 / 4
+
+
+def test_the_rollout_engine_is_the_training_engine(run):
+    for line in read_metrics(run):
+        assert line["rollout_train/extreme_fraction"] == 0
+        assert line["rollout_train/logprob_abs_diff"] < 1e-5
+        assert line["sapo/bound_violations"] == 0
 
 
 def test_eval_finds_the_scores_of_the_checkpoint(work, run):

@@ -40,7 +40,6 @@ SETTINGS = {
     "model.tokenizer": ROOT / "recipes" / "tiny-moe" / "tokenizer.model",
     "rollout.rollout_batch_size": 32,
     "train.steps": STEPS,
-    "cold_start.steps": 300,
     "optimizer.lr_warmup_steps": 0,
     "eval.num_problems": 32,
     "eval.k": 1,
