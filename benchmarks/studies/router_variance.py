@@ -63,6 +63,11 @@ class Case:
         kind = self.kind.lower().replace(", ", "-")
         return out / f"{kind}-n{self.mini_batches}-seed{self.seed}"
 
+    @property
+    def first(self) -> "Case":
+        """The run whose cold start this one begins with."""
+        return Case(self.kind.removesuffix(", R2"), 1, self.seed)
+
     def settings(self, out: Path) -> dict[str, Any]:
         """What differs from the recipe. The split is of a rollout's last mini-batch."""
         settings = SETTINGS | {
@@ -84,13 +89,12 @@ def main() -> None:
     logging.basicConfig(format="%(message)s", level=logging.INFO)
     cases = [
         Case(kind, n, seed)
-        for kind in KINDS
-        for n in MINI_BATCHES
         for seed in range(1, arguments.seeds + 1)
+        for n in MINI_BATCHES
+        for kind in KINDS
     ]
     with ThreadPoolExecutor(arguments.jobs) as pool:
-        # A model's first run on a seed leaves the cold start that its other runs begin with.
-        first = [c for c in cases if c.mini_batches == 1 and c.kind in ("MoE", "dense")]
+        first = [case for case in cases if case == case.first]
         list(pool.map(lambda case: run(case, arguments.out), first))
         list(pool.map(lambda case: run(case, arguments.out), cases))
     results = {case: measure(case.folder(arguments.out)) for case in cases}
@@ -103,6 +107,10 @@ def run(case: Case, out: Path) -> None:
     folder = case.folder(out)
     if (folder / "summary.json").exists():
         return
+    folder.mkdir(parents=True, exist_ok=True)
+    for cold_start in case.first.folder(out).glob("cold-start-*"):
+        if case != case.first:
+            (folder / cold_start.name).symlink_to(cold_start.resolve())
     words = [f"{key}={value}" for key, value in case.settings(out).items()]
     command = [sys.executable, "-m", "sapo_megatron", "train", str(RECIPE), *words]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)

@@ -7,8 +7,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core.inference.contexts import StaticInferenceContext
-from megatron.core.transformer.utils import set_model_to_sequence_parallel
-from torch import Tensor
+from torch import Tensor, nn
 
 from sapo_megatron.policy.step import FrozenPolicy
 from sapo_megatron.rollout.generate import DecodedRoutes
@@ -61,7 +60,7 @@ class MegatronDecoder:
         for chunk in self.chunks:
             chunk.train(training)
             if self.groups.tp.size() > 1:
-                set_model_to_sequence_parallel(chunk, training)
+                _set_sequence_parallel(chunk, training)
             if self.groups.cp.size() > 1:
                 cp_group = self.groups.cp if training else _Alone()
                 chunk.rotary_pos_emb.cp_group = cp_group
@@ -175,3 +174,20 @@ class MegatronDecoder:
         dist.send(
             hidden.contiguous(), dist.get_global_rank(pp, (pp.rank() + 1) % pp.size()), group=pp
         )
+
+
+def _set_sequence_parallel(model: nn.Module, on: bool) -> None:
+    """Upstream's function of this kind remembers modules by ``id(model)``.
+
+    That is wrong once a model is gone and another has taken its place in memory; and what it
+    remembers is never freed.
+    """
+    model.config.sequence_parallel = on
+    for module in model.modules():
+        for name in (
+            "sequence_parallel",
+            "scatter_to_sequence_parallel",
+            "reduce_scatter_embeddings",
+        ):
+            if hasattr(module, name):
+                setattr(module, name, on)
