@@ -217,14 +217,22 @@ def _latent_attention(c: _Config) -> LatentAttention:
     )
 
 
-def _qwen3_experts(c: _Config) -> Experts | None:
-    if c.config.get("num_experts") is None:
-        return None
+def _topk(c: _Config, experts: int) -> int:
+    topk = c.whole("num_experts_per_tok")
+    if topk > experts:
+        raise UserError(
+            f"{c.path}: num_experts_per_tok: expected at most the number of experts {experts}, got "
+            f"{topk}; correct it"
+        )
+    return topk
+
+
+def _qwen3_experts(c: _Config) -> Experts:
     dense, step = c.config.get("mlp_only_layers") or [], c.whole("decoder_sparse_step")
     layers = range(c.whole("num_hidden_layers"))
     return Experts(
         number=c.whole("num_experts"),
-        topk=c.whole("num_experts_per_tok"),
+        topk=_topk(c, c.whole("num_experts")),
         hidden_size=c.whole("moe_intermediate_size"),
         layers=tuple(i for i in layers if i not in dense and (i + 1) % step == 0),
         score_function="softmax",
@@ -241,7 +249,7 @@ def _deepseek_experts(c: _Config) -> Experts:
     hidden = c.whole("moe_intermediate_size")
     return Experts(
         number=c.whole("n_routed_experts"),
-        topk=c.whole("num_experts_per_tok"),
+        topk=_topk(c, c.whole("n_routed_experts")),
         hidden_size=hidden,
         layers=tuple(layers),
         score_function="sigmoid",

@@ -316,7 +316,13 @@ PEER_KEYS = {
 }
 """Names that peers give to keys of ours (ms-swift, TRL, verl, slime, AReaL)."""
 
-_PATH_KEYS = ("model.path", "model.architecture", "model.tokenizer", "data.train.path", "data.eval.path")
+_PATH_KEYS = (
+    "model.path",
+    "model.architecture",
+    "model.tokenizer",
+    "data.train.path",
+    "data.eval.path",
+)
 
 
 def load(path: str | Path, overrides: dict[str, str] | None = None) -> Recipe:
