@@ -13,6 +13,10 @@ from megatron.core.models.backends import BackendSpecProvider
 from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.moe.experts import TEGroupedMLP
 from megatron.core.transformer.moe.router import TopKRouter
+from megatron.core.transformer.multi_latent_attention import (
+    MLASelfAttention,
+    MLASelfAttentionSubmodules,
+)
 
 
 def grouped_mlp(linear: type) -> tuple[type, MLPSubmodules] | Callable[..., Any]:
@@ -25,6 +29,17 @@ def grouped_mlp(linear: type) -> tuple[type, MLPSubmodules] | Callable[..., Any]
     if "moe_use_legacy_grouped_gemm" in asked:
         return TEGroupedMLP, submodules
     return functools.partial(TEGroupedMLP, submodules=submodules)
+
+
+class LatentSelfAttention(MLASelfAttention):
+    """Latent attention of the layers that its spec names.
+
+    0.19 works out by itself which projections own a norm, and gives one to the query projection of
+    models without a low-rank query (Moonlight), which have none there.
+    """
+
+    def _resolve_qk_norm_config(self, submodules: MLASelfAttentionSubmodules) -> dict[str, Any]:
+        return vars(submodules)
 
 
 def auxiliary_loss_tokens(tokens: int, tp_size: int) -> int:

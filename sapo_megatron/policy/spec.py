@@ -13,10 +13,7 @@ from megatron.core.models.gpt.gpt_layer_specs import get_mlp_module_spec_for_bac
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
-from megatron.core.transformer.multi_latent_attention import (
-    MLASelfAttention,
-    MLASelfAttentionSubmodules,
-)
+from megatron.core.transformer.multi_latent_attention import MLASelfAttentionSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import (
     TransformerBlockSubmodules,
@@ -34,6 +31,7 @@ from megatron.core.transformer.transformer_layer import (
 
 from sapo_megatron.architecture import Architecture, Experts, GroupedQueryAttention, LatentAttention
 from sapo_megatron.config import ModelConfig, ParallelConfig, UserError
+from sapo_megatron.policy.compat import LatentSelfAttention
 from sapo_megatron.policy.layers import TorchSpecProvider
 from sapo_megatron.policy.parallel import ParallelGroups
 
@@ -249,7 +247,7 @@ def _grouped_query_attention(config: TransformerConfig, backend: BackendSpecProv
 
 def _latent_attention(backend: BackendSpecProvider) -> ModuleSpec:
     return ModuleSpec(
-        module=MLASelfAttention,
+        module=LatentSelfAttention,
         params={"attn_mask_type": AttnMaskType.causal},
         submodules=MLASelfAttentionSubmodules(
             linear_q_proj=backend.column_parallel_linear(),
