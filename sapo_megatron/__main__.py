@@ -1,4 +1,4 @@
-"""The command line: ``sapo-megatron train | eval | report | gates``.
+"""The command line: ``sapo-megatron train | eval | export | report | gates``.
 
 Exit status: 0 done, 1 the work failed, 2 the input is wrong (one line on stderr says what).
 """
@@ -76,6 +76,16 @@ def _parser() -> argparse.ArgumentParser:
         "sapo-megatron eval RECIPE --checkpoint PATH [--out FILE] [--debug] "
         "[--KEY VALUE | SECTION.KEY=VALUE]..."
     )
+    export = command("export", _export, "Write the weights of a run as a Hugging Face folder.")
+    export.add_argument("recipe", help="the run's recipe, or its config.yaml")
+    export.add_argument(
+        "--checkpoint", required=True, metavar="PATH", help="a run folder, or one checkpoint of it"
+    )
+    export.add_argument("--out", required=True, metavar="FOLDER", help="a folder that is not there")
+    export.usage = (
+        "sapo-megatron export RECIPE --checkpoint PATH --out FOLDER [--debug] "
+        "[--KEY VALUE | SECTION.KEY=VALUE]..."
+    )
     report = command("report", _report, "Draw a run's report: pictures and one HTML page.")
     report.add_argument("run", help="a run folder, finished or not")
     gates = command("gates", _gates, "Compare what gates keep of the gradient of dumped tokens.")
@@ -131,6 +141,22 @@ def _eval(arguments: argparse.Namespace, rest: list[str], words: list[str]) -> i
         sys.stdout.write("".join(f"{name} {score:.4f}\n" for name, score in scores.items()))
         if out:
             runs.write_whole(out, json.dumps(scores, indent=2) + "\n")
+
+    return _on_all_processes(recipe, words, work)
+
+
+def _export(arguments: argparse.Namespace, rest: list[str], words: list[str]) -> int:
+    from sapo_megatron.rollout.inputs import Inputs
+
+    recipe = load(arguments.recipe, _overrides(rest))
+    out = Path(arguments.out)
+    if out.exists():
+        raise UserError(f"--out: expected a folder that is not there yet, got {out}; name another")
+
+    def work(inputs: Inputs) -> None:
+        from sapo_megatron.train import export_checkpoint
+
+        export_checkpoint(recipe, inputs, Path(arguments.checkpoint), out)
 
     return _on_all_processes(recipe, words, work)
 

@@ -1,7 +1,8 @@
 """Run folders: ``config.yaml``, ``metrics.jsonl``, ``summary.json``, ``checkpoints/``, ``report/``.
 
 Runs of a recipe lie side by side below ``runs/<name>`` as ``run-001``, ``run-002``, ...; what they
-share (initial weights, the cold start) lies beside them.
+share (initial weights, the cold start) lies beside them. A file ``stop`` in a run's folder ends the
+run after the step it is at, with a checkpoint.
 """
 
 import json
@@ -35,6 +36,14 @@ class RunFolder:
     def start(self) -> Path | None:
         """The weights that the run started from, once it has a checkpoint."""
         return (self.path / self.state["start"]).resolve() if self.state else None
+
+    @property
+    def stop_requested(self) -> bool:
+        """Whether somebody has put a file ``stop`` into the folder."""
+        return (self.path / "stop").exists()
+
+    def forget_stop_request(self) -> None:
+        (self.path / "stop").unlink(missing_ok=True)
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         write_whole(self.path / "summary.json", json.dumps(summary, indent=2) + "\n")

@@ -48,8 +48,10 @@ ROUTER = ("variance/total", "variance/router_share", "routing/flip_fraction")
 """What the summary says of the router."""
 
 
-def train(recipe: Recipe, inputs: Inputs, resume: str | None = None) -> dict[str, Any]:
+def train(recipe: Recipe, inputs: Inputs, resume: str | None = None) -> dict[str, Any] | None:
     """A whole run, on every process of it. Returns what ``summary.json`` says.
+
+    None for a run that was asked to stop (:class:`sapo_megatron.runs.RunFolder`) before its end.
 
     ``resume`` as in :func:`sapo_megatron.runs.open_run`.
     """
@@ -57,6 +59,15 @@ def train(recipe: Recipe, inputs: Inputs, resume: str | None = None) -> dict[str
     run = parallel.on_first_rank(groups, lambda: runs.open_run(recipe, inputs.arch, resume))
     logger.info("run folder: %s", run.path)
     return Trainer(recipe, inputs, groups, run).train()
+
+
+def export_checkpoint(recipe: Recipe, inputs: Inputs, path: Path, out: Path) -> None:
+    """Write the weights of a run, or of one of its checkpoints, as a Hugging Face folder."""
+    groups = parallel.setup(recipe.parallel, seed=recipe.train.seed)
+    run = parallel.on_first_rank(groups, lambda: runs.find_run(recipe, inputs.arch, path))
+    trainer = Trainer(recipe, inputs, groups, run)
+    trainer.policy.checkpoint.save(out, tokenizer=recipe.model.tokenizer)
+    logger.info("exported: %s", out)
 
 
 def evaluate_checkpoint(recipe: Recipe, inputs: Inputs, path: Path) -> dict[str, float]:
@@ -109,14 +120,16 @@ class Trainer:
         with self._scorer() as scorer:
             return self._evaluate(self._collector(scorer))
 
-    def train(self) -> dict[str, Any]:
-        """Run to the end. Returns what ``summary.json`` says."""
+    def train(self) -> dict[str, Any] | None:
+        """Run to the end. Returns what ``summary.json`` says; None if it was asked to stop."""
         recipe = self.recipe
         with self._scorer() as scorer, self._trackers() as trackers:
             collector = self._collector(scorer)
             if not self.eval_before:
                 self.eval_before = self._evaluate(collector)
                 logger.info("before: %s", _shown(self.eval_before))
+            if self.is_main:
+                self.run.forget_stop_request()  # one that came too late for the run before
             progress = Progress(recipe.train.steps)
             after = self.eval_before
             if self.first_step > max(recipe.train.steps, 1):  # a finished run, resumed
@@ -129,7 +142,8 @@ class Trainer:
                     if self.is_main:
                         for name, value in after.items():
                             metrics.add(f"eval/{name}", Mean(value, 1.0))
-                if _due(step, recipe.checkpoint.every) or step == recipe.train.steps:
+                stop = parallel.on_first_rank(self.groups, lambda: self.run.stop_requested)
+                if _due(step, recipe.checkpoint.every) or step == recipe.train.steps or stop:
                     with _timed(metrics, "time/checkpoint"):
                         self._save(step)
                 metrics = metrics.gather(self.groups.world)
@@ -137,6 +151,11 @@ class Trainer:
                     trackers.log(step, metrics)
                     progress.log(step, metrics)
                 self._keep_router(metrics)
+                if stop and self.is_main:
+                    self.run.forget_stop_request()
+                if stop and step < recipe.train.steps:
+                    logger.info("stopped after step %d, as asked; --resume auto goes on", step)
+                    return None
         return self._finish(after)
 
     def _step(self, step: int, collector: Collector) -> Metrics:

@@ -31,12 +31,13 @@ from sapo_megatron.policy.step import Policy
 from sapo_megatron.sample import Sample
 
 TIMEOUT_S = 60.0
-VOCABULARY = 61  # divides by no tensor-parallel size
+VOCABULARY = 101  # divides by no tensor-parallel size
 _COMMON = {
     "hidden_size": 32,
     "intermediate_size": 48,
     "max_position_embeddings": 64,
     "num_hidden_layers": 4,
+    "rms_norm_eps": 1e-6,
     "rope_theta": 10000.0,
     "tie_word_embeddings": False,
     "vocab_size": VOCABULARY,
@@ -72,6 +73,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     | {
         "model_type": "qwen3_moe",
         "num_key_value_heads": 2,  # fewer than tensor-parallel ranks in one layout
+        "decoder_sparse_step": 1,
         "moe_intermediate_size": 16,
         "norm_topk_prob": True,
         "num_experts": 8,

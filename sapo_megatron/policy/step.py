@@ -22,7 +22,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from sapo_megatron.architecture import Architecture
-from sapo_megatron.config import OptimizerConfig, Recipe, RunFailed
+from sapo_megatron.config import OptimizerConfig, Recipe, RunFailed, UserError
 from sapo_megatron.metrics import Mean, Metrics
 from sapo_megatron.objective.reduce import megatron_loss
 from sapo_megatron.policy import weights
@@ -145,6 +145,12 @@ class Policy(FrozenPolicy):
         optimizer: OptimizerConfig,
         total_updates: int,
     ) -> None:
+        offloaded = optimizer.optimizer_offload_fraction > 0
+        if offloaded and groups.device.type == "cpu":
+            raise UserError(
+                f"optimizer.optimizer_offload_fraction: expected 0 without a GPU to offload from, "
+                f"got {optimizer.optimizer_offload_fraction:g}; remove it"
+            )
         super().__init__(recipe, arch, groups, folder)
         self.on_nonfinite = recipe.train.on_nonfinite
         ddp = DistributedDataParallelConfig(
@@ -171,6 +177,10 @@ class Policy(FrozenPolicy):
                 params_dtype=self.config.params_dtype,
                 bf16=self.config.bf16,
                 use_distributed_optimizer=True,
+                optimizer_cpu_offload=offloaded,
+                optimizer_offload_fraction=optimizer.optimizer_offload_fraction,
+                # Upstream's optimizer in host memory takes gradients in no other way.
+                use_precision_aware_optimizer=offloaded,
             ),
             self.ddp,
         )
@@ -325,6 +335,8 @@ def _packed_seq_params(batch: PackedBatch) -> PackedSeqParams:
 def _allocate_state(optimizer: MegatronOptimizer) -> None:
     """Adam's moments, which torch would make at the first step; a checkpoint needs them before."""
     for part in optimizer.chained_optimizers:
+        if part.init_state_fn is None:  # partly in host memory: upstream makes them as it loads
+            continue
         part.init_state_fn(part.optimizer, part.config)
         if isinstance(part.optimizer, torch.optim.Adam):
             for state in part.optimizer.state.values():

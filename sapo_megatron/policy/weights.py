@@ -85,10 +85,12 @@ class HuggingFaceWeights:
             for weight in self._weights():
                 weight.tensor.copy_(weight.entry.load(checkpoint.read, *weight.place))
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path, *, tokenizer: str | None = None) -> None:
         """Write the chunks' present weights as a new folder. Collective over all ranks.
 
-        A rank holds one file's tensors at a time; what goes wrong leaves no folder behind.
+        A rank holds one file's tensors at a time; what goes wrong leaves no folder behind. Beside
+        the weights comes what the folder that was loaded holds, and ``tokenizer`` (a folder or a
+        file) where it is another one.
         """
         rank = dist.get_rank()
         with _shared_folder(self._groups, folder) as temporary:
@@ -104,7 +106,7 @@ class HuggingFaceWeights:
             dist.all_gather_object(written, files, group=self._groups.world)
             if rank == 0:
                 _write_index(list(itertools.chain(*written)), temporary)
-                self._write_rest(temporary)
+                self._write_rest(temporary, tokenizer)
 
     def _whole_tensors(self) -> Iterator[Named]:
         """The tensors that this rank is to write. Collective over each weight's group."""
@@ -156,11 +158,11 @@ class HuggingFaceWeights:
             and weight.entry.name == "model.embed_tokens.weight"
         )
 
-    def _write_rest(self, folder: Path) -> None:
-        """``config.json``, and what else the folder that was loaded holds beside weights."""
-        for path in itertools.chain(*(self._folder.glob(pattern) for pattern in NOT_WEIGHTS)):
-            if path.name not in ("config.json", INDEX):
-                shutil.copyfile(path, folder / path.name)
+    def _write_rest(self, folder: Path, tokenizer: str | None) -> None:
+        """``config.json``, and the files that a model folder holds beside weights."""
+        sources = [self._folder, *([Path(tokenizer)] if tokenizer else [])]
+        for path in itertools.chain(*map(_beside_weights, sources)):
+            shutil.copyfile(path, folder / path.name)
         dtype = str(self._chunks[0].config.params_dtype).removeprefix("torch.")
         config = {**self._arch.config, "torch_dtype": dtype}
         config.pop("dtype", None)  # a later name of the same
@@ -198,6 +200,14 @@ def _write(tensors: Iterator[Named], folder: Path, prefix: str) -> list[_File]:
     if shard:
         flush()
     return files
+
+
+def _beside_weights(source: Path) -> list[Path]:
+    """The tokenizer and the like in a model folder, or a tokenizer's one file."""
+    if source.is_file():
+        return [source]
+    found = (path for pattern in NOT_WEIGHTS for path in source.glob(pattern))
+    return [path for path in found if path.name not in ("config.json", INDEX)]
 
 
 def _write_index(files: list[_File], folder: Path) -> None:
