@@ -72,12 +72,17 @@ class TaskConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SourceConfig:
-    """Where prompts come from: either ``tasks`` or a JSONL file at ``path``."""
+    """Where prompts come from: either ``tasks`` or the dataset at ``path``."""
 
     tasks: tuple[TaskConfig, ...] = ()
     path: str | None = None
+    """A ``.parquet`` or JSONL file, a folder or a pattern of such files; or ``owner/name`` of a
+    dataset on the Hugging Face hub, and after another slash a file, folder or pattern in it."""
     prompt_key: str = "prompt"
+    """The column with a text or a list of messages; ``a.b`` is ``b`` inside the object ``a``."""
     answer_key: str = "answer"
+    template: str | None = None
+    """None: ``data.template``."""
     seed: int = 0
 
 
@@ -87,7 +92,8 @@ class DataConfig:
     eval: SourceConfig | None = None
     """Held-out problems; training never draws a prompt whose text is among them."""
     template: str = "{prompt}"
-    """Text around a prompt, for tokenizers without a chat template."""
+    """Text around a prompt, inside the user's turn where there is a chat template. Prompts that
+    are lists of messages go into the chat template as they are."""
     apply_chat_template: bool = False
 
 
@@ -309,6 +315,13 @@ PEER_KEYS = {
 """Names that peers give to keys of ours (ms-swift, TRL, verl, slime, AReaL)."""
 
 _PATH_KEYS = ("model.path", "model.tokenizer", "data.train.path", "data.eval.path")
+_DATASET = r"(\w[\w.-]*/[\w.-]+)(?<!\.jsonl)(?<!\.parquet)(/.*)?"
+_HUB_NAMES = {
+    "model.tokenizer": r"(\w[\w.-]*/[\w.-]+)(?<!\.model)",
+    "data.train.path": _DATASET,
+    "data.eval.path": _DATASET,
+}
+"""Keys that may name something on the Hugging Face hub, and how such a name (owner/name) looks."""
 
 
 def load(path: str | Path, overrides: dict[str, str] | None = None) -> Recipe:
@@ -407,7 +420,7 @@ def _yaml_problem(error: yaml.YAMLError) -> str:
 
 
 def _absolute(raw: dict[str, Any], key: str, folder: Path) -> None:
-    """Make a path of the recipe absolute, unless it names a tokenizer of the Hugging Face hub."""
+    """Make a path of the recipe absolute, unless it is a name on the hub and no folder here."""
     *sections, name = key.split(".")
     node: Any = raw
     for section in sections:
@@ -415,10 +428,9 @@ def _absolute(raw: dict[str, Any], key: str, folder: Path) -> None:
     if not (isinstance(node, dict) and isinstance(node.get(name), str)):
         return
     given = node[name]
-    path = folder / Path(given).expanduser()
-    hub = re.fullmatch(r"\w[\w.-]*/[\w.-]+(?<!\.model)", given) and not path.exists()
-    if key != "model.tokenizer" or not hub:
-        node[name] = str(path.resolve())
+    hub = re.fullmatch(_HUB_NAMES[key], given) if key in _HUB_NAMES else None
+    if hub is None or (folder / hub[1]).exists():
+        node[name] = str((folder / Path(given).expanduser()).resolve())
 
 
 def _merge(low: dict[str, Any], high: dict[str, Any]) -> dict[str, Any]:
