@@ -1,6 +1,6 @@
 """The rules a recipe must keep, beyond names and types.
 
-``check`` needs nothing but the recipe, ``check_architecture`` the model's ``config.json``, and
+``check`` needs nothing but the recipe, ``check_architecture`` the model's architecture, and
 ``check_world`` the number of processes. Each raises :class:`UserError` for the first rule that is
 broken: what, expected, got, how to fix it.
 """
@@ -10,8 +10,8 @@ import difflib
 import logging
 import math
 import re
-from typing import Any
 
+from sapo_megatron.architecture import Architecture, GroupedQueryAttention
 from sapo_megatron.config import AlgorithmConfig, ParallelConfig, Recipe, SourceConfig, UserError
 
 logger = logging.getLogger(__name__)
@@ -83,6 +83,7 @@ _RANGES = (
     (("algorithm.clip_ratio_c",), "> 1", lambda x: x > 1),
     (("rollout.top_p", "eval.top_p"), "in (0, 1]", lambda x: 0 < x <= 1),
     (("optimizer.adam_beta1", "optimizer.adam_beta2"), "in [0, 1)", lambda x: 0 <= x < 1),
+    (("optimizer.optimizer_offload_fraction",), "in [0, 1]", lambda x: 0 <= x <= 1),
 )
 
 
@@ -107,23 +108,31 @@ def check(recipe: Recipe) -> None:
     _warn(recipe)
 
 
-def check_architecture(recipe: Recipe, arch: dict[str, Any]) -> None:
-    """The layout against the model's ``config.json``. Raises UserError."""
+def check_architecture(recipe: Recipe, arch: Architecture) -> None:
+    """The layout against the model's architecture. Raises UserError."""
     p = recipe.parallel
     tp, ep = p.tensor_model_parallel_size, p.expert_model_parallel_size
     etp = p.expert_tensor_parallel_size
-    heads = _whole(arch, "num_attention_heads")
-    if heads % tp:
-        raise _indivisible("tensor_model_parallel_size", tp, f"num_attention_heads {heads}")
-    kv_heads = _whole(arch, "num_key_value_heads", "num_attention_heads")
-    if kv_heads % tp and tp % kv_heads:
+    attention = arch.attention
+    if attention.num_heads % tp:
+        heads = f"number of attention heads {attention.num_heads}"
+        raise _indivisible("tensor_model_parallel_size", tp, heads)
+    if isinstance(attention, GroupedQueryAttention):
+        kv_heads = attention.num_kv_heads
+        if kv_heads % tp and tp % kv_heads:
+            raise UserError(
+                f"parallel.tensor_model_parallel_size: expected a divisor or a multiple of the "
+                f"model's num_key_value_heads {kv_heads}, got {tp}; change it"
+            )
+    longest = recipe.rollout.max_prompt_length + recipe.rollout.max_response_length
+    if longest > arch.max_position_embeddings:
         raise UserError(
-            f"parallel.tensor_model_parallel_size: expected a divisor or a multiple of the "
-            f"model's num_key_value_heads {kv_heads}, got {tp}; change it"
+            f"rollout.max_response_length: expected max_prompt_length + max_response_length of at "
+            f"most the model's max_position_embeddings {arch.max_position_embeddings}, got "
+            f"{longest}; lower it"
         )
-    _check_layers(p, _whole(arch, "num_hidden_layers"))
-    experts = _find(arch, "num_experts", "n_routed_experts", "num_local_experts")
-    if experts is None:
+    _check_layers(p, arch.num_layers)
+    if arch.experts is None:
         if ep > 1 or etp > 1:
             raise UserError(
                 f"parallel.expert_model_parallel_size: expected 1, and expert_tensor_parallel_size "
@@ -135,17 +144,12 @@ def check_architecture(recipe: Recipe, arch: dict[str, Any]) -> None:
                 f"{recipe.routing.router_replay}; remove it"
             )
         return
-    if experts % ep:
-        raise _indivisible("expert_model_parallel_size", ep, f"number of experts {experts}")
-    topk = _whole(arch, "num_experts_per_tok")
-    if topk > experts:
-        raise UserError(
-            f"model.path: expected num_experts_per_tok of at most the number of experts {experts}, "
-            f"got {topk}; correct config.json"
-        )
-    width = _whole(arch, "moe_intermediate_size", "intermediate_size")
-    if width % etp:
-        raise _indivisible("expert_tensor_parallel_size", etp, f"expert width {width}")
+    if arch.experts.number % ep:
+        experts = f"number of experts {arch.experts.number}"
+        raise _indivisible("expert_model_parallel_size", ep, experts)
+    if arch.experts.hidden_size % etp:
+        width = f"expert width {arch.experts.hidden_size}"
+        raise _indivisible("expert_tensor_parallel_size", etp, width)
 
 
 def check_world(recipe: Recipe, world_size: int) -> None:
@@ -377,25 +381,6 @@ def _warn(recipe: Recipe) -> None:
             "train.num_mini_batches is 1: every ratio is 1 and the SAPO gate cannot act; the "
             "paper uses 4"
         )
-
-
-def _find(arch: dict[str, Any], *names: str) -> int | None:
-    """The first of ``names`` that ``config.json`` has; None where it has none of them."""
-    for name in names:
-        value = arch.get(name)
-        if value is None:
-            continue
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise UserError(f"config.json: {name}: expected a whole number > 0, got {value!r}")
-        return value
-    return None
-
-
-def _whole(arch: dict[str, Any], *names: str) -> int:
-    value = _find(arch, *names)
-    if value is None:
-        raise UserError(f"config.json: {' or '.join(names)}: missing; add it to the model's file")
-    return value
 
 
 def _indivisible(key: str, size: int, of: str) -> UserError:

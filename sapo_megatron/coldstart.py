@@ -33,13 +33,14 @@ def initial_weights(recipe: Recipe, inputs: Inputs, groups: ParallelGroups, root
 
     Moves the source's cursor. Collective over all ranks.
     """
-    model = _digest(recipe.model, sorted(inputs.arch.items()), recipe.train.seed)
-    fresh = root / f"random-{model}"
-    if dist.get_rank() == 0 and not fresh.exists():
-        weights.save_random(recipe.model, fresh, seed=recipe.train.seed)
-    dist.barrier(groups.world)
+    start = inputs.model
+    if recipe.model.init == "random":
+        start = root / f"random-{_model_key(recipe, inputs)}"
+        if dist.get_rank() == 0 and not start.exists():
+            weights.save_random(inputs.arch, recipe.model, start, seed=recipe.train.seed)
+        dist.barrier(groups.world)
     if recipe.cold_start.steps == 0:
-        return fresh
+        return start
     warm = root / f"cold-start-{_key(recipe, inputs)}"
     # Asked once for all: another run may be about to make it.
     exists = [warm.exists()]
@@ -47,7 +48,7 @@ def initial_weights(recipe: Recipe, inputs: Inputs, groups: ParallelGroups, root
     if exists[0]:
         logger.info("cold start: using %s", warm)
     else:
-        _train(recipe, inputs, groups, fresh, warm)
+        _train(recipe, inputs, groups, start, warm)
     return warm
 
 
@@ -111,8 +112,7 @@ def _key(recipe: Recipe, inputs: Inputs) -> str:
     first = [(s.prompt_tokens, s.response_tokens) for s in demonstrations(recipe, inputs)]
     inputs.source.load_state_dict(beginning)
     return _digest(
-        recipe.model,
-        sorted(inputs.arch.items()),
+        _model_key(recipe, inputs),
         recipe.data,
         inputs.source.digest(),
         sorted(problem.text for problem in inputs.problems),  # they are left out of training
@@ -124,6 +124,11 @@ def _key(recipe: Recipe, inputs: Inputs) -> str:
         _optimizer(recipe),
         recipe.train.seed,
     )
+
+
+def _model_key(recipe: Recipe, inputs: Inputs) -> str:
+    """Stands for the weights before any training, as far as the recipe says."""
+    return _digest(recipe.model, sorted(inputs.arch.config.items()), recipe.train.seed)
 
 
 def _digest(*parts: Any) -> str:

@@ -30,10 +30,16 @@ class RunFailed(RuntimeError):
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     path: str
-    """Folder with a Hugging Face style ``config.json``."""
+    """Hugging Face model folder, or a name on the hub such as ``Qwen/Qwen3-30B-A3B``."""
+    architecture: str | None = None
+    """A ``config.json`` whose sizes the model must have; ``plan`` reads it where the model is not
+    on this machine."""
     tokenizer: str | None = None
-    """Folder or sentencepiece ``.model`` file; None: ``path``."""
-    init: Literal["random"] = "random"
+    """Folder, sentencepiece ``.model`` file or name on the hub; None: ``path``."""
+    trust_remote_code: bool = False
+    """Whether a tokenizer may run the Python code that comes with it."""
+    init: Literal["pretrained", "random"] = "pretrained"
+    """Start from the weights at ``path``, or from random ones of its architecture."""
     params_dtype: Literal["float32", "bfloat16", "float64"] = "bfloat16"
     moe_router_dtype: Literal["fp32", "fp64"] = "fp32"
     moe_aux_loss_coeff: float = 0.0
@@ -189,6 +195,8 @@ class OptimizerConfig:
     adam_beta2: float = 0.98
     adam_eps: float = 1e-8
     clip_grad: float = 1.0
+    optimizer_offload_fraction: float = 0.0
+    """Share of Adam's state that is kept, and updated, in host memory (GPUs only)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -314,10 +322,18 @@ PEER_KEYS = {
 }
 """Names that peers give to keys of ours (ms-swift, TRL, verl, slime, AReaL)."""
 
-_PATH_KEYS = ("model.path", "model.tokenizer", "data.train.path", "data.eval.path")
+_PATH_KEYS = (
+    "model.path",
+    "model.architecture",
+    "model.tokenizer",
+    "data.train.path",
+    "data.eval.path",
+)
+_MODEL = r"(\w[\w.-]*/[\w.-]+)(?<!\.model)"
 _DATASET = r"(\w[\w.-]*/[\w.-]+)(?<!\.jsonl)(?<!\.parquet)(/.*)?"
 _HUB_NAMES = {
-    "model.tokenizer": r"(\w[\w.-]*/[\w.-]+)(?<!\.model)",
+    "model.path": _MODEL,
+    "model.tokenizer": _MODEL,
     "data.train.path": _DATASET,
     "data.eval.path": _DATASET,
 }
@@ -349,24 +365,6 @@ def load(path: str | Path, overrides: dict[str, str] | None = None) -> Recipe:
 def to_yaml(recipe: Recipe) -> str:
     """The resolved recipe, as ``load`` reads it back."""
     return yaml.safe_dump(_ADAPTER.dump_python(recipe, mode="json"), sort_keys=False)
-
-
-def read_architecture(model: ModelConfig) -> dict[str, Any]:
-    """The model's ``config.json``. Raises UserError when it is missing or malformed."""
-    path = Path(model.path) / "config.json"
-    try:
-        arch = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise UserError(
-            f"model.path: expected a folder with config.json, got {model.path}; change it"
-        ) from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}:{error.lineno}: not JSON: {error.msg}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"model.path: cannot read {path}: {error}") from None
-    if not isinstance(arch, dict):
-        raise UserError(f"{path}: expected a JSON object, got {type(arch).__name__}")
-    return arch
 
 
 class _Loader(yaml.SafeLoader):

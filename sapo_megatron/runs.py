@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from sapo_megatron.architecture import Architecture
 from sapo_megatron.config import Recipe, UserError, to_yaml
 from sapo_megatron.policy import checkpoint
 
@@ -46,12 +47,12 @@ def write_whole(path: Path, text: str) -> None:
     temporary.replace(path)
 
 
-def identity(recipe: Recipe, arch: dict[str, Any]) -> dict[str, Any]:
+def identity(recipe: Recipe, arch: Architecture) -> dict[str, Any]:
     """What a checkpoint's weights must agree on with the model that they are loaded into."""
-    return {**arch, "params_dtype": recipe.model.params_dtype}
+    return {**arch.config, "params_dtype": recipe.model.params_dtype}
 
 
-def open_run(recipe: Recipe, arch: dict[str, Any], resume: str | None) -> RunFolder:
+def open_run(recipe: Recipe, arch: Architecture, resume: str | None) -> RunFolder:
     """Choose and make the folder of this run; for one process, the others are told.
 
     ``resume``: None for a new run, ``auto`` for the newest one that has a checkpoint (or a new one
@@ -92,12 +93,12 @@ def open_run(recipe: Recipe, arch: dict[str, Any], resume: str | None) -> RunFol
     return run
 
 
-def find_run(recipe: Recipe, arch: dict[str, Any], path: Path) -> RunFolder:
+def find_run(recipe: Recipe, arch: Architecture, path: Path) -> RunFolder:
     """The run with a checkpoint at ``path``, to read only. Raises UserError if it does not fit."""
     return _reopen(_checkpoint_at(path, "--checkpoint"), path, recipe, arch)
 
 
-def _reopen(latest: Path, shared: Path, recipe: Recipe, arch: dict[str, Any]) -> RunFolder:
+def _reopen(latest: Path, shared: Path, recipe: Recipe, arch: Architecture) -> RunFolder:
     state = checkpoint.read_state(latest, recipe.parallel)
     ours = identity(recipe, arch)
     for key in sorted(ours.keys() | state["model"].keys()):

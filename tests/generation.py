@@ -7,8 +7,9 @@ import torch
 import torch.distributed as dist
 from tiny import write_recipe
 
+from sapo_megatron.architecture import read_architecture
 from sapo_megatron.batch import pack
-from sapo_megatron.config import Recipe, load, read_architecture
+from sapo_megatron.config import Recipe, load
 from sapo_megatron.policy import parallel, weights
 from sapo_megatron.policy.decode import MegatronDecoder
 from sapo_megatron.policy.step import FrozenPolicy
@@ -30,9 +31,11 @@ def build(folder: Path, layout: dict[str, int], temperature: float = 1.0) -> tup
     recipe = load(folder / "recipe.yaml")
     groups = parallel.setup(recipe.parallel, seed=1)
     if dist.get_rank() == 0:
-        weights.save_random(recipe.model, folder / "weights", seed=3)
+        weights.save_random(
+            read_architecture(recipe.model.path), recipe.model, folder / "weights", seed=3
+        )
     dist.barrier()
-    arch = read_architecture(recipe.model)
+    arch = read_architecture(recipe.model.path)
     return recipe, FrozenPolicy(recipe, arch, groups, folder / "weights")
 
 

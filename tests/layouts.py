@@ -21,6 +21,7 @@ import torch.distributed as dist
 from megatron.core.transformer.transformer_config import TransformerConfig
 from safetensors.torch import load_file, save_file
 
+from sapo_megatron.architecture import parse_architecture
 from sapo_megatron.batch import denominators, micro_batches
 from sapo_megatron.config import (
     AlgorithmConfig,
@@ -36,8 +37,8 @@ from sapo_megatron.metrics import Metrics, Sum
 from sapo_megatron.objective.loss import policy_loss
 from sapo_megatron.objective.reduce import megatron_loss
 from sapo_megatron.policy import compat, parallel, step
-from sapo_megatron.policy.model import transformer_config
 from sapo_megatron.policy.parallel import ParallelGroups
+from sapo_megatron.policy.spec import transformer_config
 from sapo_megatron.policy.step import Policy
 from sapo_megatron.sample import Sample, SampleRoutes
 
@@ -467,7 +468,7 @@ def measure(layout: Layout, dtype: str, folder: Path, gradients: Path) -> Measur
         idle = not any(bool(batch.mask.any()) for batch in batches)
         metrics.add("idle_ranks", Sum(float(idle)))
     values = metrics.gather(groups.world).values()
-    _gradients_as_weights(policy)
+    gradients_as_weights(policy)
     differ = _replicas_differ(policy)
     policy.checkpoint.save(gradients)
     policy.close()
@@ -491,7 +492,7 @@ def _policy(recipe: Recipe, layout: Layout, groups: ParallelGroups, folder: Path
     with mock.patch.object(step, "transformer_config", config):
         return Policy(
             recipe,
-            MODELS[layout.model],
+            parse_architecture(MODELS[layout.model]),
             groups,
             folder,
             optimizer=recipe.optimizer,
@@ -499,7 +500,7 @@ def _policy(recipe: Recipe, layout: Layout, groups: ParallelGroups, folder: Path
         )
 
 
-def _gradients_as_weights(policy: Policy) -> None:
+def gradients_as_weights(policy: Policy) -> None:
     """Overwrite the weights with their gradients, whole on every rank.
 
     The distributed optimizer left each rank its shard of the reduced gradients, laid out as the

@@ -10,8 +10,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "sapo_megatron"
 FLOORS = [
-    {"__init__", "config", "check", "sample", "metrics", "trackers", "dump"},
-    {"objective", "rollout", "batch"},
+    {"__init__", "config", "architecture", "check", "sample", "metrics", "trackers", "dump"},
+    {"objective", "rollout", "batch", "pretrained"},
     {"routing", "patches"},
     {"policy"},
     {"train", "watch", "coldstart", "evaluate", "report", "gates", "runs", "plan"},

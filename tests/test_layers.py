@@ -14,7 +14,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from sapo_megatron.config import ModelConfig, ParallelConfig, UserError
 from sapo_megatron.policy import parallel
 from sapo_megatron.policy.layers import TorchAttention, _PackedLayout, rms_norm
-from sapo_megatron.policy.model import transformer_config
+from sapo_megatron.policy.spec import transformer_config
 
 
 class _Alone:

@@ -8,7 +8,8 @@ import pytest
 from tiny import write_recipe
 
 from sapo_megatron import runs
-from sapo_megatron.config import UserError, load, read_architecture
+from sapo_megatron.architecture import read_architecture
+from sapo_megatron.config import UserError, load
 from sapo_megatron.policy.checkpoint import LAYOUT
 
 
@@ -20,7 +21,7 @@ def recipe(tmp_path, monkeypatch):
 
 @pytest.fixture
 def arch(recipe):
-    return read_architecture(recipe.model)
+    return read_architecture(recipe.model.path)
 
 
 def add_checkpoint(run, recipe, step):
@@ -33,7 +34,7 @@ def add_checkpoint(run, recipe, step):
     state = {
         "step": step,
         "start": os.path.relpath(start, run.path),
-        "model": runs.identity(recipe, read_architecture(recipe.model)),
+        "model": runs.identity(recipe, read_architecture(recipe.model.path)),
         "layout": dict.fromkeys(LAYOUT, 1) | {"virtual_pipeline_model_parallel_size": None},
         "world_size": 1,
     }

@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from sapo_megatron.config import UserError, load, read_architecture
+from sapo_megatron.architecture import read_architecture
+from sapo_megatron.config import UserError, load
 from sapo_megatron.rollout.tokenizer import load_tokenizer
 
 TINY = Path(__file__).parent.parent / "recipes" / "tiny-moe"
@@ -60,7 +61,7 @@ def test_tiny_round_trip_is_exact(text):
 
 def test_tiny_fits_its_model_and_its_task():
     recipe = load(TINY.parent / "tiny-moe-cpu.yaml")
-    vocab_size = read_architecture(recipe.model)["vocab_size"]
+    vocab_size = read_architecture(recipe.model.path).vocab_size
     assert vocab_size % 8 == 0
     tokenizer = load_tokenizer(recipe.model.path, vocab_size)
     task = recipe.data.train.tasks[0]

@@ -82,7 +82,12 @@ def write_recipe(folder: Path, *, arch: dict[str, Any] | None = None, **sections
     ]
     (folder / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     recipe: dict[str, Any] = {
-        "model": {"path": "model", "tokenizer": str(TOKENIZER), "params_dtype": "float32"},
+        "model": {
+            "path": "model",
+            "tokenizer": str(TOKENIZER),
+            "init": "random",
+            "params_dtype": "float32",
+        },
         "data": {"train": {"path": "sums.jsonl"}},
         "rollout": {
             "rollout_batch_size": 4,

@@ -87,7 +87,8 @@ def _patch_torch_cuda() -> None:
 
 
 class _TorchOnCpu(types.ModuleType):
-    """``torch`` as one module sees it: factories that name the device "cuda" build on the CPU."""
+    """``torch`` as one module sees it: factories that name the device "cuda" build on the CPU, and
+    pin no memory."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(torch, name)
@@ -95,7 +96,7 @@ class _TorchOnCpu(types.ModuleType):
 
 def _on_cpu(factory: Any) -> Any:
     @functools.wraps(factory)
-    def build(*args: Any, device: Any = None, **kwargs: Any) -> Tensor:
+    def build(*args: Any, device: Any = None, pin_memory: bool = False, **kwargs: Any) -> Tensor:
         return factory(*args, device=_CPU if device == "cuda" else device, **kwargs)
 
     return build
@@ -139,10 +140,14 @@ def _patch_megatron() -> None:
     from megatron.core import utils
     from megatron.core.dist_checkpointing import exchange_utils
     from megatron.core.dist_checkpointing.strategies import state_dict_saver
+    from megatron.core.models.common.embeddings import rope_utils
     from megatron.core.optimizer import clip_grads, distrib_optimizer, grad_scaler, optimizer
     from megatron.core.pipeline_parallel import schedules
     from megatron.core.tensor_parallel import random
+    from megatron.core.transformer import multi_latent_attention
     from megatron.core.transformer.moe import moe_utils, token_dispatcher
+
+    from sapo_megatron.policy.layers import DuplicatedLinear
 
     for module in (
         clip_grads,
@@ -150,6 +155,7 @@ def _patch_megatron() -> None:
         grad_scaler,
         moe_utils,
         optimizer,
+        rope_utils,
         schedules,
         state_dict_saver,
         utils,
@@ -166,6 +172,11 @@ def _patch_megatron() -> None:
     distributed._copy_model_grads_to_main_grads = _fp64_gradients(
         distributed._copy_model_grads_to_main_grads
     )
+
+    # It asks whether a layer is one of Transformer Engine's although there are none.
+    multi_latent_attention.HAVE_TE = False
+    # The kinds of linear that it accepts are Transformer Engine's, ModelOpt's and its own.
+    multi_latent_attention.Linear = DuplicatedLinear
 
     # Named whether or not Transformer Engine is there; None selects the torch path.
     moe_utils.te_general_gemm = None

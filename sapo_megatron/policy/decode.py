@@ -7,6 +7,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core.inference.contexts import StaticInferenceContext
+from megatron.core.models.common.embeddings import RotaryEmbedding
 from torch import Tensor, nn
 
 from sapo_megatron.policy.step import FrozenPolicy
@@ -63,7 +64,9 @@ class MegatronDecoder:
                 _set_sequence_parallel(chunk, training)
             if self.groups.cp.size() > 1:
                 cp_group = self.groups.cp if training else _Alone()
-                chunk.rotary_pos_emb.cp_group = cp_group
+                for module in chunk.modules():
+                    if isinstance(module, RotaryEmbedding):
+                        module.cp_group = cp_group
                 for layer in chunk.decoder.layers:
                     layer.self_attention.core_attention.cp_group = cp_group
 

@@ -68,10 +68,45 @@ class LayerNormColumnParallelLinear(ColumnParallelLinear):
     def __init__(self, input_size: int, output_size: int, **kwargs: Any) -> None:
         super().__init__(input_size, output_size, **kwargs)
         self.layer_norm_weight = _norm_weight(self.config, input_size)
+        self.eps = self.config.layernorm_epsilon
 
     def forward(self, input_: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-        normed = rms_norm(input_, self.layer_norm_weight, self.config.layernorm_epsilon)
+        normed = rms_norm(input_, self.layer_norm_weight, self.eps)
         return super().forward(normed, *args, **kwargs)
+
+
+class DuplicatedLinear(nn.Module):
+    """A linear whole on every tensor-parallel rank, each of which applies it to its tokens.
+
+    Latent attention projects down with it. Upstream's other way, a column-parallel linear whose
+    output is gathered, loses gradients of the rotary part of the keys under tensor parallelism.
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        output_size: int,
+        *,
+        config: TransformerConfig,
+        init_method: Callable[[Tensor], Any],
+        bias: bool,
+        **_: Any,
+    ) -> None:
+        super().__init__()
+        assert not bias, "latent attention has no biases"
+        weight = torch.empty(
+            output_size,
+            input_size,
+            dtype=config.params_dtype,
+            device=torch.cuda.current_device(),
+        )
+        self.weight = nn.Parameter(weight)
+        if config.perform_initialization:
+            init_method(self.weight)
+        self.weight.sequence_parallel = config.sequence_parallel
+
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:
+        return F.linear(x, self.weight), None
 
 
 class GroupedLinear(nn.Module):
@@ -189,7 +224,8 @@ class TorchAttention(nn.Module):
             return out.permute(2, 0, 1, 3).flatten(2)
         layout = _packed_layout(packed_seq_params, self.cp_group, query.device)
         if self.cp_group.size() > 1:
-            key, value = _gather_sequence(torch.stack((key, value)), self.cp_group)
+            both = _gather_sequence(torch.cat((key, value), dim=-1), self.cp_group)
+            key, value = both.split((key.shape[-1], value.shape[-1]), dim=-1)
         q = query[layout.query_rows].transpose(1, 2)
         k, v = (x[layout.key_rows].transpose(1, 2) for x in (key, value))
         out = self._attend(q, k, v, mask=layout.mask, causal=layout.mask is None)
@@ -254,23 +290,26 @@ class _GatherSequence(torch.autograd.Function):
         parts = [torch.empty_like(x) for _ in range(group.size())]
         # Over context parallelism: each of its ranks runs this layer on its piece of the batch.
         dist.all_gather(parts, x.contiguous(), group=group)
-        return torch.cat(parts, dim=1)
+        return torch.cat(parts)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         grad = grad.contiguous()
         # Every rank attended to every key: a key's gradient is the sum over the same group.
         dist.all_reduce(grad, group=ctx.group)
-        return grad.chunk(ctx.group.size(), dim=1)[ctx.group.rank()].contiguous(), None
+        return grad.chunk(ctx.group.size())[ctx.group.rank()].contiguous(), None
 
 
 def _gather_sequence(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """``x [2, T, G, D]`` of every rank of ``group`` -> ``[2, T * size, G, D]``, differentiable."""
+    """``x [T, G, D]`` of every rank of ``group`` -> ``[T * size, G, D]``, differentiable."""
     return _GatherSequence.apply(x, group)
 
 
 class TorchSpecProvider(BackendSpecProvider):
     """These layers as a backend of megatron-core's layer specs, beside its TESpecProvider."""
+
+    def linear(self) -> type:
+        return DuplicatedLinear
 
     def column_parallel_linear(self) -> type:
         return ColumnParallelLinear

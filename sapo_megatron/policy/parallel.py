@@ -1,7 +1,8 @@
 """Process groups. The only reader of megatron-core's ``parallel_state``."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -10,7 +11,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state as mpu
 from megatron.core import tensor_parallel
-from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+from megatron.core.models.common.embeddings import RotaryEmbedding, YarnRotaryEmbedding
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch.distributed import ProcessGroup
 
@@ -126,18 +127,38 @@ def check_device(parallel: ParallelConfig) -> None:
 
 
 def on_first_rank(groups: ParallelGroups, function: Callable[[], T]) -> T:
-    """``function()`` of global rank 0, on every rank; so is a UserError that it raises."""
+    """``function()`` of global rank 0, on every rank; so is what goes wrong with the input."""
     box: list[Any] = [None, None]
     if dist.get_rank() == 0:
         try:
             box[0] = function()
-        except UserError as error:
+        except (UserError, OSError) as error:
             box[1] = error
     # Over the world: every rank comes here, whatever happened on the first.
     dist.broadcast_object_list(box, group=groups.world)
     if box[1] is not None:
         raise box[1]
     return box[0]
+
+
+@contextmanager
+def failing_together(groups: ParallelGroups) -> Iterator[None]:
+    """A UserError or OSError of one rank in the block is raised on every rank behind it.
+
+    Collective over all ranks, each of which must come to the block's end, or out of it by such an
+    error, without waiting for another.
+    """
+    mine: Exception | None = None
+    try:
+        yield
+    except (UserError, OSError) as error:
+        mine = error
+    errors: list[Any] = [None] * dist.get_world_size()
+    # Over the world: every rank comes here, whatever happened in its block.
+    dist.all_gather_object(errors, mine, group=groups.world)
+    for error in errors:
+        if error is not None:
+            raise error from None
 
 
 def shutdown() -> None:
@@ -148,8 +169,9 @@ def shutdown() -> None:
 def teardown() -> None:
     """Drop the groups and the layout they stand for; another ``setup`` may follow."""
     mpu.destroy_model_parallel()
-    # Upstream's cache of rotary frequencies holds the modules that computed them, and their groups.
-    RotaryEmbedding.forward.cache_clear()
+    # Upstream's caches of rotary frequencies hold the modules that computed them, and their groups.
+    for embedding in (RotaryEmbedding, YarnRotaryEmbedding):
+        embedding.forward.cache_clear()
 
 
 def _init_process_group(backend: str, timeout_s: float) -> None:

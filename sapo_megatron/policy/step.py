@@ -21,13 +21,15 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
+from sapo_megatron.architecture import Architecture
 from sapo_megatron.config import OptimizerConfig, Recipe, RunFailed
 from sapo_megatron.metrics import Mean, Metrics
 from sapo_megatron.objective.reduce import megatron_loss
 from sapo_megatron.policy import weights
-from sapo_megatron.policy.model import build_model, moe_layers, transformer_config
+from sapo_megatron.policy.model import build_model
 from sapo_megatron.policy.parallel import ParallelGroups
 from sapo_megatron.policy.routes import RouterView
+from sapo_megatron.policy.spec import moe_layers, transformer_config
 from sapo_megatron.routing.replay import ModelRouters
 from sapo_megatron.sample import PackedBatch, Routes
 
@@ -51,12 +53,12 @@ class FrozenPolicy:
     """A model that is only asked for log-probs: the reference of a KL penalty."""
 
     def __init__(
-        self, recipe: Recipe, arch: dict[str, Any], groups: ParallelGroups, folder: Path
+        self, recipe: Recipe, arch: Architecture, groups: ParallelGroups, folder: Path
     ) -> None:
         self.groups = groups
         self.config = transformer_config(arch, recipe.model, recipe.parallel)
         self.chunks = build_model(arch, self.config, groups, recipe)
-        self.checkpoint = weights.HuggingFaceWeights(self.chunks, folder, recipe.model)
+        self.checkpoint = weights.HuggingFaceWeights(self.chunks, arch, groups, folder)
         self.checkpoint.load()
         self.routers = ModelRouters(self.chunks, self.config, moe_layers(self.config))
         self.view = RouterView(
@@ -136,7 +138,7 @@ class Policy(FrozenPolicy):
     def __init__(
         self,
         recipe: Recipe,
-        arch: dict[str, Any],
+        arch: Architecture,
         groups: ParallelGroups,
         folder: Path,
         *,

@@ -1,129 +1,227 @@
-"""Weights between Hugging Face folders and this rank's piece of the model, through mbridge."""
+"""Weights between Hugging Face folders and this rank's piece of the model, tensor by tensor.
 
+Loading, every rank reads its own pieces from the files and nothing else. Saving, one rank of each
+tensor-parallel group that holds weights for the first time gathers and writes them, so a large
+model is written by many ranks at once; the folder must be one that all of them see.
+"""
+
+import itertools
 import json
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import transformers
-from mbridge import AutoBridge
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
+from sapo_megatron.architecture import Architecture
 from sapo_megatron.config import ModelConfig
-from sapo_megatron.policy.model import DTYPES, PolicyModel
+from sapo_megatron.policy import parallel
+from sapo_megatron.policy.mapping import Entry, Named, Plain, entry
+from sapo_megatron.policy.model import PolicyModel
+from sapo_megatron.policy.parallel import ParallelGroups
+from sapo_megatron.policy.spec import DTYPES
+from sapo_megatron.pretrained import INDEX, NOT_WEIGHTS, Checkpoint
 
 SHARD_BYTES = 4 * 2**30
 """Size at which an exported safetensors file is closed and the next begun."""
 
 
-def save_random(model: ModelConfig, folder: Path, *, seed: int) -> None:
-    """Write a freshly initialised model of ``model``'s architecture to ``folder``."""
-    config = transformers.AutoConfig.from_pretrained(model.path)
+def save_random(arch: Architecture, model: ModelConfig, folder: Path, *, seed: int) -> None:
+    """Write a freshly initialised model of architecture ``arch`` to ``folder``."""
+    config = transformers.AutoConfig.for_model(**arch.config)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         fresh = transformers.AutoModelForCausalLM.from_config(config)
-    with _whole(folder) as temporary:
+    with _whole_folder(folder) as temporary:
         fresh.to(DTYPES[model.params_dtype]).save_pretrained(temporary)
+
+
+@dataclass(frozen=True)
+class _Weight:
+    """A weight of this rank."""
+
+    entry: Entry
+    tensor: Tensor
+    group: ProcessGroup
+    """Over which it is cut."""
+    replicas: ProcessGroup
+    """Ranks that hold the same."""
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """(rank, size) of the cut."""
+        if isinstance(self.entry, Plain) and self.tensor.shape == self.entry.shape:
+            return 0, 1  # whole on every rank, though other layers of this name are cut
+        return self.group.rank(), self.group.size()
 
 
 class HuggingFaceWeights:
     """The chunks' weights as a Hugging Face folder: read here, written in the same format."""
 
-    def __init__(self, chunks: list[PolicyModel], folder: Path, model: ModelConfig) -> None:
+    def __init__(
+        self, chunks: list[PolicyModel], arch: Architecture, groups: ParallelGroups, folder: Path
+    ) -> None:
         self._chunks = chunks
+        self._arch = arch
+        self._groups = groups
         self._folder = folder
-        self._bridge = AutoBridge.from_pretrained(
-            str(folder),
-            dtype=DTYPES[model.params_dtype],  # by default it rounds fp32 weights to bfloat16
-            make_vocab_size_divisible_by=chunks[0].config.tensor_model_parallel_size,
-        )
-        # It would set these when it builds the model itself.
-        self._bridge.vocab_size = chunks[0].true_vocab_size
-        self._bridge.padded_vocab_size = chunks[0].vocab_size
-        _complete_names(self._bridge)
-        if chunks[0].config.expert_tensor_parallel_size == 1:
-            _keep_experts_whole(self._bridge)
 
     def load(self) -> None:
-        """Fill the chunks. Collective over all ranks."""
-        with torch.no_grad():
-            self._bridge.load_weights(self._chunks, str(self._folder))
+        """Fill the chunks. Collective over all ranks.
+
+        Raises UserError, on every rank, where a tensor is missing, misshapen or not finite.
+        """
+        with parallel.failing_together(self._groups), torch.no_grad():
+            checkpoint = Checkpoint(self._folder)
+            for weight in self._weights():
+                weight.tensor.copy_(weight.entry.load(checkpoint.read, *weight.place))
 
     def save(self, folder: Path) -> None:
         """Write the chunks' present weights as a new folder. Collective over all ranks.
 
-        One tensor at a time is gathered, and one shard is held on rank 0.
+        A rank holds one file's tensors at a time; what goes wrong leaves no folder behind.
         """
-        with torch.no_grad():
-            tensors = self._bridge.export_weights(self._chunks)
-            if dist.get_rank() == 0:
-                with _whole(folder) as temporary:
-                    _write_shards(tensors, temporary)
-                    self._bridge.hf_config.save_pretrained(temporary)
-            else:
-                for _ in tensors:
-                    pass
-        dist.barrier()
+        rank = dist.get_rank()
+        with _shared_folder(self._groups, folder) as temporary:
+            tensors = self._whole_tensors()
+            with parallel.failing_together(self._groups):
+                try:
+                    files = _write(tensors, temporary, f"rank-{rank:05d}")
+                finally:
+                    for _ in tensors:  # others of its group wait for this rank's pieces
+                        pass
+            written: list[Any] = [None] * dist.get_world_size()
+            # Over the world: every rank says what it has written, the first makes the index.
+            dist.all_gather_object(written, files, group=self._groups.world)
+            if rank == 0:
+                _write_index(list(itertools.chain(*written)), temporary)
+                self._write_rest(temporary)
+
+    def _whole_tensors(self) -> Iterator[Named]:
+        """The tensors that this rank is to write. Collective over each weight's group."""
+        for weight in self._weights():
+            if weight.replicas.rank() > 0 or self._is_tied_copy(weight):
+                continue
+            _, size = weight.place
+            pieces = [weight.tensor.detach().contiguous()]
+            if size > 1:
+                gathered = [torch.empty_like(pieces[0]) for _ in range(size)]
+                # Over the group that the weight is cut over: its ranks hold the same weights in
+                # the same order, and of all replicas the first come here together.
+                dist.all_gather(gathered, pieces[0], group=weight.group)
+                pieces = gathered
+            if weight.group.rank() == 0:
+                yield from weight.entry.merge(pieces)
+
+    def _weights(self) -> Iterator[_Weight]:
+        """This rank's weights, under the names they have in the whole model."""
+        megatron = self._groups.megatron
+        for chunk in self._chunks:
+            # The bias that helps a router choose is no parameter, but part of the model.
+            biases = ((n, b) for n, b in chunk.named_buffers() if n.endswith(".expert_bias"))
+            for name, tensor in itertools.chain(chunk.named_parameters(), biases):
+                whole = self._name_in_whole_model(name, chunk)
+                found = entry(self._arch, whole, chunk.vocab_size)
+                if ".mlp.experts." in name:
+                    yield _Weight(found, tensor, megatron.expt_tp, megatron.expt_dp)
+                else:
+                    yield _Weight(found, tensor, self._groups.tp, self._groups.dp_cp)
+
+    def _name_in_whole_model(self, name: str, chunk: PolicyModel) -> str:
+        words = name.split(".")
+        if words[:2] != ["decoder", "layers"]:
+            return name
+        words[2] = str(chunk.decoder.layers[int(words[2])].layer_number - 1)
+        if ".mlp.experts." in name:
+            local = self._arch.experts.number // self._groups.ep.size()
+            expert = self._groups.ep.rank() * local + int(words[-1].removeprefix("weight"))
+            words[-1] = f"weight{expert}"
+        return ".".join(words)
+
+    def _is_tied_copy(self, weight: _Weight) -> bool:
+        """Whether this is the last stage's copy of the embedding."""
+        return (
+            self._arch.tied_embeddings
+            and not self._groups.is_first_stage
+            and isinstance(weight.entry, Plain)
+            and weight.entry.name == "model.embed_tokens.weight"
+        )
+
+    def _write_rest(self, folder: Path) -> None:
+        """``config.json``, and what else the folder that was loaded holds beside weights."""
+        for path in itertools.chain(*(self._folder.glob(pattern) for pattern in NOT_WEIGHTS)):
+            if path.name not in ("config.json", INDEX):
+                shutil.copyfile(path, folder / path.name)
+        dtype = str(self._chunks[0].config.params_dtype).removeprefix("torch.")
+        config = {**self._arch.config, "torch_dtype": dtype}
+        config.pop("dtype", None)  # a later name of the same
+        if "num_nextn_predict_layers" in config:
+            config["num_nextn_predict_layers"] = 0  # they are neither loaded nor trained
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
-def _complete_names(bridge: Any) -> None:
-    """What mbridge lacks for MoE models: dense layers among the others, tied embeddings.
-
-    On this bridge alone: upstream's tables belong to the class.
-    """
-    layer = "model.layers.{layer_number}."
-    bridge._MLP_MAPPING = {
-        "mlp.linear_fc1.weight": [f"{layer}mlp.gate_proj.weight", f"{layer}mlp.up_proj.weight"],
-        "mlp.linear_fc1.layer_norm_weight": [f"{layer}post_attention_layernorm.weight"],
-        "mlp.linear_fc2.weight": [f"{layer}mlp.down_proj.weight"],
-        **bridge._MLP_MAPPING,
-    }
-    tied = bridge.hf_config.tie_word_embeddings
-    head = "model.embed_tokens.weight" if tied else "lm_head.weight"
-    bridge._DIRECT_MAPPING = {**bridge._DIRECT_MAPPING, "output_layer.weight": head}
+@dataclass(frozen=True)
+class _File:
+    name: str
+    tensors: list[str]
+    size: int
 
 
-def _keep_experts_whole(bridge: Any) -> None:
-    """Where ep is 1, mbridge gathers experts over tensor parallelism, which did not cut them."""
-    merge = bridge._weight_merge_across_tp
-
-    def merge_across_tp(name: str, shards: list[Tensor], param: Tensor) -> Tensor:
-        return shards[0] if ".mlp.experts." in name else merge(name, shards, param)
-
-    bridge._weight_merge_across_tp = merge_across_tp
-
-
-def _write_shards(tensors: Iterator[tuple[str, Tensor]], folder: Path) -> None:
+def _write(tensors: Iterator[Named], folder: Path, prefix: str) -> list[_File]:
+    """Write files of about ``SHARD_BYTES``, holding one at a time."""
+    files: list[_File] = []
     shard: dict[str, Tensor] = {}
-    files: dict[str, str] = {}
-    size = total = 0
+    size = 0
 
     def flush() -> None:
-        name = f"model-{len(set(files.values())) + 1:05d}.safetensors"
+        nonlocal size
+        name = f"{prefix}-{len(files):05d}.safetensors"
         save_file(shard, folder / name, metadata={"format": "pt"})
-        files.update(dict.fromkeys(shard, name))
+        files.append(_File(name, list(shard), size))
         shard.clear()
+        size = 0
 
     for name, tensor in tensors:
         if shard and size + tensor.nbytes > SHARD_BYTES:
             flush()
-            size = 0
-        shard[name] = tensor.detach().cpu().contiguous().clone()
+        shard[name] = tensor.cpu().contiguous().clone()
         size += tensor.nbytes
-        total += tensor.nbytes
-    flush()
-    index = {"metadata": {"total_size": total}, "weight_map": files}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    if shard:
+        flush()
+    return files
+
+
+def _write_index(files: list[_File], folder: Path) -> None:
+    """Give the ranks' files their usual names, and say which tensor is where."""
+    places = {}
+    for number, file in enumerate(files, 1):
+        name = f"model-{number:05d}-of-{len(files):05d}.safetensors"
+        (folder / file.name).rename(folder / name)
+        places.update(dict.fromkeys(file.tensors, name))
+    index = {"metadata": {"total_size": sum(f.size for f in files)}, "weight_map": places}
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
 @contextmanager
-def _whole(folder: Path) -> Iterator[Path]:
+def _shared_folder(groups: ParallelGroups, folder: Path) -> Iterator[Path]:
+    """``_whole_folder`` of the first rank, on every rank. Collective over all ranks."""
+    with ExitStack() as stack:
+        yield parallel.on_first_rank(groups, lambda: stack.enter_context(_whole_folder(folder)))
+        dist.barrier(groups.world)
+    dist.barrier(groups.world)
+
+
+@contextmanager
+def _whole_folder(folder: Path) -> Iterator[Path]:
     """A temporary folder that takes the place of ``folder`` once the block is through."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as parent:

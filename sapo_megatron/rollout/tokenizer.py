@@ -76,15 +76,18 @@ class SentencePieceTokenizer:
 class HuggingFaceTokenizer:
     """A transformers ``AutoTokenizer``; one without a pad token pads with eos."""
 
-    def __init__(self, path: str) -> None:
-        """``path``: a local folder or a name on the hub. Runs no code that comes with it.
+    def __init__(self, path: str, *, trust_remote_code: bool = False) -> None:
+        """``path``: a local folder or a name on the hub; ``trust_remote_code``: whether Python
+        code that comes with it may run.
 
         Raises UserError when it cannot be loaded or has no eos token.
         """
         from transformers import AutoTokenizer  # seconds to import
 
         try:
-            self._tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+            self._tokenizer = AutoTokenizer.from_pretrained(
+                path, trust_remote_code=trust_remote_code
+            )
         except Exception as error:  # the tokenizers library raises bare Exceptions
             raise _unreadable(path, error) from None
         if self._tokenizer.eos_token_id is None:
@@ -124,7 +127,7 @@ class HuggingFaceTokenizer:
         )
 
 
-def load_tokenizer(path: str, vocab_size: int) -> Tokenizer:
+def load_tokenizer(path: str, vocab_size: int, *, trust_remote_code: bool = False) -> Tokenizer:
     """The tokenizer at ``path``: a ``.model`` file, a folder with one or with a Hugging Face
     tokenizer, or a name on the hub.
 
@@ -138,7 +141,7 @@ def load_tokenizer(path: str, vocab_size: int) -> Tokenizer:
     if model_file.suffix == ".model" and not any(f.exists() for f in fast):
         tokenizer = SentencePieceTokenizer(model_file)
     else:
-        tokenizer = HuggingFaceTokenizer(path)
+        tokenizer = HuggingFaceTokenizer(path, trust_remote_code=trust_remote_code)
     if tokenizer.vocab_size > vocab_size:
         raise UserError(
             f"model.tokenizer: expected at most the model's vocab_size {vocab_size} ids, got "

@@ -1,0 +1,265 @@
+"""What megatron-core builds of an architecture: its TransformerConfig and its layer specs.
+
+Transformer Engine's layers where there is CUDA, torch layers of the same names elsewhere.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.models.backends import BackendSpecProvider
+from megatron.core.models.gpt.gpt_layer_specs import get_mlp_module_spec_for_backend
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.multi_latent_attention import (
+    MLASelfAttention,
+    MLASelfAttentionSubmodules,
+)
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import (
+    TransformerBlockSubmodules,
+    get_num_layers_to_build,
+)
+from megatron.core.transformer.transformer_config import (
+    MLATransformerConfig,
+    TransformerConfig,
+)
+from megatron.core.transformer.transformer_layer import (
+    TransformerLayer,
+    TransformerLayerSubmodules,
+    get_transformer_layer_offset,
+)
+
+from sapo_megatron.architecture import Architecture, Experts, GroupedQueryAttention, LatentAttention
+from sapo_megatron.config import ModelConfig, ParallelConfig, UserError
+from sapo_megatron.policy.layers import TorchSpecProvider
+from sapo_megatron.policy.parallel import ParallelGroups
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+
+
+def transformer_config(
+    arch: Architecture, model: ModelConfig, parallel: ParallelConfig
+) -> TransformerConfig:
+    """megatron-core's configuration of ``arch``. Raises UserError for what it refuses."""
+    dtype = DTYPES[model.params_dtype]
+    if torch.cuda.is_available() and dtype == torch.float64:
+        raise UserError(
+            "model.params_dtype: expected float32 or bfloat16 on a GPU, got float64, which "
+            "Transformer Engine does not compute in; change it"
+        )
+    settings = {
+        "num_layers": arch.num_layers,
+        "hidden_size": arch.hidden_size,
+        "ffn_hidden_size": arch.ffn_hidden_size,
+        "normalization": "RMSNorm",
+        "layernorm_epsilon": arch.norm_eps,
+        "activation_func": F.silu,
+        "gated_linear_unit": True,
+        "add_bias_linear": False,
+        "attention_dropout": 0.0,
+        "hidden_dropout": 0.0,
+        "params_dtype": dtype,
+        "pipeline_dtype": dtype,
+        "bf16": dtype == torch.bfloat16,
+        **_execution(arch, parallel),
+    }
+    if arch.experts:
+        settings |= _expert_settings(arch, arch.experts, model)
+    latent = isinstance(arch.attention, LatentAttention)
+    settings |= _latent_settings(arch) if latent else _grouped_query_settings(arch.attention)
+    try:
+        return (MLATransformerConfig if latent else TransformerConfig)(**settings)
+    except (AssertionError, ValueError) as error:
+        message = " ".join(str(error).split())
+        raise UserError(f"model and parallel: megatron-core refuses them: {message}") from None
+
+
+def _execution(arch: Architecture, parallel: ParallelConfig) -> dict[str, Any]:
+    """How the model is cut and run."""
+    on_gpu = torch.cuda.is_available()
+    tp = parallel.tensor_model_parallel_size
+    settings = {
+        "tensor_model_parallel_size": tp,
+        "sequence_parallel": tp > 1,
+        "pipeline_model_parallel_size": parallel.pipeline_model_parallel_size,
+        "virtual_pipeline_model_parallel_size": parallel.virtual_pipeline_model_parallel_size,
+        "num_layers_in_first_pipeline_stage": parallel.num_layers_in_first_pipeline_stage,
+        "num_layers_in_last_pipeline_stage": parallel.num_layers_in_last_pipeline_stage,
+        "context_parallel_size": parallel.context_parallel_size,
+        "expert_model_parallel_size": parallel.expert_model_parallel_size,
+        "expert_tensor_parallel_size": parallel.expert_tensor_parallel_size,
+        "recompute_granularity": parallel.recompute_granularity,
+        "recompute_method": parallel.recompute_method,
+        "recompute_num_layers": parallel.recompute_num_layers,
+        "variable_seq_lengths": True,
+        # Also where there are no experts: the default does not go with variable lengths.
+        "moe_token_dispatcher_type": "alltoall",
+        "deallocate_pipeline_outputs": True,
+        # Interleaved stages send both ways at once; batched, two ranks would mistake one transfer
+        # for the other.
+        "overlap_p2p_comm": parallel.virtual_pipeline_model_parallel_size is not None,
+        "batch_p2p_comm": False,
+        "use_cpu_initialization": not on_gpu,
+        "gradient_accumulation_fusion": on_gpu,
+        "masked_softmax_fusion": on_gpu,
+        "bias_activation_fusion": on_gpu,
+        "bias_dropout_fusion": on_gpu,
+        # Of latent attention upstream fuses yarn only, and not in inference.
+        "apply_rope_fusion": on_gpu and isinstance(arch.attention, GroupedQueryAttention),
+    }
+    if parallel.recompute_modules is not None:
+        settings["recompute_modules"] = list(parallel.recompute_modules)
+    return settings
+
+
+def _grouped_query_settings(attention: GroupedQueryAttention) -> dict[str, Any]:
+    return {
+        "num_attention_heads": attention.num_heads,
+        "num_query_groups": attention.num_kv_heads,
+        "kv_channels": attention.head_dim,
+        "qk_layernorm": attention.qk_norm,
+        "add_qkv_bias": attention.qkv_bias,
+    }
+
+
+def _latent_settings(arch: Architecture) -> dict[str, Any]:
+    attention, yarn = arch.attention, arch.rope.yarn
+    settings = {
+        "num_attention_heads": attention.num_heads,
+        "q_lora_rank": attention.q_lora_rank,
+        "kv_lora_rank": attention.kv_lora_rank,
+        "qk_head_dim": attention.qk_nope_head_dim,
+        "qk_pos_emb_head_dim": attention.qk_rope_head_dim,
+        "v_head_dim": attention.v_head_dim,
+        "qk_layernorm": True,
+        "rope_type": "yarn" if yarn else "rope",
+        "rotary_base": arch.rope.theta,
+        # Also without yarn: the scale of the scores is computed from it.
+        "rotary_scaling_factor": yarn.factor if yarn else 1.0,
+    }
+    if yarn:
+        settings |= {
+            "original_max_position_embeddings": yarn.original_max_position_embeddings,
+            "beta_fast": yarn.beta_fast,
+            "beta_slow": yarn.beta_slow,
+            "mscale": yarn.mscale,
+            "mscale_all_dim": yarn.mscale_all_dim,
+        }
+    return settings
+
+
+def _expert_settings(arch: Architecture, experts: Experts, model: ModelConfig) -> dict[str, Any]:
+    settings = {
+        "num_moe_experts": experts.number,
+        "moe_ffn_hidden_size": experts.hidden_size,
+        "moe_layer_freq": [int(i in experts.layers) for i in range(arch.num_layers)],
+        "moe_router_topk": experts.topk,
+        "moe_router_score_function": experts.score_function,
+        "moe_router_pre_softmax": experts.score_function == "softmax" and not experts.normalised,
+        "moe_router_topk_scaling_factor": experts.scaling_factor,
+        "moe_router_enable_expert_bias": experts.bias,
+        "moe_router_bias_update_rate": 0.0,  # a checkpoint's bias stays as it is
+        "moe_shared_expert_intermediate_size": experts.shared_hidden_size or None,
+        "moe_router_dtype": "fp64" if model.params_dtype == "float64" else model.moe_router_dtype,
+        "moe_router_load_balancing_type": "aux_loss" if model.moe_aux_loss_coeff else "none",
+        "moe_aux_loss_coeff": model.moe_aux_loss_coeff,
+        "moe_grouped_gemm": True,
+        "moe_permute_fusion": torch.cuda.is_available(),
+    }
+    if experts.groups > 1:
+        settings["moe_router_num_groups"] = experts.groups
+        settings["moe_router_group_topk"] = experts.group_topk
+    return settings
+
+
+def moe_layers(config: TransformerConfig) -> list[int]:
+    """Numbers, from 0, of the layers that have experts."""
+    return [layer for layer, freq in enumerate(_layer_freq(config)) if freq]
+
+
+def block_spec(
+    config: TransformerConfig, groups: ParallelGroups, vp_stage: int | None
+) -> TransformerBlockSubmodules:
+    """The specs of the layers that this virtual stage holds."""
+    backend = _backend()
+    dense = _layer_spec(config, backend, num_experts=None)
+    moe = _layer_spec(config, backend, config.num_moe_experts) if config.num_moe_experts else dense
+    layers = [moe if freq else dense for freq in _layer_freq(config)]
+    stage = {"vp_stage": vp_stage, "pp_rank": groups.pp.rank()}
+    first = get_transformer_layer_offset(config, **stage)
+    count = get_num_layers_to_build(config, **stage)
+    return TransformerBlockSubmodules(
+        layer_specs=layers[first : first + count], layer_norm=backend.layer_norm(rms_norm=True)
+    )
+
+
+def _backend() -> BackendSpecProvider:
+    if not torch.cuda.is_available():
+        return TorchSpecProvider()
+    from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
+
+    return TESpecProvider()
+
+
+def _layer_freq(config: TransformerConfig) -> list[int]:
+    if config.num_moe_experts is None:
+        return [0] * config.num_layers
+    return config.moe_layer_freq
+
+
+def _layer_spec(
+    config: TransformerConfig, backend: BackendSpecProvider, num_experts: int | None
+) -> ModuleSpec:
+    latent = config.multi_latent_attention
+    attention = _latent_attention(backend) if latent else _grouped_query_attention(config, backend)
+    norm = backend.layer_norm(rms_norm=True)
+    return ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            # Of grouped-query attention, and of an MLP, the first linear layer owns the norm.
+            input_layernorm=norm if latent else IdentityOp,
+            self_attention=attention,
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=norm if num_experts else IdentityOp,
+            mlp=get_mlp_module_spec_for_backend(
+                backend, num_experts=num_experts, moe_grouped_gemm=True
+            ),
+            mlp_bda=get_bias_dropout_add,
+        ),
+    )
+
+
+def _grouped_query_attention(config: TransformerConfig, backend: BackendSpecProvider) -> ModuleSpec:
+    qk_norm = backend.layer_norm(rms_norm=True, for_qk=True) if config.qk_layernorm else IdentityOp
+    return ModuleSpec(
+        module=SelfAttention,
+        params={"attn_mask_type": AttnMaskType.causal},
+        submodules=SelfAttentionSubmodules(
+            linear_qkv=backend.column_parallel_layer_norm_linear(),
+            core_attention=backend.core_attention(),
+            linear_proj=backend.row_parallel_linear(),
+            q_layernorm=qk_norm,
+            k_layernorm=qk_norm,
+        ),
+    )
+
+
+def _latent_attention(backend: BackendSpecProvider) -> ModuleSpec:
+    return ModuleSpec(
+        module=MLASelfAttention,
+        params={"attn_mask_type": AttnMaskType.causal},
+        submodules=MLASelfAttentionSubmodules(
+            linear_q_proj=backend.column_parallel_linear(),
+            linear_q_down_proj=backend.linear(),
+            linear_q_up_proj=backend.column_parallel_layer_norm_linear(),
+            linear_kv_down_proj=backend.linear(),
+            linear_kv_up_proj=backend.column_parallel_layer_norm_linear(),
+            core_attention=backend.core_attention(),
+            linear_proj=backend.row_parallel_linear(),
+            q_layernorm=IdentityOp,
+            kv_layernorm=IdentityOp,
+        ),
+    )
