@@ -185,12 +185,9 @@ def _check_data(recipe: Recipe) -> None:
             if recipe.reward.function == "reasoning_gym" and source.path:
                 raise UserError(
                     f"reward.function: expected exact_match, math_verify or module:function for "
-                    f"the file in {where}.path, got reasoning_gym, which scores its own tasks only"
+                    f"the data in {where}.path, got reasoning_gym, which scores its own tasks only"
                 )
-    if "{prompt}" not in recipe.data.template:
-        raise UserError(
-            f"data.template: expected a text with {{prompt}} in it, got {recipe.data.template!r}"
-        )
+    _check_template("data.template", recipe.data.template)
     function = recipe.reward.function
     if function not in REWARD_FUNCTIONS and not re.fullmatch(r"[\w.]+:[\w.]+", function):
         nearest = difflib.get_close_matches(function, REWARD_FUNCTIONS, n=1, cutoff=0.0)[0]
@@ -208,12 +205,19 @@ def _check_source(where: str, source: SourceConfig) -> None:
         )
     if source.seed < 0:
         raise UserError(f"{where}.seed: expected a whole number >= 0, got {source.seed}; change it")
+    if source.template is not None:
+        _check_template(f"{where}.template", source.template)
     for i, task in enumerate(source.tasks):
         if not (math.isfinite(task.weight) and task.weight > 0):
             raise UserError(
                 f"{where}.tasks.{i}.weight: expected a finite number > 0, got {task.weight}; "
                 f"change it or remove the task"
             )
+
+
+def _check_template(key: str, template: str) -> None:
+    if "{prompt}" not in template:
+        raise UserError(f"{key}: expected a text with {{prompt}} in it, got {template!r}; add it")
 
 
 def _check_algorithm(a: AlgorithmConfig) -> None:

@@ -111,15 +111,15 @@ def _key(recipe: Recipe, inputs: Inputs) -> str:
     beginning = inputs.source.state_dict()
     first = [(s.prompt_tokens, s.response_tokens) for s in demonstrations(recipe, inputs)]
     inputs.source.load_state_dict(beginning)
-    files = [source.path for source in (recipe.data.train, recipe.data.eval) if source]
     return _digest(
         _model_key(recipe, inputs),
         recipe.data,
-        [hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in files if path],
+        inputs.source.digest(),
+        sorted(problem.text for problem in inputs.problems),  # they are left out of training
         first,  # and with them the tokenizer
         recipe.rollout.max_prompt_length,
         recipe.rollout.temperature,
-        recipe.eval.num_problems,  # they are left out of training
+        recipe.eval.num_problems,
         recipe.cold_start,
         _optimizer(recipe),
         recipe.train.seed,

@@ -78,12 +78,17 @@ class TaskConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SourceConfig:
-    """Where prompts come from: either ``tasks`` or a JSONL file at ``path``."""
+    """Where prompts come from: either ``tasks`` or the dataset at ``path``."""
 
     tasks: tuple[TaskConfig, ...] = ()
     path: str | None = None
+    """A ``.parquet`` or JSONL file, a folder or a pattern of such files; or ``owner/name`` of a
+    dataset on the Hugging Face hub, and after another slash a file, folder or pattern in it."""
     prompt_key: str = "prompt"
+    """The column with a text or a list of messages; ``a.b`` is ``b`` inside the object ``a``."""
     answer_key: str = "answer"
+    template: str | None = None
+    """None: ``data.template``."""
     seed: int = 0
 
 
@@ -93,7 +98,8 @@ class DataConfig:
     eval: SourceConfig | None = None
     """Held-out problems; training never draws a prompt whose text is among them."""
     template: str = "{prompt}"
-    """Text around a prompt, for tokenizers without a chat template."""
+    """Text around a prompt, inside the user's turn where there is a chat template. Prompts that
+    are lists of messages go into the chat template as they are."""
     apply_chat_template: bool = False
 
 
@@ -323,6 +329,15 @@ _PATH_KEYS = (
     "data.train.path",
     "data.eval.path",
 )
+_MODEL = r"(\w[\w.-]*/[\w.-]+)(?<!\.model)"
+_DATASET = r"(\w[\w.-]*/[\w.-]+)(?<!\.jsonl)(?<!\.parquet)(/.*)?"
+_HUB_NAMES = {
+    "model.path": _MODEL,
+    "model.tokenizer": _MODEL,
+    "data.train.path": _DATASET,
+    "data.eval.path": _DATASET,
+}
+"""Keys that may name something on the Hugging Face hub, and how such a name (owner/name) looks."""
 
 
 def load(path: str | Path, overrides: dict[str, str] | None = None) -> Recipe:
@@ -403,7 +418,7 @@ def _yaml_problem(error: yaml.YAMLError) -> str:
 
 
 def _absolute(raw: dict[str, Any], key: str, folder: Path) -> None:
-    """Make a path of the recipe absolute, unless it is a name on the Hugging Face hub."""
+    """Make a path of the recipe absolute, unless it is a name on the hub and no folder here."""
     *sections, name = key.split(".")
     node: Any = raw
     for section in sections:
@@ -411,10 +426,9 @@ def _absolute(raw: dict[str, Any], key: str, folder: Path) -> None:
     if not (isinstance(node, dict) and isinstance(node.get(name), str)):
         return
     given = node[name]
-    path = folder / Path(given).expanduser()
-    hub = re.fullmatch(r"\w[\w.-]*/[\w.-]+(?<!\.model)", given) and not path.exists()
-    if key not in ("model.path", "model.tokenizer") or not hub:
-        node[name] = str(path.resolve())
+    hub = re.fullmatch(_HUB_NAMES[key], given) if key in _HUB_NAMES else None
+    if hub is None or (folder / hub[1]).exists():
+        node[name] = str((folder / Path(given).expanduser()).resolve())
 
 
 def _merge(low: dict[str, Any], high: dict[str, Any]) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """The cold start: what it learns from, and when its weights are used again."""
 
 import dataclasses
+import json
 
 import pytest
 import torch
@@ -72,6 +73,34 @@ def test_other_data_in_the_same_file_makes_other_weights(key, tmp_path):
     file = tmp_path / "sums.jsonl"
     file.write_text(file.read_text().replace('"answer": 3}', '"answer": 4}', 1))
     assert key() != before
+
+
+def test_data_in_a_folder_is_what_its_files_hold(key, tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "sums.jsonl").rename(tmp_path / "folder" / "sums.jsonl")
+    before = key(data__train__path=tmp_path / "folder")
+    assert key(data__train__path=tmp_path / "folder") == before
+    more = '{"prompt": "Calculate 9 + 9.", "answer": 18}'
+    (tmp_path / "folder" / "more.jsonl").write_text(more)
+    assert key(data__train__path=tmp_path / "folder") != before
+
+
+def test_other_held_out_problems_make_other_weights(tmp_path):
+    """Also where the problems that are drawn first stay the same."""
+    recipe = load(
+        write_recipe(tmp_path, cold_start={"steps": 5, "batch_size": 6}),
+        {"data.eval.path": str(tmp_path / "eval.jsonl"), "eval.num_problems": "1"},
+    )
+    keys, first = [], []
+    for place in (-1, -2):
+        (tmp_path / "eval.jsonl").write_text('{"prompt": "none of them", "answer": 0}')
+        epoch = read_inputs(recipe, 2).source.next(24)
+        (tmp_path / "eval.jsonl").write_text(json.dumps({"prompt": epoch[place].text, "answer": 0}))
+        inputs = read_inputs(recipe, 2)
+        keys.append(_key(recipe, inputs))
+        first.append(demonstrations(recipe, inputs))
+    assert first[0] == first[1]
+    assert keys[0] != keys[1]
 
 
 def test_the_key_leaves_the_cursor_where_it_was(tmp_path):

@@ -194,7 +194,8 @@ def test_not_a_finite_positive_number(write, key, value):
         ),
         ({"min_lr": "1e-3"}, ["optimizer.min_lr", "1e-06"]),
         ({"name": "a/b"}, ["name", "a/b"]),
-        ({"template": "hello"}, ["data.template", "{prompt}"]),
+        ({"data.template": "hello"}, ["data.template", "{prompt}"]),
+        ({"data.train.template": "hello"}, ["data.train.template", "{prompt}"]),
         ({"data.train.path": "x.jsonl"}, ["data.train", "tasks or path", "both"]),
         ({"data.train.tasks": "[]"}, ["data.train", "neither"]),
         ({"data.eval": "{seed: 1}"}, ["data.eval", "neither"]),
@@ -305,6 +306,28 @@ def test_paths_are_relative_to_the_recipe(write, tmp_path):
     assert recipe.data.train.path == str(tmp_path / "d.jsonl")
     hub = load(write(MINIMAL), {"model.tokenizer": "Qwen/Qwen3-30B-A3B"})
     assert hub.model.tokenizer == "Qwen/Qwen3-30B-A3B"
+
+
+@pytest.mark.parametrize(
+    "name", ["owner/name", "Owner-1/na.me", "owner/name/data/train-*.parquet", "owner/name/en/"]
+)
+def test_names_of_datasets_are_left_alone_unless_they_are_folders_here(write, tmp_path, name):
+    text = f"model: {{path: m}}\ndata: {{train: {{path: {name}}}, eval: {{path: {name}}}}}"
+    data = load(write(text)).data
+    assert data.train.path == data.eval.path == name
+    assert load(write(MINIMAL), {"data.train.path": name, "data.train.tasks": "[]"}).data == (
+        dataclasses.replace(data, eval=None)
+    )
+    tmp_path.joinpath(*name.split("/")[:2]).mkdir(parents=True)
+    assert load(write(text)).data.train.path == str(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    "path", ["d/rows.jsonl", "d/rows.parquet", "rows", "./d/rows", "../d/rows", "d/*.jsonl", "/d/r"]
+)
+def test_other_paths_of_data_are_of_this_machine(write, tmp_path, path):
+    loaded = load(write(f"model: {{path: m}}\ndata: {{train: {{path: {path}}}}}")).data.train.path
+    assert loaded == str((tmp_path / path).resolve())
 
 
 def test_base_recipes(write, tmp_path):

@@ -20,6 +20,10 @@ TINY_TOKENIZER = load_tokenizer(str(TINY), 104)
 WORDS = ["<pad>", "<eos>", "<user>", "<bot>", "what", "is", "1", "2"]
 
 
+def user(content):
+    return {"role": "user", "content": content}
+
+
 def refusal(path, vocab_size=1000):
     with pytest.raises(UserError) as caught:
         load_tokenizer(str(path), vocab_size)
@@ -40,7 +44,8 @@ def hf_folder(tmp_path):
         additional_special_tokens=["<user>", "<bot>"],
     )
     tokenizer.chat_template = (
-        "{% for m in messages %}<user> {{ m['content'] }} {% endfor %}"
+        "{% for m in messages %}{{ '<bot>' if m['role'] == 'assistant' else '<user>' }} "
+        "{{ m['content'] }} {% endfor %}"
         "{% if add_generation_prompt %}<bot>{% endif %}"
     )
     tokenizer.save_pretrained(tmp_path)
@@ -88,7 +93,7 @@ def test_a_character_without_a_piece_is_warned_of_once(caplog):
 def test_huggingface(hf_folder):
     tokenizer = load_tokenizer(str(hf_folder), 8)
     assert tokenizer.encode("what is 1") == [4, 5, 6]
-    assert tokenizer.encode_chat("what is 1") == [2, 4, 5, 6, 3]
+    assert tokenizer.encode_chat([user("what is 1")]) == [2, 4, 5, 6, 3]
     assert tokenizer.decode([4, 6, 1, 999]) == "what 1"
     assert (tokenizer.eos_id, tokenizer.pad_id, tokenizer.vocab_size) == (1, 1, 8)
 
@@ -100,10 +105,26 @@ def test_a_tokenizer_larger_than_the_model(hf_folder):
 
 def test_a_chat_template_is_asked_of_the_tokenizer(hf_folder):
     with pytest.raises(UserError, match="apply_chat_template"):
-        TINY_TOKENIZER.encode_chat("x")
+        TINY_TOKENIZER.encode_chat([user("x")])
     (hf_folder / "chat_template.jinja").unlink()
     with pytest.raises(UserError, match="apply_chat_template"):
-        load_tokenizer(str(hf_folder), 8).encode_chat("x")
+        load_tokenizer(str(hf_folder), 8).encode_chat([user("x")])
+
+
+def test_a_conversation_is_rendered_turn_by_turn(hf_folder):
+    tokenizer = load_tokenizer(str(hf_folder), 8)
+    turns = [user("1"), {"role": "assistant", "content": "2"}, user("what is")]
+    assert tokenizer.encode_chat(turns) == [2, 6, 3, 7, 2, 4, 5, 3]
+
+
+def test_turns_that_the_template_refuses(hf_folder):
+    refusing = "{{ raise_exception('no system\nturn here') }}"
+    (hf_folder / "chat_template.jinja").write_text(refusing)
+    with pytest.raises(UserError) as caught:
+        load_tokenizer(str(hf_folder), 8).encode_chat([{"role": "system", "content": "x"}])
+    assert "\n" not in str(caught.value)
+    for part in ("data.apply_chat_template", "turns system", "no system turn here"):
+        assert part in str(caught.value)
 
 
 def test_missing_and_malformed_files(tmp_path, hf_folder, monkeypatch):

@@ -1,24 +1,24 @@
-"""Problems -> prompts: reasoning-gym tasks or a JSONL file, with a cursor that can be resumed.
+"""Problems -> prompts: reasoning-gym tasks or a dataset, with a cursor that can be resumed.
 
 The i-th problem of a source is a pure function of its configuration and i, on every rank and after
-every restart, so the cursor is one number. reasoning-gym tasks never end; a file is read in epochs,
-each in an order of its own.
+every restart, so the cursor is one number. reasoning-gym tasks never end; a dataset is read in
+epochs, each in an order of its own.
 """
 
 import contextlib
 import dataclasses
 import difflib
-import json
+import hashlib
 import logging
 import os
 import random
 from collections.abc import Container, Iterator
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from sapo_megatron.config import DataConfig, SourceConfig, TaskConfig, UserError
+from sapo_megatron.config import DataConfig, TaskConfig, UserError
+from sapo_megatron.rollout.datasets import Problem, read_problems
 from sapo_megatron.rollout.tokenizer import Tokenizer
 from sapo_megatron.sample import Prompt
 
@@ -43,17 +43,6 @@ HASH_ORDERED_TASKS = frozenset(
 """reasoning-gym tasks whose items depend on the order of Python's sets, hence on the process."""
 
 
-class Problem(NamedTuple):
-    """A problem before it is tokenized; the fields are those of ``Prompt``."""
-
-    text: str
-    answer: str
-    """Empty where a reasoning-gym task has no single right answer; its scorer knows."""
-    task: str
-    entry: dict[str, Any]
-    """A row of the file; or reasoning-gym's item, with the task's ``options`` added."""
-
-
 class PromptSource:
     """The prompts of ``data.train``, in order; the same on every rank.
 
@@ -76,8 +65,9 @@ class PromptSource:
 
         Raises UserError for an unknown task, bad options, a missing or malformed file.
         """
-        self._problems = (_Rows if data.train.path else _Tasks)(data.train, where)
-        self._data = data
+        self._problems = (_Rows if data.train.path else _Tasks)(data, where)
+        self._template = data.template if data.train.template is None else data.train.template
+        self._apply_chat_template = data.apply_chat_template
         self._tokenizer = tokenizer
         self._max_prompt_length = max_prompt_length
         self._exclude = exclude
@@ -98,6 +88,10 @@ class PromptSource:
         self._index = state["index"]
         self.skipped = dict(state["skipped"])
 
+    def digest(self) -> str:
+        """Stands for the dataset as it was read; tasks are what their configuration says."""
+        return self._problems.digest()
+
     def _draw(self) -> Prompt:
         before = dict(self.skipped)
         for _ in range(self._problems.patience):
@@ -109,9 +103,16 @@ class PromptSource:
             elif problem.text in self._exclude:
                 self.skipped["held_out"] += 1
             else:
-                tokens = self._tokenize(problem.text)
+                tokens = self._tokenize(problem)
                 if len(tokens) <= self._max_prompt_length:
-                    return Prompt(uid=index, tokens=tuple(tokens), **problem._asdict())
+                    return Prompt(
+                        uid=index,
+                        text=problem.text,
+                        answer=problem.answer,
+                        tokens=tuple(tokens),
+                        task=problem.task,
+                        entry=problem.entry,
+                    )
                 self._skip_long(index, len(tokens))
         wasted = ", ".join(f"{n - before[why]} {why}" for why, n in self.skipped.items())
         raise UserError(
@@ -121,11 +122,12 @@ class PromptSource:
             f"eval.num_problems"
         )
 
-    def _tokenize(self, text: str) -> list[int]:
-        text = self._data.template.replace("{prompt}", text)
-        if self._data.apply_chat_template:
-            return self._tokenizer.encode_chat(text)
-        return self._tokenizer.encode(text)
+    def _tokenize(self, problem: Problem) -> list[int]:
+        text = self._template.replace("{prompt}", problem.text)
+        if not self._apply_chat_template:
+            return self._tokenizer.encode(text)
+        turns = problem.messages or ({"role": "user", "content": text},)
+        return self._tokenizer.encode_chat(turns)
 
     def _skip_long(self, index: int, length: int) -> None:
         if not self.skipped["too_long"]:
@@ -176,7 +178,8 @@ class _Tasks:
 
     patience = PATIENCE
 
-    def __init__(self, source: SourceConfig, where: str) -> None:
+    def __init__(self, data: DataConfig, where: str) -> None:
+        source = data.train
         self._source = source
         self._datasets: dict[int, tuple[int, Any]] = {}
         self._failed: set[str] = set()
@@ -206,6 +209,9 @@ class _Tasks:
         answer = "" if item["answer"] is None else str(item["answer"])
         return Problem(item["question"], answer, name, entry)
 
+    def digest(self) -> str:
+        return ""
+
     def _item(self, i: int, index: int) -> dict[str, Any]:
         import reasoning_gym  # seconds to import
 
@@ -225,12 +231,11 @@ class _Tasks:
 
 
 class _Rows:
-    """The rows of a JSONL file, shuffled anew in each epoch."""
+    """The problems of a dataset, shuffled anew in each epoch."""
 
-    def __init__(self, source: SourceConfig, where: str) -> None:
-        assert source.path is not None
-        self._rows = _read_rows(source, where)
-        self._seed = source.seed
+    def __init__(self, data: DataConfig, where: str) -> None:
+        self._rows = read_problems(data, where)
+        self._seed = data.train.seed
         self._epoch = -1
         self._order: list[int] = []
         self.patience = 2 * len(self._rows)  # holds a whole epoch, wherever it starts
@@ -242,48 +247,11 @@ class _Rows:
             random.Random(f"{self._seed}/{epoch}").shuffle(self._order)
         return self._rows[self._order[place]]
 
-
-def _read_rows(source: SourceConfig, where: str) -> list[Problem]:
-    path = Path(source.path or "")
-    try:
-        lines = path.read_bytes().split(b"\n")
-    except FileNotFoundError:
-        raise UserError(f"{where}.path: no such file: {path}") from None
-    except OSError as error:
-        raise UserError(f"{where}.path: cannot read {path}: {error.strerror}") from None
-    rows = []
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            rows.append(_parse_row(line, source, f"{path}:{number}"))
-    if not rows:
-        raise UserError(
-            f"{where}.path: expected a JSON object with {source.prompt_key} and "
-            f"{source.answer_key} on each line, got an empty file: {path}"
-        )
-    return [Problem(text, answer, path.stem, row) for text, answer, row in rows]
-
-
-def _parse_row(line: bytes, source: SourceConfig, at: str) -> tuple[str, str, dict[str, Any]]:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{at}: not JSON: {error.msg} at column {error.colno}") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{at}: not UTF-8: {error.reason}") from None
-    if not isinstance(row, dict):
-        raise UserError(f"{at}: expected a JSON object, got {line.decode()[:40].strip()}")
-    for key in (source.prompt_key, source.answer_key):
-        if key not in row:
-            raise UserError(
-                f"{at}: expected the key {key!r}, got {', '.join(map(repr, row)) or 'none'}; set "
-                f"prompt_key and answer_key to the file's names"
-            )
-    text, answer = row[source.prompt_key], row[source.answer_key]
-    if not (isinstance(text, str) and text):
-        raise UserError(f"{at}: {source.prompt_key}: expected a text, got {text!r}")
-    if isinstance(answer, bool) or not isinstance(answer, str | int | float):
-        raise UserError(f"{at}: {source.answer_key}: expected a text or a number, got {answer!r}")
-    return text, str(answer), row
+    def digest(self) -> str:
+        content = hashlib.sha256()
+        for problem in self._rows:
+            content.update(repr((problem.messages, problem.text, problem.answer)).encode())
+        return content.hexdigest()
 
 
 def _check_task(task: TaskConfig, where: str) -> None:

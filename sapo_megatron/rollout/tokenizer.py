@@ -1,15 +1,19 @@
 """Text <-> token ids, from a sentencepiece model or a Hugging Face tokenizer."""
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Protocol
 
+import jinja2
 import sentencepiece
 
 from sapo_megatron.config import UserError
 
 logger = logging.getLogger(__name__)
+
+Message = dict[str, str]
+"""One turn of a conversation: its ``role`` (system, user or assistant) and its ``content``."""
 
 
 class Tokenizer(Protocol):
@@ -24,9 +28,10 @@ class Tokenizer(Protocol):
         """The ids of ``text`` alone: no special token is added."""
         ...
 
-    def encode_chat(self, text: str) -> list[int]:
-        """The ids of ``text`` as the user's turn in the chat template, up to where the answer
-        starts. Raises UserError where there is no template."""
+    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
+        """The ids of a conversation in the chat template, up to where the answer starts.
+
+        Raises UserError where there is no template, or where it refuses the conversation."""
         ...
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -58,7 +63,7 @@ class SentencePieceTokenizer:
             self._warned = True
         return ids
 
-    def encode_chat(self, text: str) -> list[int]:
+    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
         raise UserError(
             f"data.apply_chat_template: expected a tokenizer with a chat template, got {self._path}"
             f"; set it to false and write the turns into data.template"
@@ -96,16 +101,22 @@ class HuggingFaceTokenizer:
     def encode(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False)
 
-    def encode_chat(self, text: str) -> list[int]:
+    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
         if not self._tokenizer.chat_template:
             raise UserError(
                 f"data.apply_chat_template: expected a tokenizer with a chat template, got "
                 f"{self._path}; set it to false and write the turns into data.template"
             )
-        turns = [{"role": "user", "content": text}]
-        rendered = self._tokenizer.apply_chat_template(
-            turns, add_generation_prompt=True, tokenize=False
-        )
+        try:
+            rendered = self._tokenizer.apply_chat_template(
+                list(messages), add_generation_prompt=True, tokenize=False
+            )
+        except jinja2.TemplateError as error:  # some refuse a system turn, or two turns of one role
+            roles = ", ".join(message["role"] for message in messages)
+            raise UserError(
+                f"data.apply_chat_template: the chat template of {self._path} refuses the turns "
+                f"{roles}: {' '.join(str(error).split())}; change the data or the tokenizer"
+            ) from None
         return self.encode(rendered)
 
     def decode(self, ids: Iterable[int]) -> str:

@@ -14,6 +14,7 @@ import logging
 import math
 import numbers
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable
@@ -24,6 +25,10 @@ from sapo_megatron.sample import Prompt
 
 RewardFunction = Callable[[Prompt, str], float]
 
+_ANSWER_LINE = re.compile(
+    r"^[^a-z0-9\n]*(final )?answer[^a-z0-9\n]*:", re.IGNORECASE | re.MULTILINE
+)
+
 
 def exact_match(prompt: Prompt, response: str) -> float:
     """1 where the response is the answer, white space around it aside; else 0."""
@@ -33,11 +38,14 @@ def exact_match(prompt: Prompt, response: str) -> float:
 def math_verify(prompt: Prompt, response: str) -> float:
     """1 where math-verify finds an expression in the response that equals the answer; else 0.
 
-    The answer may stand bare, as LaTeX or as text. Raises ValueError when it cannot be parsed.
+    The answer may stand bare, as LaTeX or as text. What precedes the last line that begins with
+    "Answer:" does not count. Raises ValueError when the right answer cannot be parsed.
     """
     import math_verify as library
 
-    target = library.parse(response, parsing_timeout=None)
+    *_, last = [None, *_ANSWER_LINE.finditer(response)]
+    target = library.parse(response[last.start() :], parsing_timeout=None) if last else []
+    target = target or library.parse(response, parsing_timeout=None)
     return float(library.verify(_gold(_answer(prompt)), target, timeout_seconds=None))
 
 
