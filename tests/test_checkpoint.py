@@ -23,7 +23,14 @@ def lines(run):
     ]
 
 
-@pytest.mark.parametrize("name", ["halves", "crashed"])
+def test_a_run_that_is_asked_to_stop(runs):
+    _, (found, other) = runs
+    assert found["stopped"]["first"] is None
+    assert other["stopped"]["first"] is None
+    assert found["stopped"]["left"] == ["checkpoints/step-000002"]
+
+
+@pytest.mark.parametrize("name", ["halves", "crashed", "stopped"])
 def test_an_interrupted_run_computes_what_a_whole_one_does(runs, name):
     folder, (found, _) = runs
     straight = lines(folder / "straight")

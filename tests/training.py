@@ -51,6 +51,29 @@ class Crash(Exception):
     """Stands for whatever ends a run."""
 
 
+def _stopped(folder: Path) -> dict[str, Any]:
+    """A run that is asked to stop in its second step, and goes on."""
+    where = folder / "stopped"
+    step = train.Trainer._step
+
+    def asked_to_stop(trainer: train.Trainer, number: int, *args: Any) -> Any:
+        if number == 2 and dist.get_rank() == 0:
+            (where / "stop").touch()
+        return step(trainer, number, *args)
+
+    train.Trainer._step = asked_to_stop
+    at_the_end = {"checkpoint__every": 0, "train__steps": 4, "train__run_dir": str(where)}
+    first = run(folder, **at_the_end)
+    train.Trainer._step = step
+    left = sorted(p.relative_to(where).as_posix() for p in where.glob("*/step*"))
+    left += [name for name in ("stop", "summary.json") if (where / name).exists()]
+    dist.barrier()
+    if dist.get_rank() == 0:
+        (where / "stop").touch()  # came too late for the run that it was meant for
+    dist.barrier()
+    return {"first": first, "left": left, **run(folder, "auto", **at_the_end)}
+
+
 def resuming(folder: Path) -> dict[str, Any]:
     """Runs of four steps that were interrupted in several ways, below ``folder``."""
     train.write_report = lambda folder: None
@@ -77,6 +100,7 @@ def resuming(folder: Path) -> dict[str, Any]:
     found["left behind"] = sorted(p.name for p in (folder / "crashed/checkpoints").iterdir())
     dist.barrier()
     found["crashed"] = run(folder, "auto", train__run_dir=crashed, train__steps=4)
+    found["stopped"] = _stopped(folder)
     found["kept"] = sorted(p.name for p in (folder / "crashed/checkpoints").iterdir())
 
     finished = Path(straight)
