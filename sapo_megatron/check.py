@@ -12,7 +12,14 @@ import math
 import re
 
 from sapo_megatron.architecture import Architecture, GroupedQueryAttention
-from sapo_megatron.config import AlgorithmConfig, ParallelConfig, Recipe, SourceConfig, UserError
+from sapo_megatron.config import (
+    AlgorithmConfig,
+    CorrectionConfig,
+    ParallelConfig,
+    Recipe,
+    SourceConfig,
+    UserError,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +54,10 @@ _POSITIVE = (
     "algorithm.tau_neg",
     "algorithm.clip_ratio_low",
     "algorithm.clip_ratio_high",
+    "correction.tis_cap",
+    "correction.icepop_low",
+    "correction.icepop_high",
+    "correction.sequence_mask_kl",
     "optimizer.lr",
     "optimizer.adam_eps",
     "optimizer.clip_grad",
@@ -102,6 +113,7 @@ def check(recipe: Recipe) -> None:
                 raise UserError(f"{key}: expected a finite number {what}, got {value}; change it")
     _check_data(recipe)
     _check_algorithm(recipe.algorithm)
+    _check_correction(recipe.correction)
     _check_batches(recipe)
     _check_pipeline(recipe.parallel)
     _check_recompute(recipe.parallel)
@@ -245,6 +257,14 @@ def _check_algorithm(a: AlgorithmConfig) -> None:
         raise UserError(
             f"algorithm.clip_ratio_c: expected none with loss_type {a.loss_type}, got "
             f"{a.clip_ratio_c} (dual clip belongs to grpo); remove it or change loss_type"
+        )
+
+
+def _check_correction(c: CorrectionConfig) -> None:
+    if c.icepop_low >= c.icepop_high:
+        raise UserError(
+            f"correction.icepop_low: expected less than icepop_high {c.icepop_high:g}, got "
+            f"{c.icepop_low:g}; change one of them"
         )
 
 

@@ -184,6 +184,24 @@ class AlgorithmConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CorrectionConfig:
+    """What is done where the rollout engine and the training engine disagree on a token.
+
+    Each multiplies the policy term; KL and entropy terms stay as they are.
+    """
+
+    rollout_is: Literal["disabled", "tis", "icepop"] = "disabled"
+    """By the ratio of the training engine's probability to the rollout engine's: cut off at
+    ``tis_cap`` (truncated importance sampling), or 0 outside ``icepop_low`` to ``icepop_high``."""
+    tis_cap: float = 2.0
+    icepop_low: float = 0.5
+    icepop_high: float = 5.0
+    sequence_mask_kl: float | None = None
+    """Sequences with a negative advantage whose mean KL from the rollout engine's policy to the
+    current one is above this teach nothing."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
     lr: float = 1e-6
     min_lr: float = 0.0
@@ -271,6 +289,7 @@ class Recipe:
     reward: RewardConfig = RewardConfig()
     routing: RoutingConfig = RoutingConfig()
     algorithm: AlgorithmConfig = AlgorithmConfig()
+    correction: CorrectionConfig = CorrectionConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     train: TrainConfig = TrainConfig()
     cold_start: ColdStartConfig = ColdStartConfig()
@@ -306,6 +325,12 @@ PEER_KEYS = {
     "max_completion_length": "rollout.max_response_length",
     "rollout_max_response_len": "rollout.max_response_length",
     "learning_rate": "optimizer.lr",
+    "use_tis": "correction.rollout_is",
+    "tis_clip": "correction.tis_cap",
+    "rollout_is_threshold": "correction.tis_cap",
+    "rollout_importance_sampling_mode": "correction.rollout_is",
+    "rollout_importance_sampling_threshold": "correction.tis_cap",
+    "off_policy_sequence_mask_delta": "correction.sequence_mask_kl",
     "routing_replay": "routing.router_replay",
     "use_routing_replay": "routing.router_replay",
     "use_rollout_routing_replay": "routing.router_replay",

@@ -100,6 +100,35 @@ class Covariance(Metric):
 
 
 @dataclass(frozen=True)
+class Correlation(Metric):
+    """Pearson's correlation of two series; NaN where one of them is constant."""
+
+    count: Scalar
+    x: Scalar
+    y: Scalar
+    xx: Scalar
+    xy: Scalar
+    yy: Scalar
+
+    @classmethod
+    def of(cls, x: Tensor, y: Tensor, mask: Tensor | None = None) -> "Correlation":
+        """Of the pairs of ``x`` and ``y`` where ``mask`` is True."""
+        x, count = _select(x, mask)
+        y, _ = _select(y, mask)
+        sums = (x.sum(), y.sum(), x.square().sum(), (x * y).sum(), y.square().sum())
+        return cls(count, *sums)
+
+    def value(self) -> float:
+        spread = [
+            _covariance(self.count, self.x, self.x, self.xx),
+            _covariance(self.count, self.y, self.y, self.yy),
+        ]
+        if min(spread) <= 0:
+            return math.nan
+        return _covariance(self.count, self.x, self.y, self.xy) / math.sqrt(math.prod(spread))
+
+
+@dataclass(frozen=True)
 class Share(Metric):
     """The part of the variance of z = a + b that b explains.
 

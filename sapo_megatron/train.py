@@ -180,6 +180,7 @@ class Trainer:
                     algorithm=recipe.algorithm,
                     denominators=denominators(samples),
                     max_response_length=recipe.rollout.max_response_length,
+                    correction=recipe.correction,
                     cp_group=groups.cp,
                 )
                 where = f"step {step}, mini-batch {number + 1} of {len(packed)}"

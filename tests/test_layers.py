@@ -11,6 +11,7 @@ from layouts import MODELS
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.enums import AttnMaskType
 
+from sapo_megatron.architecture import parse_architecture
 from sapo_megatron.config import ModelConfig, ParallelConfig, UserError
 from sapo_megatron.policy import parallel
 from sapo_megatron.policy.layers import TorchAttention, _PackedLayout, rms_norm
@@ -112,7 +113,9 @@ def test_expert_tensor_parallelism_needs_a_gpu():
 
 def test_what_megatron_refuses_is_one_line():
     refused = ParallelConfig(recompute_granularity="selective", recompute_modules=("mla_up_proj",))
-    build = functools.partial(transformer_config, MODELS["moe"], ModelConfig(path=""))
+    build = functools.partial(
+        transformer_config, parse_architecture(MODELS["moe"]), ModelConfig(path="")
+    )
     with pytest.raises(UserError, match="megatron-core refuses") as caught:
         build(refused)
     assert "\n" not in str(caught.value)

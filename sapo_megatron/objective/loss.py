@@ -4,7 +4,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sapo_megatron.config import AlgorithmConfig
+from sapo_megatron.config import AlgorithmConfig, CorrectionConfig
 from sapo_megatron.metrics import (
     EffectiveSampleSize,
     Histogram,
@@ -21,6 +21,7 @@ from sapo_megatron.objective.baselines import (
     gspo_token_loss,
     outside_clip,
 )
+from sapo_megatron.objective.correction import correction_weights
 from sapo_megatron.objective.kl import kl_penalty
 from sapo_megatron.objective.reduce import sequence_mean, token_weights
 from sapo_megatron.objective.sapo import (
@@ -47,6 +48,7 @@ def policy_loss(
     algorithm: AlgorithmConfig,
     denominators: Denominators,
     max_response_length: int,
+    correction: CorrectionConfig | None = None,
     cp_group: dist.ProcessGroup | None = None,
 ) -> tuple[Tensor, Metrics]:
     """This piece's share of the global loss, 0-dim, and its metrics.
@@ -55,7 +57,8 @@ def policy_loss(
     loss + kl_coef * KL - entropy_coef * entropy)`` with the weights of
     :func:`~sapo_megatron.objective.reduce.token_weights`; shares of all pieces add up to the loss
     of the global mini-batch. Without a valid token it is zero and still has a gradient (of zero),
-    so a backward pass runs on every rank. Collective over ``cp_group`` for gspo.
+    so a backward pass runs on every rank. Collective over ``cp_group`` for gspo and for masking by
+    sequence.
     """
     assert batch.old_logprob is not None, "old_logprob is set before the first update"
     assert algorithm.kl_coef == 0 or batch.ref_logprob is not None, "kl_coef needs ref_logprob"
@@ -68,6 +71,11 @@ def policy_loss(
         sequence_log_ratio = means[batch.sequence_ids]
 
     token_loss = _policy_token_loss(batch, logprob, log_ratio, sequence_log_ratio, algorithm)
+    metrics = Metrics()
+    if correction is not None:
+        multiplier, metrics = correction_weights(batch, logprob, correction, cp_group)
+        if multiplier is not None:
+            token_loss = token_loss * multiplier
     weights = token_weights(
         mask,
         batch.sequence_ids,
@@ -77,7 +85,6 @@ def policy_loss(
         max_response_length,
     ).to(token_loss.dtype)
     loss = (weights * token_loss).sum()
-    metrics = Metrics()
     metrics.add("actor/pg_loss", Sum(loss.detach()))
     if batch.ref_logprob is not None:
         kl = kl_penalty(logprob, batch.ref_logprob, algorithm.kl_type, mask=mask)
