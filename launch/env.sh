@@ -21,6 +21,11 @@ allocator="${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}"
 export PYTORCH_ALLOC_CONF="${PYTORCH_ALLOC_CONF:-$allocator}"
 export PYTORCH_CUDA_ALLOC_CONF="$PYTORCH_ALLOC_CONF"
 
+# Processes that torchrun starts again meet in a store of their own. By default torch 2.13 lends
+# them the agents' store, in which those of the first start have left their addresses, and they
+# wait for these until the timeout.
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE="${TORCH_DISABLE_SHARE_RDZV_TCP_STORE:-1}"
+
 # NCCL says what is wrong, and nothing else; INFO shows rings, interfaces and transports.
 export NCCL_DEBUG="${NCCL_DEBUG:-WARN}"
 

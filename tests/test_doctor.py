@@ -240,12 +240,16 @@ def test_transformer_engine(dist):
     dist("transformer-engine", "2.20.2")
     finding = packages.transformer_engine(cuda, DRIVER)
     assert finding.status == "fail"
-    assert finding.todo.endswith('"transformer-engine[pytorch]==2.20.2"')
+    assert finding.todo.endswith('"transformer-engine[core_cu12,pytorch]"')
     assert "CPU build" in packages.transformer_engine(cpu, None).found
     dist("transformer_engine_torch", "2.20.2")
+    dist("transformer_engine_cu12", "2.20.2")
     assert packages.transformer_engine(cuda, DRIVER) == Finding(
         "transformer-engine", "ok", "2.20.2"
     )
+    finding = packages.transformer_engine(cuda_torch(cuda="13.0"), DRIVER)
+    assert finding.found == "2.20.2 for CUDA 12 beside torch for CUDA 13"
+    assert "core_cu13" in finding.todo
 
 
 def test_nvidias_apex_is_told_from_the_other(dist):

@@ -111,18 +111,23 @@ def nccl(module: ModuleType | Exception | None) -> Finding:
 def transformer_engine(module: ModuleType | Exception | None, driver: Driver | None) -> Finding:
     name = "transformer-engine"
     found = version(name)
-    cpu_torch = isinstance(module, ModuleType) and module.version.cuda is None
+    cuda = module.version.cuda if isinstance(module, ModuleType) else None
+    major = (cuda or (driver.cuda if driver else "")).partition(".")[0]
+    install = f'pip install --no-build-isolation "{name}[core_cu{major},pytorch]"'
     if found is None:
         if driver is None:
             return Finding(name, "skipped", "not installed; only GPUs need it")
-        todo = 'pip install --no-build-isolation "transformer-engine[pytorch]"'
-        return Finding(name, "fail", "not installed; the layers on GPUs are its", todo)
-    if cpu_torch:
+        return Finding(name, "fail", "not installed; the layers on GPUs are its", install)
+    if isinstance(module, ModuleType) and cuda is None:
         todo = f"Install a CUDA build of torch, or here, for CPU only: pip uninstall {name}"
         return Finding(name, "fail", f"{found} beside a CPU build of torch", todo)
-    if not _has_torch_part():
-        todo = f'pip install --no-build-isolation "{name}[pytorch]=={found}"'
-        return Finding(name, "fail", f"{found} without its part for torch", todo)
+    cores = [core for core in ("12", "13") if version(f"transformer-engine-cu{core}")]
+    if cores and major not in cores:
+        found = f"{found} for CUDA {cores[0]} beside torch for CUDA {major}"
+        return Finding(name, "fail", found, install)
+    # PyPI has the part for torch as a package of its own, a build from source as a module beside.
+    if not (version("transformer-engine-torch") or find_spec("transformer_engine_torch")):
+        return Finding(name, "fail", f"{found} without its part for torch", install)
     return Finding(name, "ok", found)
 
 
@@ -184,11 +189,6 @@ def combinations(driver: Driver | None) -> list[Finding]:
             found = f"{dist} {version(dist)} is built for torch {pin}, this is {torch}"
             bad.append(Finding(name, "fail", found, todo))
     return bad or [Finding(name, "ok", "none that is known not to work")]
-
-
-def _has_torch_part() -> bool:
-    # PyPI has it as a package of its own, a build from source as a module beside.
-    return bool(version("transformer-engine-torch") or find_spec("transformer_engine_torch"))
 
 
 def _pin(name: str, of: str) -> str | None:
