@@ -213,12 +213,21 @@ def test_a_missing_package_says_what_to_install(monkeypatch):
     [
         (cuda_torch(), "ok", "CUDA 12.8 build"),
         (cuda_torch(cuda="12.9"), "ok", "12.9"),  # minor releases of CUDA are compatible
-        (cuda_torch(cuda="13.0"), "fail", "Update the driver"),
+        (cuda_torch(cuda="13.0"), "ok", "13.0"),  # by NVIDIA's libraries for older drivers
+        (cuda_torch(cuda="13.0", available=False), "fail", "Update the driver"),
         (cuda_torch(cuda=None), "fail", "Install a CUDA build"),
         (cuda_torch(available=False), "fail", "CUDA_VISIBLE_DEVICES"),
         (OSError("libcudnn.so.9: cannot open"), "fail", "libcudnn.so.9"),
     ],
-    ids=["fits", "minor", "newer than the driver", "cpu build", "no access", "broken"],
+    ids=[
+        "fits",
+        "minor",
+        "compatible",
+        "newer than the driver",
+        "cpu build",
+        "no access",
+        "broken",
+    ],
 )
 def test_torch_on_a_machine_with_gpus(module, status, said):
     finding = packages.torch(module, DRIVER)

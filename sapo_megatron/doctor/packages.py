@@ -79,22 +79,19 @@ def torch(module: ModuleType | Exception | None, driver: Driver | None) -> Findi
             found,
             f"Install a CUDA build for CUDA {driver.cuda} or older (see docs/install.md).",
         )
+    if module.cuda.is_available():
+        return Finding("torch", "ok", found)
+    found += "; it reaches no GPU"
     if _numbers(cuda)[:1] > _numbers(driver.cuda)[:1]:
-        return Finding(
-            "torch",
-            "fail",
-            found,
-            f"Update the driver, or install a build of torch for CUDA {driver.cuda} or older.",
-        )
-    if not module.cuda.is_available():
-        return Finding(
-            "torch",
-            "fail",
-            f"{found}; it reaches no GPU",
-            "Look at CUDA_VISIBLE_DEVICES and, in a container, at --gpus; `python -c 'import torch;"
-            " torch.cuda.init()'` says why.",
-        )
-    return Finding("torch", "ok", found)
+        todo = f"Update the driver, or install a build of torch for CUDA {driver.cuda} or older."
+        return Finding("torch", "fail", found, todo)
+    return Finding(
+        "torch",
+        "fail",
+        found,
+        "Look at CUDA_VISIBLE_DEVICES and, in a container, at --gpus; `python -c 'import torch; "
+        "torch.cuda.init()'` says why.",
+    )
 
 
 def nccl(module: ModuleType | Exception | None) -> Finding:
@@ -117,7 +114,7 @@ def transformer_engine(module: ModuleType | Exception | None, driver: Driver | N
     if found is None:
         if driver is None:
             return Finding(name, "skipped", "not installed; only GPUs need it")
-        return Finding(name, "fail", "not installed; the layers on GPUs are its", install)
+        return Finding(name, "fail", "not installed; recipes for GPUs use its layers", install)
     if isinstance(module, ModuleType) and cuda is None:
         todo = f"Install a CUDA build of torch, or here, for CPU only: pip uninstall {name}"
         return Finding(name, "fail", f"{found} beside a CPU build of torch", todo)
