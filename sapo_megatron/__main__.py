@@ -1,4 +1,4 @@
-"""The command line: ``sapo-megatron train | eval | export | report | gates``.
+"""The command line: ``sapo-megatron train | plan | eval | export | report | gates | doctor``.
 
 Exit status: 0 done, 1 the work failed, 2 the input is wrong (one line on stderr says what).
 """
@@ -107,6 +107,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     gates.add_argument("--json", metavar="FILE", help="write the numbers here, as JSON")
     gates.add_argument("--out", metavar="FOLDER", help="draw gates.png into this folder")
+    doctor = command("doctor", _doctor, "Check what is installed and what this machine has.")
+    doctor.add_argument("--json", action="store_true", help="write a JSON list, not a table")
+    doctor.add_argument(
+        "--run-dir", default="runs", metavar="DIR", help="where runs will be written (default runs)"
+    )
     return parser
 
 
@@ -180,6 +185,16 @@ def _gates(arguments: argparse.Namespace, rest: list[str], words: list[str]) -> 
     )
     sys.stdout.write(text)
     return 0
+
+
+def _doctor(arguments: argparse.Namespace, rest: list[str], words: list[str]) -> int:
+    if rest:
+        raise UserError(f"doctor: expected its own options only, got also {' '.join(rest)}")
+    from sapo_megatron.doctor import examine, show
+
+    findings = examine(Path(arguments.run_dir))
+    sys.stdout.write(show(findings, as_json=arguments.json))
+    return int(any(finding.status == "fail" for finding in findings))
 
 
 def _on_all_processes(recipe: Recipe, words: list[str], work: Callable) -> int:

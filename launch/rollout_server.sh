@@ -1,0 +1,32 @@
+#!/usr/bin/env bash
+# Serve a model with vLLM, for rollouts: one OpenAI-compatible server on all GPUs of this machine.
+#
+#   launch/rollout_server.sh MODEL [VLLM_OPTION...]
+#
+#   PYTHON        interpreter of the environment that has vLLM (default: python3)
+#   ROLLOUT_HOST  address to listen on (default: 127.0.0.1, this machine only)
+#   ROLLOUT_PORT  port to listen on (default: 8000)
+#   DRY_RUN=1     print the command and start nothing
+#
+# The server has no password, and the trainer may change its weights: let it listen on a network
+# only where everyone on that network may do so, too.
+set -euo pipefail
+launch=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+# shellcheck source=launch/env.sh
+source "$launch/env.sh"
+# shellcheck source=launch/common.sh
+source "$launch/common.sh"
+
+(($# > 0)) || fail "usage: launch/rollout_server.sh MODEL [VLLM_OPTION...]"
+model=$1
+shift
+gpus=1
+if command -v nvidia-smi >/dev/null; then
+    gpus=$(nvidia-smi --list-gpus | wc -l)
+fi
+# The endpoints through which the trainer puts new weights into the server.
+export VLLM_SERVER_DEV_MODE="${VLLM_SERVER_DEV_MODE:-1}"
+
+become "$PYTHON" -m vllm.entrypoints.openai.api_server --model "$model" \
+    --host "${ROLLOUT_HOST:-127.0.0.1}" --port "${ROLLOUT_PORT:-8000}" \
+    --tensor-parallel-size "$gpus" "$@"

@@ -1,0 +1,13 @@
+"""What a check of the doctor says."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Finding:
+    name: str
+    status: Literal["ok", "warn", "fail", "skipped"]
+    found: str
+    todo: str = ""
+    """What to do about it; empty where there is nothing to do."""
