@@ -35,6 +35,7 @@ from sapo_megatron.policy.parallel import ParallelGroups
 from sapo_megatron.policy.step import FrozenPolicy, Policy
 from sapo_megatron.report import write_report
 from sapo_megatron.rollout.collect import Collector, rewards
+from sapo_megatron.rollout.generate import InProcess
 from sapo_megatron.rollout.inputs import Inputs
 from sapo_megatron.rollout.reward import Scorer
 from sapo_megatron.runs import RunFolder
@@ -104,7 +105,9 @@ class Trainer:
             if recipe.algorithm.kl_coef > 0
             else None
         )
-        self.decoder = MegatronDecoder(self.policy)
+        self.engine = InProcess(
+            MegatronDecoder(self.policy), batch_size=recipe.rollout.generation_batch_size
+        )
         self.watch = RouterWatch(recipe, self.policy, run.path / "dumps")
         self.first_step = state["step"] + 1
         self.eval_before: dict[str, float] = state["eval"]
@@ -161,8 +164,7 @@ class Trainer:
     def _step(self, step: int, collector: Collector) -> Metrics:
         recipe, groups = self.recipe, self.groups
         began = time.monotonic()
-        with self.decoder.generating(record=True):
-            collected, metrics = collector.collect(self.inputs.source, seed=recipe.train.seed)
+        collected, metrics = collector.collect(self.inputs.source, seed=recipe.train.seed)
         _set_advantages(collected, recipe.algorithm.adv_estimator)
 
         mini_batches = split_mini_batches(collected, recipe.train.num_mini_batches)
@@ -209,8 +211,7 @@ class Trainer:
                 self.router[name] = values[name]
 
     def _evaluate(self, collector: Collector) -> dict[str, float]:
-        with self.decoder.generating():
-            return evaluate(collector, self.inputs.problems, self.recipe)
+        return evaluate(collector, self.inputs.problems, self.recipe)
 
     def _save(self, step: int) -> None:
         checkpoint.save(
@@ -243,7 +244,7 @@ class Trainer:
 
     def _collector(self, scorer: Scorer | None) -> Collector:
         return Collector(
-            decoder=self.decoder,
+            engine=self.engine,
             tokenizer=self.inputs.tokenizer,
             scorer=scorer,
             config=self.recipe.rollout,

@@ -14,7 +14,7 @@ from sapo_megatron.policy import parallel, weights
 from sapo_megatron.policy.decode import MegatronDecoder
 from sapo_megatron.policy.step import FrozenPolicy
 from sapo_megatron.rollout.collect import Collector
-from sapo_megatron.rollout.generate import Request, SamplingParams, generate
+from sapo_megatron.rollout.generate import InProcess, Request, SamplingParams, generate
 from sapo_megatron.rollout.tokenizer import load_tokenizer
 from sapo_megatron.sample import Prompt, Sample
 
@@ -68,7 +68,7 @@ def check_layouts(folder: Path, layouts: list[dict[str, int]]) -> list[list[Samp
         groups = policy.groups
         decoder = MegatronDecoder(policy)
         collector = Collector(
-            decoder=decoder,
+            engine=InProcess(decoder, batch_size=3),
             tokenizer=load_tokenizer(recipe.model.tokenizer, 104),
             scorer=Half() if groups.is_leader else None,
             config=recipe.rollout,
@@ -77,9 +77,8 @@ def check_layouts(folder: Path, layouts: list[dict[str, int]]) -> list[list[Samp
             world=groups.world,
         )
         prompts = [Prompt(uid=i, text="", answer="", tokens=t) for i, t in enumerate(PROMPTS)]
-        with decoder.generating():
-            # 15 responses: where two ranks share them, one has a filler.
-            found = collector.respond(prompts[:5], 3, params()).groups
+        # 15 responses: where two ranks share them, one has a filler.
+        found = collector.respond(prompts[:5], 3, params()).groups
         results.append([s for g in found for s in g.samples])
         parallel.teardown()
         dist.barrier()

@@ -28,7 +28,6 @@ def examine(run_dir: Path) -> list[Finding]:
         packages.torch(torch, driver),
         packages.nccl(torch),
         packages.required("megatron-core"),
-        packages.required("mbridge"),
         packages.required("transformers"),
         packages.required("safetensors"),
         packages.transformer_engine(torch, driver),

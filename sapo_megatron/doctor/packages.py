@@ -15,7 +15,6 @@ PYTHON = (3, 11)
 SUPPORTED: dict[str, str] = {
     "torch": ">=2.7",
     "megatron-core": ">=0.16.1,<0.20",
-    "mbridge": ">=0.15",
     "transformers": ">=4.51,<5",
     "safetensors": ">=0.4",
 }

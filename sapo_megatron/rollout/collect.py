@@ -1,21 +1,25 @@
 """Prompts -> scored groups, the same on every rank.
 
 Each rank that generates takes its share of the requests, the leader of each model-parallel block
-decodes and scores that share, and all ranks exchange the result.
+scores that share, and all ranks exchange the result. An engine that works by itself may do so in
+the background, while the ranks train on what it gave before.
 """
 
 import logging
 import time
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 
-from sapo_megatron.config import RolloutConfig, RunFailed
+from sapo_megatron.config import RolloutConfig, RunFailed, UserError
 from sapo_megatron.metrics import Max, Mean, Metrics, Std, Sum
 from sapo_megatron.objective.advantage import zero_std
-from sapo_megatron.rollout.generate import Decoder, Request, SamplingParams, generate, share
+from sapo_megatron.rollout.generate import Request, SamplingParams, share
 from sapo_megatron.rollout.prompts import PromptSource
 from sapo_megatron.rollout.reward import Scorer
 from sapo_megatron.rollout.tokenizer import Tokenizer
@@ -24,10 +28,35 @@ from sapo_megatron.sample import Group, Prompt, Sample
 logger = logging.getLogger(__name__)
 
 
+class Engine(Protocol):
+    """What turns requests into responses."""
+
+    background: bool
+    """Whether :meth:`generate` waits for no other rank, and may run in a thread."""
+
+    def serving(self, *, record: bool) -> AbstractContextManager[Metrics]:
+        """The engine with the policy's present weights; what it took. Collective over all ranks.
+
+        ``record``: with routes, where it can. An engine in the background goes on with these
+        weights behind the block.
+        """
+
+    def generate(self, requests: Sequence[Request], params: SamplingParams) -> list[Sample]:
+        """This block's responses, fillers among them or not, on its leader at least.
+
+        Collective over the ranks that share a model unless ``background``.
+        """
+
+    @property
+    def age(self) -> int:
+        """Optimizer steps that the policy is ahead of the engine's weights."""
+
+
 @dataclass(frozen=True, kw_only=True)
-class Responses:
-    groups: list[Group]
-    """The same on every rank."""
+class _Share:
+    """What one rank contributes."""
+
+    scored: list[Sample]
     failures: Metrics
     """Of the rewards that this rank gave."""
     generating_s: float
@@ -35,84 +64,101 @@ class Responses:
 
 
 @dataclass(frozen=True, kw_only=True)
+class _Pending:
+    """Requests that are under way."""
+
+    prompts: list[Prompt]
+    num_generations: int
+    share: "Future[_Share]"
+    metrics: Metrics
+
+
+@dataclass(frozen=True, kw_only=True)
+class Responses:
+    groups: list[Group]
+    """The same on every rank."""
+    metrics: Metrics
+    """Failures of rewards and times, of this rank; what making the engine ready took."""
+
+
 class Collector:
     """Generates and scores; every call is collective over all ranks."""
 
-    decoder: Decoder
-    tokenizer: Tokenizer
-    scorer: Scorer | None
-    """On the leader of each model-parallel block; None elsewhere."""
-    config: RolloutConfig
-    share_rank: int
-    """Which share of the requests this rank's block generates."""
-    shares: int
-    world: dist.ProcessGroup
-    """Every rank; carries host objects."""
+    def __init__(
+        self,
+        *,
+        engine: Engine,
+        tokenizer: Tokenizer,
+        scorer: Scorer | None,
+        config: RolloutConfig,
+        share_rank: int,
+        shares: int,
+        world: dist.ProcessGroup,
+    ) -> None:
+        """``scorer``: on the leader of each model-parallel block, None elsewhere; ``share_rank``:
+        which share of the requests this rank's block generates; ``world``: every rank, carries
+        host objects.
+        """
+        self.tokenizer = tokenizer
+        self._engine = engine
+        self._scorer = scorer
+        self._config = config
+        self._share = share_rank, shares
+        self._world = world
+        self._thread = ThreadPoolExecutor(1) if engine.background else None
+        self._ahead: _Pending | None = None
+        self._cursor_before: dict[str, Any] | None = None
 
     def respond(
-        self, prompts: Sequence[Prompt], num_generations: int, params: SamplingParams
+        self,
+        prompts: Sequence[Prompt],
+        num_generations: int,
+        params: SamplingParams,
+        *,
+        record: bool = False,
     ) -> Responses:
-        """``num_generations`` scored responses to each prompt.
+        """``num_generations`` scored responses to each prompt, of the policy's present weights.
 
-        Response k of a prompt has uid ``prompt.uid * num_generations + k``.
+        Response k of a prompt has uid ``prompt.uid * num_generations + k``; ``record``: with
+        routes.
         """
-        requests = [
-            Request(uid=p.uid * num_generations + k, prompt_tokens=p.tokens)
-            for p in prompts
-            for k in range(num_generations)
-        ]
-        began = time.monotonic()
-        mine = generate(
-            self.decoder,
-            share(requests, self.share_rank, self.shares),
-            params,
-            batch_size=self.config.generation_batch_size,
-        )
-        generated = time.monotonic()
-        failures = Metrics()
-        scored: list[Sample] = []
-        if self.scorer is not None:
-            scored = [s for s in mine if s.uid >= 0]
-            for s in scored:
-                s.text = self.tokenizer.decode(s.response_tokens)
-            failures = self.scorer.score(_grouped(prompts, scored, num_generations))
-        scoring_s = time.monotonic() - generated
-        gathered: list[list[Sample]] = [[]] * dist.get_world_size(self.world)
-        # Over the world: leaders bring their shares, the others nothing, and all get everything.
-        dist.all_gather_object(gathered, scored, group=self.world)
-        samples = sorted((s for part in gathered for s in part), key=lambda s: s.uid)
-        return Responses(
-            groups=_grouped(prompts, samples, num_generations),
-            failures=failures,
-            generating_s=generated - began,
-            scoring_s=scoring_s,
-        )
+        return self._finish(self._begin(prompts, num_generations, params, record=record))
+
+    def begin(self, source: PromptSource, *, seed: int) -> None:
+        """Start on the next step's responses, in the background, with the present weights."""
+        assert self._thread is not None, "only an engine in the background works ahead"
+        self._cursor_before = source.state_dict()
+        prompts = source.next(self._config.rollout_batch_size)
+        params = self._params(seed)
+        self._ahead = self._begin(prompts, self._config.num_generations, params, record=True)
+
+    def cursor(self, source: PromptSource) -> dict[str, Any]:
+        """Where the source stood before what is still under way, for a checkpoint."""
+        return self._cursor_before if self._ahead else source.state_dict()
 
     def collect(self, source: PromptSource, *, seed: int) -> tuple[list[Group], Metrics]:
-        """One step's groups.
+        """One step's groups: those begun before, or new ones.
 
         With dynamic sampling, groups whose rewards are all equal are dropped and new prompts
         drawn in their place, for at most ``dynamic_sampling_max_rounds`` rounds; then the step
-        goes on with the groups there are. Raises RunFailed where there is none.
+        goes on with the groups there are. Raises RunFailed where there is none, or where the
+        engine fails.
         """
-        config = self.config
-        params = SamplingParams(
-            temperature=config.temperature,
-            top_p=config.top_p,
-            max_new_tokens=config.max_response_length,
-            eos_id=self.tokenizer.eos_id,
-            seed=seed,
-        )
+        config = self._config
         kept: list[Group] = []
         metrics = Metrics()
-        generating_s = scoring_s = 0.0
         for _ in range(config.dynamic_sampling_max_rounds if config.dynamic_sampling else 1):
-            prompts = source.next(config.rollout_batch_size - len(kept))
-            responses = self.respond(prompts, config.num_generations, params)
-            metrics.update(responses.failures)
-            generating_s += responses.generating_s
-            scoring_s += responses.scoring_s
-            if dist.get_rank(self.world) == 0:
+            age = self._engine.age if self._ahead else 0
+            if self._ahead:
+                responses = self._finish(self._ahead)
+                self._ahead = None
+            else:
+                prompts = source.next(config.rollout_batch_size - len(kept))
+                params = self._params(seed)
+                responses = self.respond(prompts, config.num_generations, params, record=True)
+            metrics.update(responses.metrics)
+            metrics.add("rollout/staleness", Max(float(age)))
+            if dist.get_rank(self._world) == 0:
                 metrics.update(describe(responses.groups))
             kept += [g for g in responses.groups if not (config.dynamic_sampling and _all_equal(g))]
             if len(kept) == config.rollout_batch_size:
@@ -122,9 +168,94 @@ class Collector:
                 f"no group with different rewards in {config.dynamic_sampling_max_rounds} rounds "
                 f"of dynamic sampling; look at the reward function, or use easier or harder prompts"
             )
-        metrics.add("time/rollout", Max(generating_s))
-        metrics.add("time/reward", Max(scoring_s))
         return kept, metrics
+
+    def _params(self, seed: int) -> SamplingParams:
+        return SamplingParams(
+            temperature=self._config.temperature,
+            top_p=self._config.top_p,
+            max_new_tokens=self._config.max_response_length,
+            eos_id=self.tokenizer.eos_id,
+            seed=seed,
+        )
+
+    def _begin(
+        self,
+        prompts: Sequence[Prompt],
+        num_generations: int,
+        params: SamplingParams,
+        *,
+        record: bool,
+    ) -> _Pending:
+        if self._ahead:
+            # Its weights must not change under it. What went wrong is told where it is collected.
+            self._ahead.share.exception()
+        requests = [
+            Request(uid=p.uid * num_generations + k, prompt_tokens=p.tokens)
+            for p in prompts
+            for k in range(num_generations)
+        ]
+        mine = share(requests, *self._share)
+        arguments = (mine, prompts, num_generations, params)
+        with self._engine.serving(record=record) as metrics:
+            if self._thread:
+                found = self._thread.submit(self._generate, *arguments)
+            else:
+                found = Future()
+                found.set_result(self._generate(*arguments))
+        return _Pending(
+            prompts=list(prompts), num_generations=num_generations, share=found, metrics=metrics
+        )
+
+    def _generate(
+        self,
+        requests: Sequence[Request],
+        prompts: Sequence[Prompt],
+        num_generations: int,
+        params: SamplingParams,
+    ) -> _Share:
+        """What this rank generates and scores; no collective if the engine needs none."""
+        began = time.monotonic()
+        mine = self._engine.generate(requests, params)
+        generated = time.monotonic()
+        failures = Metrics()
+        scored: list[Sample] = []
+        if self._scorer is not None:
+            scored = [s for s in mine if s.uid >= 0]
+            for s in scored:
+                s.text = self.tokenizer.decode(s.response_tokens)
+            failures = self._scorer.score(_grouped(prompts, scored, num_generations))
+        return _Share(
+            scored=scored,
+            failures=failures,
+            generating_s=generated - began,
+            scoring_s=time.monotonic() - generated,
+        )
+
+    def _finish(self, pending: _Pending) -> Responses:
+        metrics = pending.metrics
+        began = time.monotonic()
+        mine: list[Sample] | Exception
+        try:
+            result = pending.share.result()
+            mine = result.scored
+            metrics.update(result.failures)
+            metrics.add("time/rollout", Max(result.generating_s))
+            metrics.add("time/reward", Max(result.scoring_s))
+        except (RunFailed, UserError) as error:
+            mine = error
+        if self._thread:
+            metrics.add("time/rollout_wait", Max(time.monotonic() - began))
+        gathered: list[list[Sample] | Exception] = [[]] * dist.get_world_size(self._world)
+        # Over the world: leaders bring their shares, the others nothing, and all get everything.
+        dist.all_gather_object(gathered, mine, group=self._world)
+        for part in gathered:
+            if isinstance(part, Exception):
+                raise part
+        samples = sorted((s for part in gathered for s in part), key=lambda s: s.uid)
+        return Responses(
+            groups=_grouped(pending.prompts, samples, pending.num_generations), metrics=metrics
+        )
 
 
 def rewards(groups: Sequence[Group]) -> torch.Tensor:

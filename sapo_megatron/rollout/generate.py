@@ -7,15 +7,17 @@ Shape legend: B sequences generated at once, V vocabulary, L longest sequence.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from sapo_megatron.metrics import Metrics
 from sapo_megatron.sample import Sample, SampleRoutes
 
 
@@ -44,6 +46,9 @@ class Decoder(Protocol):
     """The model as generation needs it; each call is collective over the ranks that share it."""
 
     device: torch.device
+
+    def generating(self, *, record: bool = False) -> AbstractContextManager[Any]:
+        """The model made ready for a rollout; ``record``: with the routes of what it is fed."""
 
     def start(self, batch_size: int, max_length: int) -> None:
         """Begin a batch with an empty KV cache."""
@@ -77,6 +82,26 @@ class SamplingParams:
     max_new_tokens: int
     eos_id: int
     seed: int
+
+
+class InProcess:
+    """The training model as the engine of rollouts: its weights are always the policy's."""
+
+    background = False
+    age = 0
+
+    def __init__(self, decoder: Decoder, *, batch_size: int) -> None:
+        """``batch_size``: sequences that one rank generates at once."""
+        self._decoder = decoder
+        self._batch_size = batch_size
+
+    @contextmanager
+    def serving(self, *, record: bool) -> Iterator[Metrics]:
+        with self._decoder.generating(record=record):
+            yield Metrics()
+
+    def generate(self, requests: Sequence[Request], params: SamplingParams) -> list[Sample]:
+        return generate(self._decoder, requests, params, batch_size=self._batch_size)
 
 
 def generate(
