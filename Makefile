@@ -64,6 +64,7 @@ $(MCORE_019_STAMP): requirements-mcore-0.19.txt | $(STAMP)
 lint: venv
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/shellcheck -x launch/*.sh launch/slurm.sbatch
 
 # Tables on the screen, rows as JSON below runs/benchmarks. For instance: make bench ARGS=--full
 bench: venv
