@@ -1,10 +1,12 @@
 """Model folders: what is read from them, and what is said about one that is wrong."""
 
+import errno
 import json
 import shutil
 
 import pytest
 import torch
+import torch.distributed as dist
 from families import FAMILIES, Place, make_model
 from gloo import run_ranks
 from safetensors.torch import load_file, save_file
@@ -16,7 +18,7 @@ from sapo_megatron.architecture import (
     read_architecture,
 )
 from sapo_megatron.config import ModelConfig, UserError
-from sapo_megatron.policy import parallel
+from sapo_megatron.policy import parallel, weights
 from sapo_megatron.policy.step import FrozenPolicy
 from sapo_megatron.pretrained import INDEX, Checkpoint, check_same, find_architecture, find_model
 
@@ -132,6 +134,38 @@ def test_values_that_are_not_what_they_should_be(whole, tmp_path):
     for message, (_, parts) in zip(first[1:], VALUES.values(), strict=True):
         assert all(part in message for part in parts), message
         assert "\n" not in message
+
+
+def export_to_a_full_disk(model, out):
+    """What each rank is told when the second cannot write, and then when it can."""
+    recipe = Place(family=FAMILY, ep=2).recipe
+    groups = parallel.setup(recipe.parallel, seed=1, timeout_s=60)
+    policy = FrozenPolicy(recipe, read_architecture(model), groups, model)
+    save_file = weights.save_file
+
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    if dist.get_rank() == 1:
+        weights.save_file = full
+    try:
+        policy.checkpoint.save(out / "full")
+        told = ""
+    except OSError as error:
+        told = str(error)
+    dist.barrier()  # the first rank tidies up
+    left = sorted(path.name for path in out.iterdir())
+    weights.save_file = save_file
+    policy.checkpoint.save(out / "whole")
+    parallel.teardown()
+    return told, left
+
+
+def test_an_export_that_fails_leaves_nothing(whole, tmp_path):
+    first, second = run_ranks(2, export_to_a_full_disk, whole, tmp_path)
+    assert first == second == ("[Errno 28] No space left on device", [])
+    assert Checkpoint(tmp_path / "whole")
+    assert [path.name for path in tmp_path.iterdir()] == ["whole"]
 
 
 @pytest.mark.parametrize(
