@@ -155,6 +155,7 @@ def export_to_a_full_disk(model, out):
         told = str(error)
     dist.barrier()  # the first rank tidies up
     left = sorted(path.name for path in out.iterdir())
+    dist.barrier()
     weights.save_file = save_file
     policy.checkpoint.save(out / "whole")
     parallel.teardown()
