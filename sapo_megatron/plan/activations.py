@@ -14,7 +14,8 @@ from sapo_megatron.architecture import Architecture, Experts, GroupedQueryAttent
 from sapo_megatron.config import ParallelConfig
 
 IMBALANCE = 1.5
-"""Tokens that the busiest expert-parallel rank receives, as a multiple of the mean. Assumed."""
+"""Tokens that the busiest of several expert-parallel ranks receives, as a multiple of the mean.
+Assumed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,12 +30,17 @@ class Kept:
     """Modules of ``recompute_modules`` under which it is computed again instead."""
 
 
-def layer(arch: Architecture, number: int, tp: int) -> list[Kept]:
-    """What layer ``number`` (from 0) keeps; its own input comes first."""
-    experts = arch.experts
-    has_experts = experts is not None and number in experts.layers
-    mlp = _moe(arch, experts) if has_experts else _dense(arch)
-    return [*_attention(arch, tp), *mlp]
+def layer(arch: Architecture, number: int, parallel: ParallelConfig) -> list[Kept]:
+    """What layer ``number`` (from 0) keeps."""
+    attention = _attention(arch, parallel.tensor_model_parallel_size)
+    if not has_experts(arch, number):
+        return [*attention, *_dense(arch)]
+    imbalance = IMBALANCE if parallel.expert_model_parallel_size > 1 else 1.0
+    return [*attention, *_moe(arch, arch.experts, imbalance)]
+
+
+def has_experts(arch: Architecture, number: int) -> bool:
+    return arch.experts is not None and number in arch.experts.layers
 
 
 def _attention(arch: Architecture, tp: int) -> list[Kept]:
@@ -73,8 +79,8 @@ def _dense(arch: Architecture) -> list[Kept]:
     )
 
 
-def _moe(arch: Architecture, experts: Experts) -> list[Kept]:
-    copies = experts.topk * IMBALANCE
+def _moe(arch: Architecture, experts: Experts, imbalance: float) -> list[Kept]:
+    copies = experts.topk * imbalance
     inner, shared = experts.hidden_size, experts.shared_hidden_size
     kept = [
         ("input", arch.hidden_size, ""),
@@ -111,8 +117,7 @@ def chunk(
     arch: Architecture, layers: tuple[int, ...], parallel: ParallelConfig
 ) -> ChunkActivations:
     """Activations of a virtual stage's ``layers`` under the recipe's recomputation."""
-    tp = parallel.tensor_model_parallel_size
-    rows = [layer(arch, number, tp) for number in layers]
+    rows = [layer(arch, number, parallel) for number in layers]
     whole = [sum(k.numbers for k in kept) for kept in rows]
     gradients = max((_largest_block(kept) for kept in rows), default=0.0)
     if parallel.recompute_granularity == "full":
@@ -139,13 +144,12 @@ def _largest_block(kept: list[Kept]) -> float:
     return max(sum(k.numbers for k in kept if k.block == block) for block in blocks)
 
 
-def forward_block(arch: Architecture, number: int, tp: int) -> float:
+def forward_block(arch: Architecture, number: int, parallel: ParallelConfig) -> float:
     """Numbers per token on a rank that a block of a layer has at once, without sequence
-    parallelism: attention is cut by ``tp``, tokens and routed experts are not.
+    parallelism: attention and dense layers are cut, tokens and routed experts are not.
     """
-    kept = layer(arch, number, tp)
-    experts = arch.experts
-    has_experts = experts is not None and number in experts.layers
-    attention = sum(k.numbers for k in kept if k.block == "attention")
+    tp = parallel.tensor_model_parallel_size
+    kept = layer(arch, number, parallel)
+    attention = sum(k.numbers for k in kept if k.block == "attention") / tp
     mlp = sum(k.numbers for k in kept if k.block == "mlp")
-    return 2 * arch.hidden_size + max(attention / tp, mlp if has_experts else mlp / tp)
+    return 2 * arch.hidden_size + max(attention, mlp if has_experts(arch, number) else mlp / tp)

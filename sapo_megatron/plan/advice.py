@@ -11,6 +11,8 @@ from sapo_megatron.config import Recipe, UserError
 WANTED = 2
 TRIALS = 120
 """Combinations that are planned at most."""
+ROOM = 0.95
+"""Share of the memory that a change may leave in use: what is estimated is not exact."""
 
 Settings = dict[str, Any]
 """``section.key`` -> value."""
@@ -29,7 +31,7 @@ class Suggestion:
 
 
 def suggestions(
-    recipe: Recipe, largest: str, room_gib: float, needed: Callable[[Recipe], float]
+    recipe: Recipe, largest: str, memory_gib: float, needed: Callable[[Recipe], float]
 ) -> Iterator[Suggestion]:
     """At most two of different kinds: single changes before pairs, and before all others those
     that relieve the ``largest`` part.
@@ -49,7 +51,7 @@ def suggestions(
                     total = needed(changed(recipe, settings))
                 except UserError:
                     continue
-                if total <= room_gib:
+                if total <= ROOM * memory_gib:
                     yield Suggestion(settings=settings, total_gib=total)
                     found += 1
                     break

@@ -180,7 +180,7 @@ def _generation(
     last: bool,
 ) -> float:
     dtype, rows = BYTES[recipe.model.params_dtype], batches.generated_at_once
-    block = max(activations.forward_block(arch, n, layout.tp) for n in stage.layers)
+    block = max(activations.forward_block(arch, n, recipe.parallel) for n in stage.layers)
     prefill = rows * recipe.rollout.max_prompt_length * block * dtype
     # rollout/generate.py samples in fp64: logits, log-probs, probabilities, their sums; sorted.
     copies = 4 if recipe.rollout.top_p == 1 else 8
