@@ -162,7 +162,7 @@ def test_a_plan_that_does_not_fit_fails():
     (line,) = done.stderr.splitlines()
     assert line.startswith("error: qwen3-30b-a3b-8gpu: does not fit on h100-80gb: a GPU of stage 0")
     assert "most of it optimizer" in line
-    assert "optimizer.optimizer_offload_fraction=0.5" in line
+    assert "optimizer.optimizer_offload_fraction=" in line
     assert " or " in line
 
 

@@ -91,7 +91,7 @@ def _kinds(recipe: Recipe) -> list[tuple[tuple[str, ...], list[Settings]]]:
 
 def _offload(recipe: Recipe) -> list[Settings]:
     key, now = "optimizer.optimizer_offload_fraction", recipe.optimizer.optimizer_offload_fraction
-    return [{key: fraction} for fraction in (0.5, 1.0) if fraction > now]
+    return [{key: fraction} for fraction in (0.5, 0.75, 1.0) if fraction > now]
 
 
 def _recompute(recipe: Recipe) -> list[Settings]:

@@ -60,6 +60,8 @@ def stages(recipe: Recipe, arch: Architecture, world_size: int) -> list[Stage]:
 
 def _stage(recipe: Recipe, arch: Architecture, world_size: int, rank: int) -> Stage:
     config = transformer_config(arch, recipe.model, recipe.parallel)
+    # Random numbers for tensors without data are most of the time that building takes.
+    config.init_method = config.output_layer_init_method = config.embedding_init_method = _leave
     with parallel.pretended(recipe.parallel, rank=rank, world_size=world_size) as groups:
         try:
             chunks = build_model(arch, config, groups, recipe)
@@ -104,6 +106,10 @@ def _count(chunks: list[PolicyModel], groups: ParallelGroups, *, expert_tp: int)
             for a in attentions
         ),
     )
+
+
+def _leave(weight: Tensor) -> Tensor:
+    return weight
 
 
 def _is_cut(weight: Tensor) -> bool:
