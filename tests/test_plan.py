@@ -139,6 +139,15 @@ def test_total_is_the_larger_of_update_and_rollout(planned):
             "activations",
         ),
         ("glm-4.5-air-106b-a12b-32gpu", {"optimizer.optimizer_offload_fraction": "0"}, "optimizer"),
+        (
+            "qwen3-235b-a22b-64gpu",
+            {
+                "optimizer.optimizer_offload_fraction": "0",
+                "rollout.generation_batch_size": "512",
+                "train.max_tokens_per_gpu": "200000",
+            },
+            "generation",
+        ),
     ],
 )
 def test_suggestions_fit(name, settings, largest):

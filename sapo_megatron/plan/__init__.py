@@ -74,9 +74,8 @@ def plan(recipe: Recipe) -> Plan:
     def needed(changed: Recipe) -> float:
         return _plan(changed, arch, build).total_gib
 
-    return replace(
-        made, suggestions=tuple(suggestions(recipe, made.largest, made.gpu.memory_gib, needed))
-    )
+    found = suggestions(recipe, made.largest, made.gpu.memory_gib, needed)
+    return replace(made, suggestions=tuple(found))
 
 
 def world_size(recipe: Recipe) -> int:

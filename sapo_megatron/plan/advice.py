@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -32,31 +33,65 @@ class Suggestion:
 
 def suggestions(
     recipe: Recipe, largest: str, memory_gib: float, needed: Callable[[Recipe], float]
-) -> Iterator[Suggestion]:
-    """At most two of different kinds: single changes before pairs, and before all others those
-    that relieve the ``largest`` part.
+) -> list[Suggestion]:
+    """At most two: single changes before pairs, and before all others those that relieve the
+    ``largest`` part; where no pair will do, as many as it takes, without and with more nodes.
 
     ``needed`` plans a recipe: GiB on its worst GPU. Raises UserError where the recipe is refused,
     which rules that change out.
     """
+
+    def total(settings: Settings) -> float:
+        try:
+            return needed(changed(recipe, settings))
+        except UserError:
+            return math.inf
+
+    limit = ROOM * memory_gib
     kinds = sorted(_kinds(recipe), key=lambda kind: largest not in kind[0])
-    ladders = [steps for _, steps in kinds]
-    found = trials = 0
+    ladders = [steps for _, steps in kinds if steps]
+    found = list(itertools.islice(_few(ladders, total, limit), WANTED))
+    if not found:
+        here = [steps for steps in ladders if "cluster.nodes" not in steps[0]]
+        many = [_many(chosen, total, limit) for chosen in (here, ladders)]
+        found = [s for s in many if s is not None]
+    return found[:1] if found[:1] == found[1:] else found
+
+
+def _few(
+    ladders: list[list[Settings]], total: Callable[[Settings], float], limit: float
+) -> Iterator[Suggestion]:
+    """Of each one or two kinds the smallest steps that will do."""
+    trials = 0
     for size in (1, 2):
         for chosen in itertools.combinations(ladders, size):
             for steps in itertools.product(*chosen):
                 settings = {key: value for step in steps for key, value in step.items()}
                 trials += 1
-                try:
-                    total = needed(changed(recipe, settings))
-                except UserError:
-                    continue
-                if total <= ROOM * memory_gib:
-                    yield Suggestion(settings=settings, total_gib=total)
-                    found += 1
+                if (gib := total(settings)) <= limit:
+                    yield Suggestion(settings=settings, total_gib=gib)
                     break
-            if found == WANTED or trials > TRIALS:
+            if trials > TRIALS:
                 return
+
+
+def _many(
+    ladders: list[list[Settings]], total: Callable[[Settings], float], limit: float
+) -> Suggestion | None:
+    """The step that helps most, again and again until it fits, and then each as small as may be."""
+    settings: Settings = {}
+    left, taken, gib = list(ladders), [], total({})
+    while gib > limit:
+        trials = [(total(settings | step), steps, step) for steps in left for step in steps]
+        best, steps, step = min(trials, key=lambda trial: trial[0], default=(gib, [], {}))
+        if best >= gib:
+            return None
+        settings, gib = settings | step, best
+        left.remove(steps)
+        taken.append(steps)
+    for steps in taken:
+        settings |= next(step for step in steps if total(settings | step) <= limit)
+    return Suggestion(settings=settings, total_gib=total(settings))
 
 
 def changed(recipe: Recipe, settings: Settings) -> Recipe:

@@ -121,7 +121,9 @@ def _memory_table(plan: Plan) -> str:
 def _step_table(plan: Plan) -> str:
     step, batches, train = plan.step, plan.batches, plan.recipe.train
     sent = "  ".join(f"{name} {size / GIB:.1f}" for name, size in step.bytes_sent.items() if size)
-    bubble = f"; pipeline bubble {_bubble(plan):.0%}" if plan.layout.pp > 1 else ""
+    waits = f"; pipeline bubble {_bubble(plan):.0%}" if plan.layout.pp > 1 else ""
+    idle = plan.layout.dp - batches.mini_batch
+    waits += f"; {idle} of {plan.layout.dp} data-parallel ranks get none" if idle > 0 else ""
     passes = {
         "rollout": step.rollout_flops,
         "old log-probs": step.logprob_flops,
@@ -131,7 +133,7 @@ def _step_table(plan: Plan) -> str:
         "sequences": f"{batches.sequences} of {batches.longest} tokens, {_short(step.tokens)} "
         f"tokens in all",
         "updates": f"{train.num_mini_batches} of {batches.mini_batch} sequences, "
-        f"{batches.micro_batches} micro-batches a rank{bubble}",
+        f"{batches.micro_batches} micro-batches a rank{waits}",
         **{
             name: f"{_short(flops)}FLOP, {_seconds(plan, flops):.3g} s at the GPUs' peak"
             for name, flops in passes.items()
