@@ -21,6 +21,8 @@ from sapo_megatron.plan.layout import Batches, Layout, in_flight
 from sapo_megatron.plan.memory import GIB
 from sapo_megatron.plan.render import as_json, as_table
 from sapo_megatron.plan.step import Parameters, forward_flops
+from sapo_megatron.policy import blueprint
+from sapo_megatron.pretrained import find_architecture
 from sapo_megatron.sample import Sample
 
 RECIPES = ROOT / "recipes"
@@ -77,6 +79,16 @@ def test_parameters_are_the_published_ones(planned, name):
 
 def test_every_published_model_has_a_recipe():
     assert {m for m in PUBLISHED if any(n.startswith(m) for n in NAMES)} == set(PUBLISHED)
+
+
+@pytest.mark.parametrize("name", ["qwen3-30b-a3b-32gpu-32k", "deepseek-v3-671b-128gpu"])
+def test_ranks_of_a_stage_are_alike(planned, name):
+    made = planned(name)
+    recipe, layout = made.recipe, made.layout
+    arch = find_architecture(recipe.model)
+    of_a_stage = layout.world_size // layout.pp
+    for stage, rank in ((0, of_a_stage - 1), (layout.pp - 1, layout.world_size - 3)):
+        assert blueprint._stage(recipe, arch, layout.world_size, rank) == made.stages[stage]
 
 
 def test_nothing_is_left_behind(planned):
