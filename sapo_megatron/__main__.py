@@ -6,7 +6,6 @@ Exit status: 0 done, 1 the work failed, 2 the input is wrong (one line on stderr
 import argparse
 import json
 import logging
-import math
 import os
 import signal
 import sys
@@ -14,6 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from sapo_megatron.check import smallest_world
 from sapo_megatron.config import Recipe, RunFailed, UserError, load
 
 logger = logging.getLogger("sapo_megatron")
@@ -64,6 +64,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     train.usage = (
         "sapo-megatron train RECIPE [--resume auto|PATH] [--debug] "
+        "[--KEY VALUE | SECTION.KEY=VALUE]..."
+    )
+    plan = command("plan", _plan, "Say what a recipe needs of its cluster; needs no GPU itself.")
+    plan.add_argument("recipe", help="a YAML recipe")
+    plan.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    plan.usage = (
+        "sapo-megatron plan RECIPE [--gpu NAME] [--nodes N] [--json] [--debug] "
         "[--KEY VALUE | SECTION.KEY=VALUE]..."
     )
     evaluate = command("eval", _eval, "Score a run on the held-out problems of a recipe.")
@@ -126,6 +133,21 @@ def _train(arguments: argparse.Namespace, rest: list[str], words: list[str]) -> 
         train(recipe, inputs, arguments.resume)
 
     return _on_all_processes(recipe, words, work)
+
+
+def _plan(arguments: argparse.Namespace, rest: list[str], words: list[str]) -> int:
+    recipe = load(arguments.recipe, _overrides(rest))
+    # Before torch looks: the plan is the same on a machine with GPUs and on one without.
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    from sapo_megatron.plan import plan
+    from sapo_megatron.plan.render import as_json, as_table, verdict
+
+    made = plan(recipe)
+    text = json.dumps(as_json(made), indent=2) + "\n" if arguments.json else as_table(made)
+    sys.stdout.write(text)
+    if not made.fits:
+        raise RunFailed(f"{recipe.name}: {verdict(made)}")
+    return 0
 
 
 def _eval(arguments: argparse.Namespace, rest: list[str], words: list[str]) -> int:
@@ -207,7 +229,7 @@ def _on_all_processes(recipe: Recipe, words: list[str], work: Callable) -> int:
     from sapo_megatron.rollout.inputs import preflight, read_inputs
 
     launched = "RANK" in os.environ
-    processes = _launched_world() if launched else _smallest_world(recipe)
+    processes = _launched_world() if launched else smallest_world(recipe.parallel)
     # Once a machine: what all would stumble over, one looks for and tells.
     inputs = preflight(recipe, processes) if _speaks() else read_inputs(recipe, processes)
     if not launched and processes > 1:
@@ -257,17 +279,6 @@ def _overrides(words: Sequence[str]) -> dict[str, str]:
             value = words.pop(0)
         overrides[key] = value
     return overrides
-
-
-def _smallest_world(recipe: Recipe) -> int:
-    """The least number of processes that the recipe's layout divides."""
-    p = recipe.parallel
-    return math.lcm(
-        p.model_parallel_size * p.context_parallel_size,
-        p.pipeline_model_parallel_size
-        * p.expert_model_parallel_size
-        * p.expert_tensor_parallel_size,
-    )
 
 
 def _launched_world() -> int:

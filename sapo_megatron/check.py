@@ -70,6 +70,8 @@ _POSITIVE = (
     "eval.k",
     "eval.temperature",
     "checkpoint.keep",
+    "cluster.nodes",
+    "cluster.gpus_per_node",
 )
 _NOT_NEGATIVE = (
     "model.moe_aux_loss_coeff",
@@ -171,7 +173,7 @@ def check_world(recipe: Recipe, world_size: int) -> None:
     cp, ep = p.context_parallel_size, p.expert_model_parallel_size
     etp = p.expert_tensor_parallel_size
     dense, moe = tp * pp * cp, etp * ep * pp
-    least = math.lcm(dense, moe)
+    least = smallest_world(p)
     for product, names in ((dense, "tp x pp x cp"), (moe, "etp x ep x pp")):
         if world_size % product:
             raise UserError(
@@ -187,6 +189,16 @@ def check_world(recipe: Recipe, world_size: int) -> None:
             f"{sequences} to divide by the {generators} ranks that generate "
             f"(world size / (tp x pp)), got a remainder of {sequences % generators}; change it"
         )
+
+
+def smallest_world(p: ParallelConfig) -> int:
+    """The least number of processes that the layout divides."""
+    return math.lcm(
+        p.model_parallel_size * p.context_parallel_size,
+        p.pipeline_model_parallel_size
+        * p.expert_model_parallel_size
+        * p.expert_tensor_parallel_size,
+    )
 
 
 def _check_data(recipe: Recipe) -> None:

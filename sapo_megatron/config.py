@@ -278,6 +278,19 @@ class LoggingConfig:
     """Updates between dumps of a mini-batch's tokens to ``<run>/dumps``; 0: never."""
 
 
+GpuName = Literal["a100-80gb", "h100-80gb", "h20-96gb", "h200-141gb", "b200-180gb"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClusterConfig:
+    """What ``plan`` plans for; training uses the processes it is started with."""
+
+    gpu: GpuName = "h100-80gb"
+    nodes: int | None = None
+    """None: as few GPUs as the layout takes."""
+    gpus_per_node: int = 8
+
+
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
     name: str
@@ -296,6 +309,7 @@ class Recipe:
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     logging: LoggingConfig = LoggingConfig()
+    cluster: ClusterConfig = ClusterConfig()
 
 
 PEER_KEYS = {

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from tiny import ROOT, Done, cli, write_recipe
 
-from sapo_megatron.__main__ import _overrides, _smallest_world, main
+from sapo_megatron.__main__ import _overrides, main
+from sapo_megatron.check import smallest_world
 from sapo_megatron.config import UserError, load
 
 
@@ -144,8 +145,9 @@ def test_overrides():
         ({"context_parallel_size": 3, "expert_model_parallel_size": 2}, 6),
     ],
 )
-def test_the_smallest_world(tmp_path, layout, world):
-    assert _smallest_world(load(write_recipe(tmp_path, parallel=layout))) == world
+def test_smallest_world(tmp_path, layout, world):
+    recipe = load(write_recipe(tmp_path, parallel=layout))
+    assert smallest_world(recipe.parallel) == world
 
 
 # Files

@@ -61,7 +61,7 @@ _STREAM = _Stream()
 
 def _patch_torch_cuda() -> None:
     cuda: Any = torch.cuda
-    cuda.current_device = lambda: _CPU
+    cuda.current_device = torch.get_default_device  # the CPU, or what `with torch.device` says
     cuda.synchronize = lambda device=None: None
     cuda.is_current_stream_capturing = lambda: False
     cuda.current_stream = lambda device=None: _STREAM

@@ -1,6 +1,7 @@
 """Process groups. The only reader of megatron-core's ``parallel_state``."""
 
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -92,6 +93,38 @@ def setup(parallel: ParallelConfig, *, seed: int, timeout_s: float = 1800.0) -> 
         device = torch.device("cpu")
     if not dist.is_initialized():
         _init_process_group("nccl" if device.type == "cuda" else "gloo", timeout_s)
+    _lay_out(parallel, distributed_timeout_minutes=timeout_s / 60)
+    tensor_parallel.model_parallel_cuda_manual_seed(seed)
+    world = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
+    return _groups(world, device)
+
+
+@contextmanager
+def pretended(parallel: ParallelConfig, *, rank: int, world_size: int) -> Iterator[ParallelGroups]:
+    """The groups of one rank of a world that has no processes, for a model on the meta device.
+
+    What is built inside takes no memory, and no collective does anything. For a process without
+    CUDA and without a process group of its own. Raises UserError as ``setup``.
+    """
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    check_device(parallel)
+    assert not dist.is_initialized(), "this process is part of a real world"
+    cpu.enable()
+    hook = sys.excepthook
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
+    try:
+        _lay_out(parallel, create_gloo_process_groups=False)
+        meta = torch.device("meta")
+        with meta:
+            yield _groups(dist.group.WORLD, meta)
+    finally:
+        teardown()
+        shutdown()
+        sys.excepthook = hook  # torch's names the rank, also of a world that is gone
+
+
+def _lay_out(parallel: ParallelConfig, **options: Any) -> None:
     mpu.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
@@ -99,12 +132,14 @@ def setup(parallel: ParallelConfig, *, seed: int, timeout_s: float = 1800.0) -> 
         context_parallel_size=parallel.context_parallel_size,
         expert_model_parallel_size=parallel.expert_model_parallel_size,
         expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
-        distributed_timeout_minutes=timeout_s / 60,
+        **options,
     )
-    tensor_parallel.model_parallel_cuda_manual_seed(seed)
+
+
+def _groups(world: ProcessGroup, device: torch.device) -> ParallelGroups:
     groups = ProcessGroupCollection.use_mpu_process_groups()
     return ParallelGroups(
-        world=dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s)),
+        world=world,
         tp=groups.tp,
         pp=groups.pp,
         cp=groups.cp,
