@@ -39,13 +39,18 @@ def find_model(path: str) -> Path:
     Weights from the hub go to the Hugging Face cache; many processes may ask for them at once.
     Raises UserError where there is no such folder and no such model.
     """
+    return _find(path, ["*.safetensors", *NOT_WEIGHTS])
+
+
+def _find(path: str, patterns: list[str]) -> Path:
+    """The folder ``path``, or one with what the hub has of a model that fits the patterns."""
     folder = Path(path)
     if folder.is_dir() or not is_hub_name(path):
         return folder
     from huggingface_hub import snapshot_download  # seconds to import
 
     try:
-        return Path(snapshot_download(path, allow_patterns=["*.safetensors", *NOT_WEIGHTS]))
+        return Path(snapshot_download(path, allow_patterns=patterns))
     except Exception as error:  # network, permission and cache errors have no common ancestor
         reason = " ".join(str(error).split())
         raise UserError(
@@ -66,7 +71,7 @@ def find_architecture(model: ModelConfig) -> Architecture:
     where there is neither, or where they are not the same model.
     """
     if Path(model.path).is_dir() or model.architecture is None:
-        return check_same(read_architecture(find_model(model.path)), model)
+        return check_same(read_architecture(_find(model.path, ["config.json"])), model)
     return _expected(model.architecture)
 
 
