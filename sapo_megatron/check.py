@@ -182,7 +182,7 @@ def check_world(recipe: Recipe, world_size: int) -> None:
                 f"torchrun --nproc-per-node {least} -m sapo_megatron train ..."
             )
     sequences = recipe.rollout.rollout_batch_size * recipe.rollout.num_generations
-    generators = world_size // (tp * pp)
+    generators = world_size // (tp * pp) if recipe.rollout.engine == "in_process" else 1
     if sequences % generators:
         raise UserError(
             f"rollout.rollout_batch_size: expected rollout_batch_size x num_generations = "

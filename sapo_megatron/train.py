@@ -14,7 +14,7 @@ import math
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -24,18 +24,17 @@ import yaml
 from sapo_megatron import runs
 from sapo_megatron.batch import denominators, micro_batches, split_mini_batches
 from sapo_megatron.coldstart import initial_weights
-from sapo_megatron.config import Recipe, to_yaml
+from sapo_megatron.config import Recipe, RunFailed, to_yaml
+from sapo_megatron.engine import open_engine
 from sapo_megatron.evaluate import evaluate
 from sapo_megatron.metrics import Max, Mean, Metrics
 from sapo_megatron.objective.advantage import group_advantages
 from sapo_megatron.objective.loss import policy_loss
 from sapo_megatron.policy import checkpoint, parallel
-from sapo_megatron.policy.decode import MegatronDecoder
 from sapo_megatron.policy.parallel import ParallelGroups
 from sapo_megatron.policy.step import FrozenPolicy, Policy
 from sapo_megatron.report import write_report
-from sapo_megatron.rollout.collect import Collector, rewards
-from sapo_megatron.rollout.generate import InProcess
+from sapo_megatron.rollout.collect import Collector, Engine, rewards
 from sapo_megatron.rollout.inputs import Inputs
 from sapo_megatron.rollout.reward import Scorer
 from sapo_megatron.runs import RunFolder
@@ -105,9 +104,6 @@ class Trainer:
             if recipe.algorithm.kl_coef > 0
             else None
         )
-        self.engine = InProcess(
-            MegatronDecoder(self.policy), batch_size=recipe.rollout.generation_batch_size
-        )
         self.watch = RouterWatch(recipe, self.policy, run.path / "dumps")
         self.first_step = state["step"] + 1
         self.eval_before: dict[str, float] = state["eval"]
@@ -120,14 +116,18 @@ class Trainer:
 
     def evaluate(self) -> dict[str, float]:
         """avg@k and pass@1 of the policy as it is."""
-        with self._scorer() as scorer:
-            return self._evaluate(self._collector(scorer))
+        with self._scorer() as scorer, self._engine() as engine:
+            return self._evaluate(self._collector(scorer, engine))
 
     def train(self) -> dict[str, Any] | None:
         """Run to the end. Returns what ``summary.json`` says; None if it was asked to stop."""
         recipe = self.recipe
-        with self._scorer() as scorer, self._trackers() as trackers:
-            collector = self._collector(scorer)
+        with (
+            self._scorer() as scorer,
+            self._engine() as engine,
+            self._trackers() as trackers,
+        ):
+            collector = self._collector(scorer, engine)
             if not self.eval_before:
                 self.eval_before = self._evaluate(collector)
                 logger.info("before: %s", _shown(self.eval_before))
@@ -148,7 +148,7 @@ class Trainer:
                 stop = parallel.on_first_rank(self.groups, lambda: self.run.stop_requested)
                 if _due(step, recipe.checkpoint.every) or step == recipe.train.steps or stop:
                     with _timed(metrics, "time/checkpoint"):
-                        self._save(step)
+                        self._save(step, collector.cursor(self.inputs.source))
                 metrics = metrics.gather(self.groups.world)
                 if trackers:
                     trackers.log(step, metrics)
@@ -164,7 +164,7 @@ class Trainer:
     def _step(self, step: int, collector: Collector) -> Metrics:
         recipe, groups = self.recipe, self.groups
         began = time.monotonic()
-        collected, metrics = collector.collect(self.inputs.source, seed=recipe.train.seed)
+        collected, metrics = self._collect(step, collector)
         _set_advantages(collected, recipe.algorithm.adv_estimator)
 
         mini_batches = split_mini_batches(collected, recipe.train.num_mini_batches)
@@ -197,6 +197,20 @@ class Trainer:
             metrics.add("perf/tokens_per_s", Mean(tokens / seconds, 1.0))
         return metrics
 
+    def _collect(self, step: int, collector: Collector) -> tuple[list[Group], Metrics]:
+        """This step's groups; with ``rollout.async_steps``, the next step's are under way then."""
+        source, seed = self.inputs.source, self.recipe.train.seed
+        cursor = collector.cursor(source)
+        try:
+            collected = collector.collect(source, seed=seed)
+        except RunFailed:
+            if step > self.first_step:  # what was trained so far is not lost with the engine
+                self._save(step - 1, cursor)
+            raise
+        if self.recipe.rollout.async_steps and step < self.recipe.train.steps:
+            collector.begin(source, seed=seed)
+        return collected
+
     def _set_old_logprobs(self, batches: list[PackedBatch]) -> Metrics:
         if self.reference:
             for batch, forward in zip(batches, self.reference.forward(batches), strict=True):
@@ -213,7 +227,7 @@ class Trainer:
     def _evaluate(self, collector: Collector) -> dict[str, float]:
         return evaluate(collector, self.inputs.problems, self.recipe)
 
-    def _save(self, step: int) -> None:
+    def _save(self, step: int, cursor: dict[str, Any]) -> None:
         checkpoint.save(
             self.policy,
             self.run.checkpoints,
@@ -221,7 +235,7 @@ class Trainer:
                 "step": step,
                 "start": os.path.relpath(self.start, self.run.path),
                 "model": runs.identity(self.recipe, self.inputs.arch),
-                "cursor": self.inputs.source.state_dict(),
+                "cursor": cursor,
                 "eval": self.eval_before,
                 "wall_s": time.monotonic() - self.began,
             },
@@ -229,8 +243,14 @@ class Trainer:
             keep=self.recipe.checkpoint.keep,
         )
 
+    def _engine(self) -> AbstractContextManager[Engine]:
+        return open_engine(self.recipe, self.inputs, self.policy, self.run.path)
+
     def _scorer(self) -> Any:
-        return Scorer(self.recipe.reward) if self.groups.is_leader else nullcontext()
+        """On the ranks that get responses: leaders, or the one that speaks to the servers."""
+        in_process = self.recipe.rollout.engine == "in_process"
+        scores = self.groups.is_leader if in_process else self.is_main
+        return Scorer(self.recipe.reward) if scores else nullcontext()
 
     def _trackers(self) -> Any:
         if not self.is_main:
@@ -242,14 +262,15 @@ class Trainer:
             resume_step=self.first_step if self.run.checkpoint else None,
         )
 
-    def _collector(self, scorer: Scorer | None) -> Collector:
+    def _collector(self, scorer: Scorer | None, engine: Engine) -> Collector:
+        whole = engine.background  # one rank asks for all
         return Collector(
-            engine=self.engine,
+            engine=engine,
             tokenizer=self.inputs.tokenizer,
             scorer=scorer,
             config=self.recipe.rollout,
-            share_rank=self.groups.dp_cp.rank(),
-            shares=self.groups.dp_cp.size(),
+            share_rank=0 if whole else self.groups.dp_cp.rank(),
+            shares=1 if whole else self.groups.dp_cp.size(),
             world=self.groups.world,
         )
 

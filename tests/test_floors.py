@@ -14,7 +14,7 @@ FLOORS = [
     {"objective", "rollout", "batch", "pretrained"},
     {"routing", "patches"},
     {"policy"},
-    {"train", "watch", "coldstart", "evaluate", "report", "gates", "runs", "plan", "doctor"},
+    {"train", "engine", "watch", "coldstart", "evaluate", "report", "gates", "runs", "plan", "doctor"},
     {"__main__"},
 ]
 FLOOR_OF = {unit: floor for floor, units in enumerate(FLOORS) for unit in units}

@@ -16,7 +16,7 @@ from megatron.core.models.common.embeddings import RotaryEmbedding, YarnRotaryEm
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch.distributed import ProcessGroup
 
-from sapo_megatron.config import ParallelConfig, Recipe, UserError
+from sapo_megatron.config import ParallelConfig, Recipe, RunFailed, UserError
 from sapo_megatron.policy import cpu
 
 T = TypeVar("T")
@@ -162,12 +162,12 @@ def check_device(parallel: ParallelConfig) -> None:
 
 
 def on_first_rank(groups: ParallelGroups, function: Callable[[], T]) -> T:
-    """``function()`` of global rank 0, on every rank; so is what goes wrong with the input."""
+    """``function()`` of global rank 0, on every rank; so is an error that it raises."""
     box: list[Any] = [None, None]
     if dist.get_rank() == 0:
         try:
             box[0] = function()
-        except (UserError, OSError) as error:
+        except (RunFailed, UserError, OSError) as error:
             box[1] = error
     # Over the world: every rank comes here, whatever happened on the first.
     dist.broadcast_object_list(box, group=groups.world)
@@ -178,7 +178,7 @@ def on_first_rank(groups: ParallelGroups, function: Callable[[], T]) -> T:
 
 @contextmanager
 def failing_together(groups: ParallelGroups) -> Iterator[None]:
-    """A UserError or OSError of one rank in the block is raised on every rank behind it.
+    """A RunFailed, UserError or OSError of one rank in the block is raised on every rank behind it.
 
     Collective over all ranks, each of which must come to the block's end, or out of it by such an
     error, without waiting for another.
@@ -186,7 +186,7 @@ def failing_together(groups: ParallelGroups) -> Iterator[None]:
     mine: Exception | None = None
     try:
         yield
-    except (UserError, OSError) as error:
+    except (RunFailed, UserError, OSError) as error:
         mine = error
     errors: list[Any] = [None] * dist.get_world_size()
     # Over the world: every rank comes here, whatever happened in its block.

@@ -22,6 +22,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from sapo_megatron.architecture import Architecture
+from sapo_megatron.batch import micro_batches
 from sapo_megatron.config import OptimizerConfig, Recipe, RunFailed, UserError
 from sapo_megatron.metrics import Mean, Metrics
 from sapo_megatron.objective.reduce import megatron_loss
@@ -31,7 +32,7 @@ from sapo_megatron.policy.parallel import ParallelGroups
 from sapo_megatron.policy.routes import RouterView
 from sapo_megatron.policy.spec import moe_layers, transformer_config
 from sapo_megatron.routing.replay import ModelRouters
-from sapo_megatron.sample import PackedBatch, Routes
+from sapo_megatron.sample import PackedBatch, Routes, Sample
 
 logger = logging.getLogger(__name__)
 
@@ -198,6 +199,43 @@ class Policy(FrozenPolicy):
             wd_incr_steps=0,
             wd_incr_style="constant",
         )
+
+    @property
+    def updates(self) -> int:
+        """Optimizer steps behind the weights, those before a resume included."""
+        return self.scheduler.num_steps
+
+    @torch.no_grad()
+    def logprobs(self, tokens: Sequence[int], layout: dict[str, Any]) -> tuple[float, ...]:
+        """Log-probs of ``tokens[1:]`` at temperature 1, on every rank. Collective over all ranks.
+
+        ``layout`` as ``batch.micro_batches`` takes it.
+        """
+        sample = Sample(
+            uid=0,
+            prompt_tokens=tuple(tokens[:1]),
+            response_tokens=list(tokens[1:]),
+            rollout_logprobs=[0.0] * (len(tokens) - 1),
+            truncated=True,
+        )
+        temperature = self.chunks[-1].temperature
+        self.chunks[-1].temperature = 1.0
+        batches = [
+            batch.to(self.groups.device)
+            for batch in micro_batches([sample] * self.groups.dp.size(), **layout)
+        ]
+        forwards = self.forward(batches)
+        self.chunks[-1].temperature = temperature
+        mine: dict[int, float] = {}
+        if self.groups.is_leader:
+            for batch, forward in zip(batches, forwards, strict=True):
+                places = batch.position_ids[batch.mask].tolist()
+                mine.update(zip(places, forward.logprob[batch.mask].tolist(), strict=True))
+        found: list[Any] = [None] * dist.get_world_size()
+        # Over the world: context-parallel ranks bring their pieces, data-parallel ones the same.
+        dist.all_gather_object(found, mine, group=self.groups.world)
+        whole = {place: value for part in found for place, value in part.items()}
+        return tuple(whole[place] for place in range(len(tokens) - 1))
 
     def update(
         self,

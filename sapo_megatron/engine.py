@@ -1,0 +1,152 @@
+"""The engine of a run's rollouts: the training model itself, or vLLM servers that follow it.
+
+Servers get the policy's weights as a Hugging Face folder on a file system that they share, and must
+then give a probe the log-probs that the training engine gives it; a run whose servers do not stops.
+"""
+
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import torch.distributed as dist
+
+from sapo_megatron.batch import micro_batches
+from sapo_megatron.config import Recipe
+from sapo_megatron.metrics import Max, Metrics
+from sapo_megatron.policy import parallel
+from sapo_megatron.policy.decode import MegatronDecoder
+from sapo_megatron.policy.step import Policy
+from sapo_megatron.rollout.collect import Engine
+from sapo_megatron.rollout.generate import InProcess, Request, SamplingParams
+from sapo_megatron.rollout.inputs import Inputs
+from sapo_megatron.rollout.vllm.engine import Probe, VllmEngine
+from sapo_megatron.rollout.vllm.servers import LocalServers
+from sapo_megatron.sample import Sample
+
+logger = logging.getLogger(__name__)
+
+PROBE_TOKENS = 64
+PROBE_TOLERANCE = {"float64": 1e-3, "float32": 1e-3, "bfloat16": 0.1}
+"""By ``model.params_dtype``: mean absolute difference of log-probs, nats a token. The rounding of
+two engines, with now and then another expert, stays below it; weights that are wrong do not."""
+
+
+@contextmanager
+def open_engine(recipe: Recipe, inputs: Inputs, policy: Policy, run: Path) -> Iterator[Engine]:
+    """The engine that the recipe asks for, while the block lasts. Collective over all ranks.
+
+    Raises UserError for servers that do not serve the model, RunFailed where there are none.
+    """
+    if recipe.rollout.engine == "in_process":
+        batch_size = recipe.rollout.generation_batch_size
+        yield InProcess(MegatronDecoder(policy), batch_size=batch_size)
+        return
+    with ExitStack() as stack:
+        servers: list[VllmEngine] = []
+
+        def connect() -> None:
+            servers.append(_connect(stack, recipe, inputs, run / "servers"))
+
+        parallel.on_first_rank(policy.groups, connect)
+        yield Following(
+            policy,
+            servers[0] if servers else None,
+            run / "servers" / "weights",
+            probe=_probe_tokens(recipe, inputs),
+            tolerance=PROBE_TOLERANCE[recipe.model.params_dtype],
+            layout=policy.groups.batch_layout(recipe),
+        )
+
+
+def _connect(stack: ExitStack, recipe: Recipe, inputs: Inputs, folder: Path) -> VllmEngine:
+    """On the first rank: the servers of the recipe, or some of the trainer's own."""
+    with_routes = recipe.routing.router_replay == "R3"
+    if recipe.rollout.servers:
+        engine = VllmEngine(
+            recipe.rollout.servers, recipe.rollout, inputs.arch, with_routes=with_routes
+        )
+    else:
+        local = stack.enter_context(LocalServers(recipe, inputs.model, folder))
+        engine = VllmEngine(
+            local.urls,
+            recipe.rollout,
+            inputs.arch,
+            with_routes=with_routes,
+            exited=local.exited,
+        )
+    engine.check()
+    return engine
+
+
+class Following:
+    """vLLM servers whose weights are made the policy's whenever they are to serve.
+
+    The first rank speaks to them, for all.
+    """
+
+    background = True
+
+    def __init__(
+        self,
+        policy: Policy,
+        servers: VllmEngine | None,
+        folder: Path,
+        *,
+        probe: tuple[int, ...],
+        tolerance: float,
+        layout: dict[str, int],
+    ) -> None:
+        """``servers``: on the first rank; ``folder``: where weights are handed over; ``layout``: as
+        ``batch.micro_batches`` takes it.
+        """
+        self._policy = policy
+        self._servers = servers
+        self._folder = folder
+        self._probe = probe
+        self._tolerance = tolerance
+        self._layout = layout
+        self._updates: int | None = None
+        """Optimizer steps behind the servers' weights; None: they have none of ours."""
+
+    @property
+    def age(self) -> int:
+        assert self._updates is not None, "serving comes first"
+        return self._policy.updates - self._updates
+
+    @contextmanager
+    def serving(self, *, record: bool) -> Iterator[Metrics]:
+        metrics = Metrics()
+        if self._updates != self._policy.updates:
+            metrics = self._hand_over()
+            self._updates = self._policy.updates
+        yield metrics
+
+    def generate(self, requests: Sequence[Request], params: SamplingParams) -> list[Sample]:
+        return self._servers.sample(requests, params) if self._servers else []
+
+    def _hand_over(self) -> Metrics:
+        began = time.monotonic()
+        self._policy.checkpoint.save(self._folder)
+        logprobs = self._policy.logprobs(self._probe, self._layout)
+        probe = Probe(tokens=self._probe, logprobs=logprobs, tolerance=self._tolerance)
+
+        def load() -> float:
+            assert self._servers is not None
+            return max(self._servers.load(self._folder, probe).values())
+
+        difference = parallel.on_first_rank(self._policy.groups, load)
+        metrics = Metrics()
+        metrics.add("time/sync", Max(time.monotonic() - began))
+        metrics.add("rollout/probe_diff", Max(difference))
+        if dist.get_rank() == 0:
+            logger.debug("servers have the weights of update %d", self._policy.updates)
+        return metrics
+
+
+def _probe_tokens(recipe: Recipe, inputs: Inputs) -> tuple[int, ...]:
+    """Held-out prompts one after the other, as much as the servers take."""
+    room = recipe.rollout.max_prompt_length + recipe.rollout.max_response_length
+    tokens = [token for prompt in inputs.problems for token in prompt.tokens]
+    return tuple(tokens[: min(PROBE_TOKENS, room - 1)])
