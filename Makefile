@@ -22,9 +22,13 @@ SLICE_LAYOUTS := TP2xPP2xEP2 or CP2xEP2xDP2 or PP2xVPP2xDP2 or CP2xDP2 or moe_ac
 SLICE ?= $(SLICE_FILES) -k "not (test_layout or killed or tensor_parallel) \
 	or float64 and ($(SLICE_LAYOUTS))"
 
+# vLLM's build for CPUs, beside which torch's companions do not import.
+VLLM := venvs/vllm
+VLLM_STAMP := $(VLLM)/.installed
+
 BENCHMARKS := logprob loss step recording
 
-.PHONY: venv train test test-mcore-0.19 test-all lint bench
+.PHONY: venv train test test-mcore-0.19 test-vllm test-all lint bench
 
 venv: $(STAMP)
 
@@ -59,6 +63,18 @@ $(MCORE_019_STAMP): requirements-mcore-0.19.txt | $(STAMP)
 	rm -rf $(MCORE_019)
 	$(BIN)/python -m pip install --disable-pip-version-check --ignore-requires-python --no-deps \
 		--target $(MCORE_019) -r $<
+	@touch $@
+
+# Rollouts on real vLLM servers.
+test-vllm: venv $(VLLM_STAMP)
+	SAPO_VLLM_PYTHON=$(CURDIR)/$(VLLM)/bin/python $(PYTEST) $(or $(ARGS),tests/on_vllm)
+
+$(VLLM_STAMP): requirements-vllm.txt | $(STAMP)
+	rm -rf $(VLLM)
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --disable-pip-version-check -r $<
+	$(VLLM)/bin/python -m pip uninstall --disable-pip-version-check --yes \
+		torchvision torchaudio torchcodec
 	@touch $@
 
 lint: venv

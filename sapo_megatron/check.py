@@ -17,6 +17,7 @@ from sapo_megatron.config import (
     CorrectionConfig,
     ParallelConfig,
     Recipe,
+    RolloutConfig,
     SourceConfig,
     UserError,
 )
@@ -43,6 +44,9 @@ _POSITIVE = (
     "parallel.num_layers_in_first_pipeline_stage",
     "parallel.num_layers_in_last_pipeline_stage",
     "parallel.recompute_num_layers",
+    "rollout.num_servers",
+    "rollout.server_concurrency",
+    "rollout.server_timeout_s",
     "rollout.rollout_batch_size",
     "rollout.temperature",
     "rollout.max_prompt_length",
@@ -114,6 +118,7 @@ def check(recipe: Recipe) -> None:
             if value is not None and not (math.isfinite(value) and holds(value)):
                 raise UserError(f"{key}: expected a finite number {what}, got {value}; change it")
     _check_data(recipe)
+    _check_servers(recipe.rollout)
     _check_algorithm(recipe.algorithm)
     _check_correction(recipe.correction)
     _check_batches(recipe)
@@ -242,6 +247,32 @@ def _check_source(where: str, source: SourceConfig) -> None:
 def _check_template(key: str, template: str) -> None:
     if "{prompt}" not in template:
         raise UserError(f"{key}: expected a text with {{prompt}} in it, got {template!r}; add it")
+
+
+def _check_servers(r: RolloutConfig) -> None:
+    if r.engine == "in_process":
+        for name, value in (("servers", list(r.servers)), ("vllm_python", r.vllm_python)):
+            if value:
+                raise UserError(
+                    f"rollout.{name}: expected none with rollout.engine in_process, got {value}; "
+                    f"remove it or set rollout.engine=vllm"
+                )
+        return
+    if bool(r.servers) == bool(r.vllm_python):
+        raise UserError(
+            f"rollout.servers: expected either the URLs of running servers, or rollout.vllm_python "
+            f"to start some with, got {'both' if r.servers else 'neither'}; set one of them"
+        )
+    for url in r.servers:
+        if not re.fullmatch(r"https?://[\w.-]+(:\d+)?|https?://\[[\da-fA-F:]+\](:\d+)?", url):
+            raise UserError(
+                f"rollout.servers: expected URLs such as http://node7:8000, got {url!r}; change it"
+            )
+    if len(set(r.servers)) < len(r.servers):
+        twice = next(url for url in r.servers if r.servers.count(url) > 1)
+        raise UserError(
+            f"rollout.servers: expected each server once, got {twice} twice; remove one"
+        )
 
 
 def _check_algorithm(a: AlgorithmConfig) -> None:

@@ -105,6 +105,18 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RolloutConfig:
+    engine: Literal["in_process", "vllm"] = "in_process"
+    """Who generates: the training processes with the training weights, or vLLM servers."""
+    servers: tuple[str, ...] = ()
+    """URLs of vLLM servers, such as ``http://node7:8000``; none: the trainer starts its own."""
+    vllm_python: str | None = None
+    """The Python of an environment with vLLM, for the servers that the trainer starts."""
+    num_servers: int = 1
+    """Servers that the trainer starts."""
+    server_concurrency: int = 256
+    """Requests that one server works on at once."""
+    server_timeout_s: float = 600.0
+    """Seconds that a server may take to start, to answer one request, or to come back."""
     rollout_batch_size: int = 32
     """Prompts per step, over all ranks."""
     num_generations: int = 8

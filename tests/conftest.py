@@ -7,6 +7,9 @@ import pytest
 
 import sapo_megatron.policy  # noqa: F401  before a test names Megatron
 
+# Real vLLM servers, which make test-vllm has an environment for.
+collect_ignore = [] if "SAPO_VLLM_PYTHON" in os.environ else ["on_vllm"]
+
 
 def pytest_configure() -> None:
     asked, found = os.environ.get("MEGATRON_CORE_VERSION"), version("megatron-core")

@@ -159,13 +159,15 @@ class Place:
         )
 
 
-def make_model(family: str, folder: Path, dtype: torch.dtype = torch.float32) -> Any:
+def make_model(
+    family: str, folder: Path, dtype: torch.dtype = torch.float32, **changes: Any
+) -> Any:
     """A model of the family that transformers makes and saves, in several files.
 
     Its weights are larger than at initialisation, so that attention and routing are far from
     uniform; biases and norms are random as well.
     """
-    config = transformers.AutoConfig.for_model(**FAMILIES[family])
+    config = transformers.AutoConfig.for_model(**FAMILIES[family] | changes)
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
     generator = torch.Generator().manual_seed(3)
 

@@ -1,0 +1,1 @@
+"""Rollouts on vLLM servers: sampling, new weights, verification."""

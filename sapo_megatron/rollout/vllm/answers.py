@@ -1,0 +1,262 @@
+"""What servers answer: read, checked field by field, turned into samples.
+
+Every error says the server, the field, what was expected and what came.
+"""
+
+import base64
+import binascii
+import io
+from typing import Annotated, Literal, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import BaseModel, Field, ValidationError
+
+from sapo_megatron.architecture import Architecture, Experts
+from sapo_megatron.config import RunFailed, UserError
+from sapo_megatron.rollout.generate import Request, SamplingParams
+from sapo_megatron.sample import Sample, SampleRoutes
+
+ROUTES_FLAG = "--enable-return-routed-experts"
+
+# vLLM writes -9999 for minus infinity, which no token that was drawn can have.
+LogProb = Annotated[float, Field(gt=-9999.0, le=0.0, allow_inf_nan=False)]
+
+
+class Description(BaseModel):
+    """What a server serves: ``Worker.sapo_describe``."""
+
+    weights: str
+    model_type: str
+    num_layers: int
+    hidden_size: int
+    vocab_size: int
+    max_model_len: int
+    generation_config: str
+    routed_experts: bool
+
+
+class Loaded(BaseModel):
+    """``Worker.sapo_load``."""
+
+    found: bool
+
+
+class Descriptions(BaseModel):
+    """One for each worker of a server."""
+
+    results: Annotated[list[Description], Field(min_length=1)]
+
+
+class Loads(BaseModel):
+    results: Annotated[list[Loaded], Field(min_length=1)]
+
+
+class Reset(BaseModel):
+    """``/reset_prefix_cache``."""
+
+    success: bool
+
+
+class _LogProbs(BaseModel):
+    token_logprobs: list[LogProb]
+
+
+class _Response(BaseModel):
+    token_ids: list[int]
+    logprobs: _LogProbs | None = None
+    finish_reason: Literal["stop", "length", "abort"]
+    routed_experts: str | None = None
+
+
+class Completion(BaseModel):
+    """``/v1/completions`` with ``return_token_ids`` and ``logprobs``."""
+
+    choices: Annotated[list[_Response], Field(min_length=1, max_length=1)]
+
+    @property
+    def aborted(self) -> bool:
+        """Whether the server has given up on the request, as it does when it is stopped."""
+        return self.choices[0].finish_reason == "abort"
+
+
+class _Entry(BaseModel):
+    logprob: LogProb
+
+
+class _Scored(BaseModel):
+    prompt_logprobs: list[dict[int, _Entry] | None]
+
+
+class Scores(BaseModel):
+    """``/v1/completions`` with ``prompt_logprobs``."""
+
+    choices: Annotated[list[_Scored], Field(min_length=1, max_length=1)]
+
+
+Answer = TypeVar("Answer", bound=BaseModel)
+
+
+def read(kind: type[Answer], content: bytes, url: str) -> Answer:
+    """The JSON object ``content`` as ``kind``. Raises RunFailed, naming server and field."""
+    try:
+        return kind.model_validate_json(content)
+    except ValidationError as error:
+        problem = error.errors(include_url=False)[0]
+        field = ".".join(str(part) for part in problem["loc"]) or "answer"
+        got = "" if problem["type"] == "missing" else f", got {_short(problem['input'])}"
+        raise _wrong(url, field, f"{problem['msg']}{got}") from None
+
+
+def check_description(
+    got: Description, url: str, arch: Architecture, *, longest: int, with_routes: bool
+) -> None:
+    """Whether a server serves the model and sequences of ``longest`` tokens as we need it.
+
+    Raises UserError, naming server and setting.
+    """
+    wanted = {
+        "model_type": arch.model_type,
+        "num_layers": arch.num_layers,
+        "hidden_size": arch.hidden_size,
+        "vocab_size": arch.vocab_size,
+    }
+    for name, value in wanted.items():
+        if (served := getattr(got, name)) != value:
+            raise UserError(
+                f"{url}: {name}: expected {value}, as model.path has it, got {served}; start "
+                f"the server with the model that is trained"
+            )
+    if got.max_model_len < longest:
+        raise UserError(
+            f"{url}: max_model_len: expected at least rollout.max_prompt_length + "
+            f"max_response_length = {longest}, got {got.max_model_len}; start the server with "
+            f"--max-model-len {longest}"
+        )
+    if got.generation_config != "vllm":
+        raise UserError(
+            f"{url}: generation_config: expected vllm (others bring the model's own stop "
+            f"tokens), got {got.generation_config}; start the server with "
+            f"--generation-config vllm"
+        )
+    if with_routes and not got.routed_experts:
+        raise UserError(
+            f"{url}: routed_experts: expected a server that returns them, which "
+            f"routing.router_replay R3 needs, got one that does not; start it with "
+            f"{ROUTES_FLAG}"
+        )
+
+
+def to_sample(
+    answer: Completion,
+    url: str,
+    request: Request,
+    params: SamplingParams,
+    arch: Architecture,
+    *,
+    with_routes: bool,
+) -> Sample:
+    """The response to ``request``. Raises RunFailed, or UserError where routes are missing."""
+    (choice,) = answer.choices
+    tokens = choice.token_ids
+    logprobs = choice.logprobs.token_logprobs if choice.logprobs else []
+    if not tokens:
+        raise _wrong(url, "token_ids", "expected at least one token, got none")
+    if len(logprobs) != len(tokens):
+        raise _wrong(
+            url,
+            "token_logprobs",
+            f"expected one of each of {len(tokens)} tokens, got {len(logprobs)}",
+        )
+    for token in tokens:
+        if not 0 <= token < arch.vocab_size:
+            raise _wrong(
+                url, "token_ids", f"expected ids from 0 to {arch.vocab_size - 1}, got {token}"
+            )
+    truncated = tokens[-1] != params.eos_id
+    if params.eos_id in tokens[:-1]:
+        raise _wrong(url, "token_ids", f"expected no token after eos {params.eos_id}, got {tokens}")
+    if len(tokens) > params.max_new_tokens or (truncated and len(tokens) < params.max_new_tokens):
+        expected = f"expected eos {params.eos_id} or {params.max_new_tokens} tokens"
+        raise _wrong(url, "token_ids", f"{expected}, got {len(tokens)} that end with {tokens[-1]}")
+    routes = None
+    if with_routes:
+        fed = len(request.prompt_tokens) + len(tokens) - 1
+        routes = read_routes(choice.routed_experts, url, fed, arch)
+    return Sample(
+        uid=request.uid,
+        prompt_tokens=request.prompt_tokens,
+        response_tokens=tokens,
+        rollout_logprobs=logprobs,
+        truncated=truncated,
+        routes=routes,
+    )
+
+
+def read_routes(text: str | None, url: str, fed: int, arch: Architecture) -> SampleRoutes:
+    """The experts of the ``fed`` tokens: ``.npy`` bytes in base64, ``[fed, layers, k]``.
+
+    vLLM counts all layers of the model; those without experts hold nothing of use. Raises
+    UserError where there is nothing, and RunFailed for anything else than such an array.
+    """
+    if text is None:
+        raise UserError(
+            f"{url}: routed_experts: expected the experts of {fed} tokens, which router_replay R3 "
+            f"needs, got none; start the server with {ROUTES_FLAG}"
+        )
+    assert arch.experts is not None
+    experts = _array(text, url)
+    shape = (fed, arch.num_layers, arch.experts.topk)
+    if experts.shape != shape or experts.dtype.kind not in "ui":
+        got = f"{experts.dtype} {list(experts.shape)}"
+        raise _wrong(url, "routed_experts", f"expected whole numbers {list(shape)}, got {got}")
+    experts = experts[:, list(arch.experts.layers)]
+    _check_range(experts, url, arch.experts)
+    return SampleRoutes(experts=experts.astype(np.int16))
+
+
+def _array(text: str, url: str) -> npt.NDArray[np.generic]:
+    try:
+        array = np.load(io.BytesIO(base64.b64decode(text, validate=True)), allow_pickle=False)
+    except (binascii.Error, ValueError, EOFError, OSError) as error:
+        raise _wrong(
+            url, "routed_experts", f"expected an .npy array in base64, got {_short(text)} ({error})"
+        ) from None
+    if not isinstance(array, np.ndarray):
+        raise _wrong(url, "routed_experts", "expected one .npy array in base64, got an archive")
+    return array
+
+
+def _check_range(experts: npt.NDArray[np.generic], url: str, layer: Experts) -> None:
+    low, high = int(experts.min()), int(experts.max())
+    if low < 0 or high >= layer.number:
+        raise _wrong(
+            url, "routed_experts", f"expected experts 0 to {layer.number - 1}, got {low} to {high}"
+        )
+
+
+def to_logprobs(answer: Scores, url: str, tokens: tuple[int, ...]) -> list[float]:
+    """The log-probs of ``tokens[1:]`` as a prompt, at temperature 1. Raises RunFailed."""
+    entries = answer.choices[0].prompt_logprobs
+    if len(entries) != len(tokens):
+        raise _wrong(
+            url,
+            "prompt_logprobs",
+            f"expected one of each of {len(tokens)} tokens, got {len(entries)}",
+        )
+    found = []
+    for token, entry in zip(tokens[1:], entries[1:], strict=True):
+        if entry is None or token not in entry:
+            raise _wrong(url, "prompt_logprobs", f"expected that of token {token}, got {entry}")
+        found.append(entry[token].logprob)
+    return found
+
+
+def _wrong(url: str, field: str, problem: str) -> RunFailed:
+    return RunFailed(f"{url}: {field}: {problem}; is this a vLLM server that works?")
+
+
+def _short(value: object) -> str:
+    text = value.decode("utf-8", "replace") if isinstance(value, bytes) else repr(value)
+    text = " ".join(text.split())
+    return text if len(text) <= 80 else f"{text[:80]} ..."

@@ -1,0 +1,159 @@
+"""One vLLM server over HTTP."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from sapo_megatron.architecture import Architecture
+from sapo_megatron.config import RunFailed, UserError
+from sapo_megatron.rollout.generate import Request, SamplingParams
+from sapo_megatron.rollout.vllm.answers import (
+    Completion,
+    Description,
+    Descriptions,
+    Loads,
+    Reset,
+    Scores,
+    read,
+    to_logprobs,
+    to_sample,
+)
+from sapo_megatron.sample import Sample
+
+EXTENSION = "sapo_megatron.rollout.vllm.worker.Worker"
+
+_NEUTRAL = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
+"""Said in every request, so that no server adds its own."""
+
+
+class Away(Exception):
+    """A server cannot be reached or is in trouble; another try, there or elsewhere, may help."""
+
+
+class Server:
+    """The calls; all raise ``Away``, and RunFailed or UserError where another try is no use."""
+
+    def __init__(self, url: str, http: httpx.AsyncClient) -> None:
+        self.url = url
+        self._http = http
+
+    async def describe(self) -> Description:
+        """What it serves."""
+        content = await self._rpc("sapo_describe")
+        return read(Descriptions, content, self.url).results[0]
+
+    async def load(self, folder: Path, label: str) -> None:
+        """Put the weights of a Hugging Face folder into the running server."""
+        content = await self._rpc("sapo_load", str(folder), label)
+        if not all(load.found for load in read(Loads, content, self.url).results):
+            raise RunFailed(
+                f"{self.url}: expected the weights in {folder}, got no such folder on that "
+                f"machine; write them to a file system that it shares"
+            )
+
+    async def forget_prefixes(self) -> bool:
+        """Drop the cached keys and values; False while requests hold some of them."""
+        content = await self._call("POST", "/reset_prefix_cache")
+        return read(Reset, content, self.url).success
+
+    async def logprobs(self, tokens: Sequence[int]) -> list[float]:
+        """Log-probs of ``tokens[1:]``, each after those before it, at temperature 1."""
+        body = {
+            "prompt": list(tokens),
+            "max_tokens": 1,
+            "temperature": 0.0,
+            "prompt_logprobs": 0,
+            "return_tokens_as_token_ids": True,
+            **_NEUTRAL,
+        }
+        content = await self._call("POST", "/v1/completions", body)
+        return to_logprobs(read(Scores, content, self.url), self.url, tuple(tokens))
+
+    async def complete(
+        self,
+        request: Request,
+        params: SamplingParams,
+        seed: int,
+        arch: Architecture,
+        *,
+        with_routes: bool,
+    ) -> Sample:
+        """A response to ``request``."""
+        body = {
+            "prompt": list(request.prompt_tokens),
+            "max_tokens": params.max_new_tokens,
+            "temperature": params.temperature,
+            "top_p": params.top_p,
+            "seed": seed,
+            "logprobs": 0,
+            "stop_token_ids": [params.eos_id],
+            "ignore_eos": True,  # what the server takes for eos; ours is in stop_token_ids
+            "return_token_ids": True,
+            "return_tokens_as_token_ids": True,  # do without a tokenizer
+            **_NEUTRAL,
+        }
+        answer = read(Completion, await self._call("POST", "/v1/completions", body), self.url)
+        if answer.aborted:
+            raise Away("it gave up on a request, as a server does that is being stopped")
+        return to_sample(answer, self.url, request, params, arch, with_routes=with_routes)
+
+    async def _rpc(self, method: str, *args: str) -> bytes:
+        """Call a method of our extension on the server's workers.
+
+        Raises UserError where the server was started without it.
+        """
+        try:
+            return await self._call("POST", "/collective_rpc", {"method": method, "args": args})
+        except _Refused as error:
+            if error.status != 404:
+                raise
+            raise UserError(
+                f"{self.url}: expected the endpoint /collective_rpc, got a server without it; "
+                f"start it with VLLM_SERVER_DEV_MODE=1 in its environment"
+            ) from None
+        except Away as error:
+            if f"has no attribute '{method}'" in str(error):
+                raise UserError(
+                    f"{self.url}: expected a server with our worker extension, got one without; "
+                    f"start it with --worker-extension-cls {EXTENSION} and the folder that holds "
+                    f"sapo_megatron on its PYTHONPATH"
+                ) from None
+            if "collective_rpc method failed" in str(error):
+                raise RunFailed(
+                    f"{self.url}: {method}: {error}; look at its log, and restart it"
+                ) from None
+            raise
+
+    async def _call(self, method: str, path: str, body: dict[str, Any] | None = None) -> bytes:
+        try:
+            response = await self._http.request(method, self.url + path, json=body)
+        except httpx.TransportError as error:
+            raise Away(f"{type(error).__name__} {error}".strip()) from None
+        if response.status_code >= 500:
+            raise Away(f"HTTP {response.status_code}: {_message(response)}")
+        if response.status_code >= 300:
+            raise _Refused(self.url, path, response)
+        return response.content
+
+
+class _Refused(RunFailed):
+    """The server understands the request and does not take it."""
+
+    def __init__(self, url: str, path: str, response: httpx.Response) -> None:
+        self.status = response.status_code
+        super().__init__(
+            f"{url}: {path}: expected an answer, got HTTP {self.status}: {_message(response)}; is "
+            f"this a vLLM server, of the release in requirements-vllm.txt?"
+        )
+
+
+def _message(response: httpx.Response) -> str:
+    """What the server says about an error, in one line."""
+    try:
+        text = response.json()["error"]["message"]
+    except (ValueError, KeyError, TypeError):
+        text = response.text
+    text = " ".join(str(text).split())
+    return text if len(text) <= 300 else f"{text[:300]} ..."

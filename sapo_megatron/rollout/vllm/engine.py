@@ -1,0 +1,351 @@
+"""Several vLLM servers as one engine.
+
+    requests --> queue --> slots (server_concurrency a server) --> samples, in the requests' order
+                   ^          |
+                   +----------+   the server is away: back into the queue, for whoever is free
+
+A server takes work once it is known to serve the right model with the current weights, which were
+verified there: the log-probs it gives a probe agree with those of the training engine. A server
+that was away is asked again when it comes back, and gets the weights first.
+
+All calls block, and one runs at a time. Every instant of asyncio is in this file.
+"""
+
+import asyncio
+import hashlib
+import logging
+import uuid
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import httpx
+
+from sapo_megatron.architecture import Architecture
+from sapo_megatron.config import RolloutConfig, RunFailed
+from sapo_megatron.rollout.generate import Request, SamplingParams
+from sapo_megatron.rollout.vllm.answers import Description, check_description
+from sapo_megatron.rollout.vllm.client import Away, Server
+from sapo_megatron.sample import Sample
+
+logger = logging.getLogger(__name__)
+
+CONNECT_S = 10.0
+RETRY_S = 0.5
+"""Seconds between looks at a server that is away."""
+PROGRESS_S = 30.0
+"""Seconds between lines that say how far a rollout is."""
+ATTEMPTS = 3
+"""Times that a request is sent before the failure is taken to be its own."""
+RESET_S = 30.0
+"""Seconds for the last requests on a server to end before its prefix cache can be dropped."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Probe:
+    """A text that shows whether a server computes what the training engine computes."""
+
+    tokens: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    """Of ``tokens[1:]``, each after those before it, at temperature 1, in the training engine."""
+    tolerance: float
+    """Largest mean absolute difference, nats a token."""
+
+
+@dataclass(frozen=True)
+class _Weights:
+    folder: Path
+    probe: Probe
+    label: str
+    """Another one for every load, known to the servers that have these weights."""
+
+
+@dataclass
+class _State:
+    """A server during one call."""
+
+    server: Server
+    ready: bool = False
+    lost: str = ""
+    """Why it was given up; empty: it was not."""
+    in_flight: int = 0
+    checking: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+
+class _Work:
+    """The requests of one rollout: in the queue, in flight, or answered."""
+
+    def __init__(self, requests: Sequence[Request]) -> None:
+        self.requests = requests
+        self.samples: dict[int, Sample] = {}
+        self.done = asyncio.Event()
+        self.queue: asyncio.Queue[int] = asyncio.Queue()
+        self._failures: Counter[int] = Counter()
+        for index in range(len(requests)):
+            self.queue.put_nowait(index)
+
+    def answer(self, index: int, sample: Sample) -> None:
+        self.samples[index] = sample
+        if len(self.samples) == len(self.requests):
+            self.done.set()
+
+    def fail(self, index: int, url: str, reason: str) -> None:
+        """Put a request back. Raises RunFailed when it has failed too often."""
+        self._failures[index] += 1
+        if self._failures[index] == ATTEMPTS:
+            raise RunFailed(
+                f"{url}: expected a response to request {self.requests[index].uid}, got its "
+                f"failure number {ATTEMPTS}: {reason}; look at the server's log"
+            )
+        self.queue.put_nowait(index)
+
+
+class VllmEngine:
+    """Samples from vLLM servers; ``check`` them and ``load`` weights before the first ``sample``.
+
+    All methods raise RunFailed where no server is left to do the work, or one answers nonsense.
+    """
+
+    def __init__(
+        self,
+        urls: Sequence[str],
+        config: RolloutConfig,
+        arch: Architecture,
+        *,
+        with_routes: bool = False,
+        exited: Callable[[str], str | None] = lambda url: None,
+    ) -> None:
+        """``with_routes``: samples carry the experts that were chosen (router_replay R3).
+
+        ``exited`` says of a URL whether its server will not come back, and why.
+        """
+        self._urls = tuple(urls)
+        self._config = config
+        self._arch = arch
+        self._with_routes = with_routes
+        self._exited = exited
+        self._ssl = httpx.create_ssl_context(trust_env=False)  # takes long enough to keep
+        self._weights: _Weights | None = None
+        self._verified: dict[str, tuple[str, float]] = {}
+        """URL -> the weights that were verified there, and their difference."""
+
+    def check(self) -> None:
+        """Wait for every server, and see that all serve this model as we need it.
+
+        Raises UserError that names the server and what is wrong with it.
+        """
+        asyncio.run(self._check())
+
+    def load(self, folder: Path, probe: Probe) -> dict[str, float]:
+        """Put the weights of a Hugging Face folder into all servers, and verify them.
+
+        The folder must be there until the next load: a server that is away gets the weights when
+        it comes back. Returns the mean absolute difference of the probe's log-probs, by URL of the
+        servers that have the weights. Raises RunFailed where it is above the probe's tolerance.
+        """
+        self._weights = _Weights(folder, probe, uuid.uuid4().hex)
+        asyncio.run(self._load())
+        verified = ((url, self._verified.get(url)) for url in self._urls)
+        label = self._weights.label
+        return {url: seen[1] for url, seen in verified if seen and seen[0] == label}
+
+    def logprobs(self, tokens: Sequence[int]) -> dict[str, list[float]]:
+        """Log-probs of ``tokens[1:]`` at temperature 1, by URL of the servers that are there."""
+        return asyncio.run(self._logprobs(tokens))
+
+    def sample(self, requests: Sequence[Request], params: SamplingParams) -> list[Sample]:
+        """A response to every request, in their order.
+
+        Each request has a seed of its own, made of ``params.seed`` and its uid. A server's numbers
+        depend in their last digits on what else it works on, so that now and then the same seed
+        gives another response.
+        """
+        assert self._weights is not None, "load comes before sample"
+        return asyncio.run(self._sample(requests, params)) if requests else []
+
+    @asynccontextmanager
+    async def _connected(self) -> AsyncIterator[list[_State]]:
+        async with httpx.AsyncClient(
+            timeout=httpx.Timeout(self._config.server_timeout_s, connect=CONNECT_S),
+            limits=httpx.Limits(max_connections=None),
+            verify=self._ssl,
+            trust_env=False,  # no proxy between the trainer and its servers
+        ) as http:
+            yield [_State(Server(url, http)) for url in self._urls]
+
+    async def _check(self) -> None:
+        async with self._connected() as states:
+            await asyncio.gather(*map(self._wait_for, states))
+            for state in states:
+                if state.lost:
+                    raise RunFailed(_lost([state]))
+
+    async def _load(self) -> None:
+        async with self._connected() as states:
+            problems = await asyncio.gather(*map(self._try, states))
+            if all(problems):
+                await asyncio.gather(*map(self._wait_for, states))
+            for state, problem in zip(states, problems, strict=True):
+                if not state.ready:
+                    logger.warning("%s is left out for now: %s", state.server.url, problem)
+            if not any(state.ready for state in states):
+                raise RunFailed(_lost(states))
+
+    async def _logprobs(self, tokens: Sequence[int]) -> dict[str, list[float]]:
+        async with self._connected() as states:
+            await asyncio.gather(*map(self._try, states))
+            there = [state.server for state in states if state.ready]
+            found = await asyncio.gather(*(server.logprobs(tokens) for server in there))
+            return {server.url: each for server, each in zip(there, found, strict=True)}
+
+    async def _sample(self, requests: Sequence[Request], params: SamplingParams) -> list[Sample]:
+        work = _Work(requests)
+        # No server gets more than its part at once, or the first one to answer would get it all.
+        part = -(-len(requests) // len(self._urls))
+        async with self._connected() as states:
+            slots = [
+                asyncio.create_task(self._slot(state, work, params))
+                for state in states
+                for _ in range(min(part, self._config.server_concurrency))
+            ]
+            try:
+                await _finished(work, slots, states)
+            finally:
+                for task in slots:
+                    task.cancel()
+                await asyncio.gather(*slots, return_exceptions=True)
+        return [work.samples[index] for index in range(len(requests))]
+
+    async def _slot(self, state: _State, work: _Work, params: SamplingParams) -> None:
+        """Work on one request after the other, until cancelled or the server is given up."""
+        while await self._wait_for(state):
+            index = await work.queue.get()
+            if not state.ready:
+                work.queue.put_nowait(index)
+                continue
+            request = work.requests[index]
+            state.in_flight += 1
+            try:
+                sample = await state.server.complete(
+                    request,
+                    params,
+                    _seed(params.seed, request.uid),
+                    self._arch,
+                    with_routes=self._with_routes,
+                )
+            except Away as error:
+                if state.ready:
+                    logger.warning("%s is away: %s", state.server.url, error)
+                state.ready = False
+                work.fail(index, state.server.url, str(error))
+            else:
+                work.answer(index, sample)
+            finally:
+                state.in_flight -= 1
+
+    async def _wait_for(self, state: _State) -> bool:
+        """Wait until a server is ready to work; False when it is given up."""
+        url, limit = state.server.url, self._config.server_timeout_s
+        async with state.checking:
+            problem: str | None = None
+            try:
+                async with asyncio.timeout(limit):
+                    while not (state.ready or state.lost):
+                        if gone := self._exited(url):
+                            state.lost = gone
+                        elif problem := await self._try(state):
+                            await asyncio.sleep(RETRY_S)
+            except TimeoutError:
+                state.lost = f"away for {limit:g} s: {problem or 'it does not answer'}"
+                logger.warning("%s is given up: %s", url, state.lost)
+        return state.ready
+
+    async def _try(self, state: _State) -> str | None:
+        """Make a server ready to work; what is in the way, where that may pass."""
+        try:
+            description = await state.server.describe()
+            check_description(
+                description,
+                state.server.url,
+                self._arch,
+                longest=self._config.max_prompt_length + self._config.max_response_length,
+                with_routes=self._with_routes,
+            )
+            if self._weights:
+                await self._bring(state.server, description, self._weights)
+        except Away as error:
+            return str(error)
+        state.ready = True
+        return None
+
+    async def _bring(self, server: Server, description: Description, weights: _Weights) -> None:
+        """Load and verify ``weights`` on a server that has not got them."""
+        seen, _ = self._verified.get(server.url, ("", 0.0))
+        if description.weights == seen == weights.label:
+            return
+        await server.load(weights.folder, weights.label)
+        await _forget_prefixes(server)
+        probe = weights.probe
+        found = await server.logprobs(probe.tokens)
+        diff = sum(abs(a - b) for a, b in zip(found, probe.logprobs, strict=True)) / len(found)
+        if diff > probe.tolerance:
+            raise RunFailed(
+                f"{server.url}: expected the training engine's log-probs of a probe to "
+                f"{probe.tolerance:g} nats a token after new weights, got a difference of "
+                f"{diff:.3g}; the server did not take the weights as they are: look at its log, "
+                f"and restart it"
+            )
+        self._verified[server.url] = (weights.label, diff)
+
+
+async def _forget_prefixes(server: Server) -> None:
+    """Drop what the server has cached under the weights of before. Raises RunFailed."""
+    try:
+        async with asyncio.timeout(RESET_S):
+            while not await server.forget_prefixes():
+                await asyncio.sleep(RETRY_S)
+    except TimeoutError:
+        raise RunFailed(
+            f"{server.url}: expected its prefix cache to be free after new weights, got one in use "
+            f"for {RESET_S:g} s; is another program using the server?"
+        ) from None
+
+
+async def _finished(
+    work: _Work, slots: Sequence[asyncio.Task[None]], states: Sequence[_State]
+) -> None:
+    """Wait for all samples. Raises what a slot raises, and RunFailed where none is left."""
+    done = asyncio.create_task(work.done.wait())
+    pending: set[asyncio.Task] = {done, *slots}
+    try:
+        while not work.done.is_set():
+            ended, pending = await asyncio.wait(
+                pending, timeout=PROGRESS_S, return_when=asyncio.FIRST_COMPLETED
+            )
+            for task in ended:
+                task.result()
+            if pending == {done}:
+                raise RunFailed(_lost(states))
+            if not ended:
+                flights = ", ".join(f"{s.in_flight} in flight at {s.server.url}" for s in states)
+                logger.info(
+                    "%d of %d responses; %s", len(work.samples), len(work.requests), flights
+                )
+    finally:
+        done.cancel()
+
+
+def _lost(states: Sequence[_State]) -> str:
+    reasons = "; ".join(f"{s.server.url}: {s.lost}" for s in states)
+    return (
+        f"rollout.servers: expected a vLLM server that answers, got none ({reasons}); look at "
+        f"their logs, or raise rollout.server_timeout_s"
+    )
+
+
+def _seed(seed: int, uid: int) -> int:
+    """63 bits that differ for every request of every step."""
+    digest = hashlib.blake2b(f"{seed} {uid}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest) >> 1

@@ -1,0 +1,193 @@
+"""vLLM servers that the trainer starts, on the machine it runs on."""
+
+import logging
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import httpx
+import torch
+
+import sapo_megatron
+from sapo_megatron.config import Recipe, RunFailed, UserError
+from sapo_megatron.rollout.vllm import guard
+from sapo_megatron.rollout.vllm.answers import ROUTES_FLAG
+from sapo_megatron.rollout.vllm.client import EXTENSION
+
+logger = logging.getLogger(__name__)
+
+POLL_S = 0.5
+LOG_LINES = 3
+"""Last lines of a log that an error shows."""
+
+
+@dataclass(frozen=True)
+class _Process:
+    url: str
+    log: Path
+    guard: subprocess.Popen
+
+
+class LocalServers:
+    """``rollout.num_servers`` servers on free loopback ports, without weights until the first load.
+
+    They end with ``close``, with a ``with`` statement, and when this process dies. Logs and what
+    else they need are in a folder of the run.
+    """
+
+    def __init__(self, recipe: Recipe, model: Path, folder: Path) -> None:
+        """Start them and wait until they answer; ``model`` holds ``config.json``.
+
+        Raises UserError where there is no such Python, and RunFailed for a server that exits or
+        is not up within ``rollout.server_timeout_s``.
+        """
+        python = recipe.rollout.vllm_python
+        assert python is not None
+        if shutil.which(python) is None:
+            raise UserError(
+                f"rollout.vllm_python: expected the Python of an environment with vLLM, got "
+                f"{python}, which is no program; make test-vllm sets one up in venvs/vllm"
+            )
+        folder.mkdir(parents=True, exist_ok=True)
+        environment = _environment(folder)
+        self._processes: list[_Process] = []
+        try:
+            for number in range(recipe.rollout.num_servers):
+                self._processes.append(_start(recipe, model, folder, number, environment))
+            self._wait(recipe.rollout.server_timeout_s)
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def urls(self) -> tuple[str, ...]:
+        return tuple(p.url for p in self._processes)
+
+    def exited(self, url: str) -> str | None:
+        """Why the server at ``url`` will not come back; None: it runs."""
+        (process,) = (p for p in self._processes if p.url == url)
+        status = process.guard.poll()
+        return (
+            None if status is None else f"it has ended with status {status}; {_tail(process.log)}"
+        )
+
+    def close(self) -> None:
+        """End all servers and wait until they are gone."""
+        for process in self._processes:
+            assert process.guard.stdin is not None
+            process.guard.stdin.close()
+        for process in self._processes:
+            process.guard.wait(2 * guard.GRACE_S)
+        self._processes = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _wait(self, timeout_s: float) -> None:
+        began = time.monotonic()
+        with httpx.Client(trust_env=False, timeout=5.0) as http:
+            for process in self._processes:
+                while not _answers(http, process.url):
+                    if gone := self.exited(process.url):
+                        raise RunFailed(f"{process.url}: expected a vLLM server, but {gone}")
+                    if time.monotonic() - began > timeout_s:
+                        raise RunFailed(
+                            f"{process.url}: expected a vLLM server within "
+                            f"rollout.server_timeout_s {timeout_s:g} s, got none yet; "
+                            f"{_tail(process.log)}, or raise the limit"
+                        )
+                    time.sleep(POLL_S)
+        seconds = time.monotonic() - began
+        logger.info("vLLM up after %.0f s at %s", seconds, ", ".join(self.urls))
+
+
+def _start(
+    recipe: Recipe, model: Path, folder: Path, number: int, environment: dict[str, str]
+) -> _Process:
+    port = _free_port()
+    url, log = f"http://127.0.0.1:{port}", folder / f"{number}.log"
+    command = [sys.executable, "-m", guard.__name__, *_command(recipe, model, port)]
+    with log.open("wb") as file:
+        process = subprocess.Popen(
+            command,
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # a Ctrl-C is the trainer's, which ends its servers
+        )
+    return _Process(url, log, process)
+
+
+def _command(recipe: Recipe, model: Path, port: int) -> list[str]:
+    rollout = recipe.rollout
+    assert rollout.vllm_python is not None
+    words = [rollout.vllm_python, "-m", "vllm.entrypoints.openai.api_server"]
+    words += ["--model", str(model), "--load-format", "dummy", "--skip-tokenizer-init"]
+    words += ["--host", "127.0.0.1", "--port", str(port)]
+    words += ["--dtype", recipe.model.params_dtype, "--generation-config", "vllm"]
+    words += ["--max-model-len", str(rollout.max_prompt_length + rollout.max_response_length)]
+    words += ["--worker-extension-cls", EXTENSION]
+    if recipe.routing.router_replay == "R3":
+        words += [ROUTES_FLAG]
+    if not torch.cuda.is_available():
+        words += ["--enforce-eager"]  # compiling takes longer than a small model runs
+    return words
+
+
+def _environment(folder: Path) -> dict[str, str]:
+    """The trainer's, without what torchrun and the trainer's own packages have left in it."""
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("TORCHELASTIC_", "GROUP_", "ROLE_", "PYTHON"))
+        and name not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
+        and name not in ("MASTER_ADDR", "MASTER_PORT", "MEGATRON_CORE_VERSION")
+    }
+    # The package alone: beside it may lie everything else that the trainer has installed.
+    link = folder / "path" / "sapo_megatron"
+    link.parent.mkdir(exist_ok=True)
+    link.unlink(missing_ok=True)
+    link.symlink_to(Path(sapo_megatron.__file__).parent)
+    ours = {
+        "PYTHONPATH": str(link.parent),
+        "VLLM_SERVER_DEV_MODE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
+    # GiB; what vLLM takes otherwise is most of the machine's memory, for every server.
+    return {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"} | kept | ours
+
+
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def _answers(http: httpx.Client, url: str) -> bool:
+    try:
+        return http.get(f"{url}/health").status_code == 200
+    except httpx.TransportError:
+        return False
+
+
+def _tail(log: Path) -> str:
+    lines = [line.strip() for line in log.read_text(errors="replace").splitlines()]
+    last = [line for line in lines if line][-LOG_LINES:]
+    return f"the last lines of {log} are: {' | '.join(last) or 'none'}"

@@ -1,0 +1,122 @@
+"""What a vLLM server runs for the trainer, inside its workers.
+
+``--worker-extension-cls sapo_megatron.rollout.vllm.worker.Worker`` adds these methods to every
+worker of a server; the trainer calls them through ``/collective_rpc``. It is written against vLLM
+0.32, and imports nothing else of this package: the server's environment needs vLLM, and the folder
+that holds ``sapo_megatron`` on its PYTHONPATH.
+"""
+
+from pathlib import Path
+from typing import Any
+
+INITIAL = "initial"
+"""Label of the weights that a server has started with."""
+
+
+class Worker:
+    """Mixed into vLLM's worker, whose are ``model_runner``, ``vllm_config`` and ``device``."""
+
+    sapo_weights: str = INITIAL
+
+    def sapo_describe(self) -> dict[str, Any]:
+        """Have the server return the log-probs that training needs, and say what it serves.
+
+        Returns the model's sizes, the settings that matter and ``weights``, the label of the last
+        ``sapo_load``.
+        """
+        _return_logprobs_before_top_p(self.model_runner.sampler)
+        model = self.vllm_config.model_config
+        return {
+            "weights": self.sapo_weights,
+            "model_type": model.hf_text_config.model_type,
+            "num_layers": model.hf_text_config.num_hidden_layers,
+            "hidden_size": model.hf_text_config.hidden_size,
+            "vocab_size": model.get_vocab_size(),
+            "max_model_len": model.max_model_len,
+            "generation_config": model.generation_config,
+            "routed_experts": self.vllm_config.aux_output_config.enable_return_routed_experts,
+        }
+
+    def sapo_load(self, folder: str, label: str) -> dict[str, bool]:
+        """Load the weights of a Hugging Face folder in place, and remember their ``label``.
+
+        Returns ``found``: whether there is such a folder on the server's machine.
+        """
+        from vllm.config import set_current_vllm_config
+
+        if not Path(folder).is_dir():
+            return {"found": False}
+        self.sapo_weights = f"part of {label}"
+        model = self.model_runner.get_model()
+        if self.device.type == "cpu":
+            _forget_packed_experts(model)
+        with set_current_vllm_config(self.vllm_config):
+            weights = _weights_in(folder, self.vllm_config.model_config, model)
+            self.model_runner.reload_weights(weights_iterator=weights)
+        self.sapo_weights = label
+        return {"found": True}
+
+
+def _weights_in(folder: str, model_config: Any, model: Any) -> Any:
+    """Names and tensors, also for a server that was started without (``--load-format dummy``)."""
+    import copy
+
+    from vllm.config.load import LoadConfig
+    from vllm.model_executor.model_loader import get_model_loader
+
+    there = copy.copy(model_config)
+    there.model, there.model_weights, there.revision = folder, "", None
+    return get_model_loader(LoadConfig()).get_all_weights(there, model)
+
+
+def _forget_packed_experts(model: Any) -> None:
+    """Have the weights of experts packed again when they are loaded again.
+
+    vLLM's reload brings every layer back to the layout of a checkpoint, loads it and packs it. On
+    CPUs it packs the weights of experts when it makes their kernel, and a kernel that is there is
+    not made again: it would read weights that are not packed as if they were.
+    """
+    for module in model.modules():
+        method = getattr(module, "quant_method", None)
+        if getattr(method, "moe_kernel", None) is not None:
+            method.moe_kernel = None
+
+
+def _return_logprobs_before_top_p(sampler: Any) -> None:
+    """Have ``sampler`` return log-probs with temperature applied and top-p not.
+
+    vLLM's own modes return them with neither (raw_logprobs), or with both and so renormalised over
+    the tokens that top-p leaves (processed_logprobs).
+    """
+    if hasattr(sampler, "sapo_original"):
+        return
+    sampler.logprobs_mode = "processed_logprobs"
+    if hasattr(sampler, "topk_topp_sampler"):
+        _change_v1(sampler)
+    else:
+        _change_v2(sampler)
+
+
+def _change_v1(sampler: Any) -> None:
+    """The sampler of vLLM's model runner V1, on CPUs."""
+    inner = sampler.topk_topp_sampler
+    sampler.sapo_original = original = inner.forward
+    inner.logprobs_mode = "raw_logprobs"  # nobody would read what it computes otherwise
+
+    def forward(logits: Any, generators: Any, k: Any, p: Any) -> tuple[Any, Any]:
+        logprobs = logits.log_softmax(dim=-1)  # before top-p, which writes to the logits
+        sampled, _ = original(logits, generators, k, p)
+        return sampled, logprobs
+
+    inner.forward = forward
+
+
+def _change_v2(sampler: Any) -> None:
+    """The sampler of model runner V2, on GPUs. It has not been run."""
+    sampler.sapo_original = original = sampler._sample_random
+
+    def sample_random(logits: Any, *args: Any) -> tuple[Any, Any]:
+        sampled, _ = original(logits.clone(), *args)  # top-p may write to what it is given
+        return sampled, logits
+
+    sampler._sample_random = sample_random

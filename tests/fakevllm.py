@@ -1,0 +1,150 @@
+"""A server that speaks as vLLM does and can be made to misbehave; it has no model."""
+
+import json
+import threading
+import time
+import zlib
+from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+EOS = 1
+DESCRIPTION = {
+    "model_type": "qwen3_moe",
+    "num_layers": 2,
+    "hidden_size": 32,
+    "vocab_size": 104,
+    "max_model_len": 22,
+    "generation_config": "vllm",
+    "routed_experts": False,
+}
+Answer = tuple[int, Any]
+"""Status, and bytes or what becomes JSON."""
+HANG_UP: Answer = (0, b"")
+"""Close the connection without a word."""
+
+
+class FakeVllm:
+    """``with FakeVllm() as server: server.url``; set ``fault`` to answer otherwise.
+
+    ``fault(path, body, own)`` returns what to answer, where ``own()`` is the regular answer.
+    """
+
+    def __init__(self, port: int = 0) -> None:
+        self.calls: list[tuple[str, dict[str, Any]]] = []
+        self.description: dict[str, Any] = dict(DESCRIPTION)
+        self.weights = "initial"
+        self.folders: list[str] = []
+        self.fault: Callable[[str, dict[str, Any], Callable[[], Answer]], Answer] | None = None
+        self._open: set[Any] = set()
+        self._http = ThreadingHTTPServer(("127.0.0.1", port), self._handler())
+        self._http.daemon_threads = True
+        self.port = self._http.server_address[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        self._thread = threading.Thread(target=self._http.serve_forever, args=(0.01,))
+        self._thread.start()
+
+    def __enter__(self) -> "FakeVllm":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.die()
+
+    def die(self) -> None:
+        """Be gone: no listener, and connections that break off."""
+        self._http.shutdown()
+        self._http.server_close()
+        self._thread.join()
+        for connection in list(self._open):
+            connection.close()
+
+    def prompts(self) -> list[tuple[int, ...]]:
+        """Those of the completions that were asked for."""
+        return [tuple(body["prompt"]) for path, body in self.calls if "seed" in body]
+
+    def _answer(self, path: str, body: dict[str, Any]) -> Answer:
+        self.calls.append((path, body))
+        if self.fault:
+            return self.fault(path, body, lambda: self._own(path, body))
+        return self._own(path, body)
+
+    def _own(self, path: str, body: dict[str, Any]) -> Answer:
+        if path == "/health":
+            return 200, b""
+        if path == "/reset_prefix_cache":
+            return 200, {"success": True}
+        if path == "/collective_rpc" and body["method"] == "sapo_describe":
+            return 200, {"results": [{"weights": self.weights, **self.description}]}
+        if path == "/collective_rpc":
+            folder, self.weights = body["args"]
+            self.folders.append(folder)
+            return 200, {"results": [{"found": True}]}
+        if "prompt_logprobs" in body:
+            entries = [None, *({str(t): {"logprob": logprob(t)}} for t in body["prompt"][1:])]
+            return 200, {"choices": [{"prompt_logprobs": entries}]}
+        return 200, completion(response(body))
+
+    def _handler(self) -> type[BaseHTTPRequestHandler]:
+        fake = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def setup(self) -> None:
+                super().setup()
+                fake._open.add(self.connection)
+
+            def do_GET(self) -> None:
+                self.do_POST()
+
+            def do_POST(self) -> None:
+                text = self.rfile.read(int(self.headers.get("content-length", 0)))
+                status, content = fake._answer(self.path, json.loads(text or b"{}"))
+                if status == 0:
+                    self.close_connection = True
+                    return
+                raw = content if isinstance(content, bytes) else json.dumps(content).encode()
+                self.send_response(status)
+                self.send_header("content-length", str(len(raw)))
+                self.end_headers()
+                self.wfile.write(raw)
+
+            def log_message(self, *_: object) -> None:
+                """Nothing: tests read what the client says."""
+
+        return Handler
+
+
+def logprob(token: int) -> float:
+    return -0.5 - token / 100
+
+
+def response(body: dict[str, Any]) -> list[int]:
+    """Tokens that are a function of the request, as a seeded engine's are."""
+    mark = zlib.crc32(json.dumps([body["prompt"], body["seed"]]).encode())
+    length = 1 + mark % body["max_tokens"]
+    tokens = [2 + (mark >> i) % 100 for i in range(length)]
+    return tokens if length == body["max_tokens"] else [*tokens[:-1], EOS]
+
+
+def completion(tokens: list[int], **changes: Any) -> dict[str, Any]:
+    choice = {
+        "index": 0,
+        "text": "",
+        "token_ids": tokens,
+        "logprobs": {"token_logprobs": [logprob(t) for t in tokens]},
+        "finish_reason": "stop" if tokens[-1:] == [EOS] else "length",
+        "routed_experts": None,
+    }
+    return {"object": "text_completion", "choices": [{**choice, **changes}]}
+
+
+def after(seconds: float) -> Callable[[str, dict[str, Any], Callable[[], Answer]], Answer]:
+    """A fault: to answer completions, but slowly."""
+
+    def fault(path: str, body: dict[str, Any], own: Callable[[], Answer]) -> Answer:
+        if "seed" in body:
+            time.sleep(seconds)
+        return own()
+
+    return fault
