@@ -257,6 +257,11 @@ def _check_servers(r: RolloutConfig) -> None:
                     f"rollout.{name}: expected none with rollout.engine in_process, got {value}; "
                     f"remove it or set rollout.engine=vllm"
                 )
+        if r.async_steps:
+            raise UserError(
+                f"rollout.async_steps: expected 0 with rollout.engine in_process, whose model is "
+                f"the one that trains, got {r.async_steps}; remove it or set rollout.engine=vllm"
+            )
         return
     if bool(r.servers) == bool(r.vllm_python):
         raise UserError(

@@ -8,6 +8,7 @@ one line.
 import dataclasses
 import difflib
 import json
+import os
 import re
 import textwrap
 import typing
@@ -113,6 +114,9 @@ class RolloutConfig:
     """The Python of an environment with vLLM, for the servers that the trainer starts."""
     num_servers: int = 1
     """Servers that the trainer starts."""
+    async_steps: Literal[0, 1] = 0
+    """1: the servers sample the next step's responses while this step trains, with the weights from
+    before it."""
     server_concurrency: int = 256
     """Requests that one server works on at once."""
     server_timeout_s: float = 600.0
@@ -379,6 +383,7 @@ _PATH_KEYS = (
     "model.tokenizer",
     "data.train.path",
     "data.eval.path",
+    "rollout.vllm_python",
 )
 _MODEL = r"(\w[\w.-]*/[\w.-]+)(?<!\.model)"
 _DATASET = r"(\w[\w.-]*/[\w.-]+)(?<!\.jsonl)(?<!\.parquet)(/.*)?"
@@ -477,9 +482,11 @@ def _absolute(raw: dict[str, Any], key: str, folder: Path) -> None:
     if not (isinstance(node, dict) and isinstance(node.get(name), str)):
         return
     given = node[name]
+    if key == "rollout.vllm_python" and "/" not in given:  # a program that is looked for
+        return
     hub = re.fullmatch(_HUB_NAMES[key], given) if key in _HUB_NAMES else None
     if hub is None or (folder / hub[1]).exists():
-        node[name] = str((folder / Path(given).expanduser()).resolve())
+        node[name] = os.path.abspath(folder / Path(given).expanduser())
 
 
 def _merge(low: dict[str, Any], high: dict[str, Any]) -> dict[str, Any]:

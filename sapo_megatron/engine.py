@@ -12,7 +12,6 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from sapo_megatron.batch import micro_batches
 from sapo_megatron.config import Recipe
 from sapo_megatron.metrics import Max, Metrics
 from sapo_megatron.policy import parallel
@@ -103,7 +102,7 @@ class Following:
         """
         self._policy = policy
         self._servers = servers
-        self._folder = folder
+        self._folder = folder.absolute()
         self._probe = probe
         self._tolerance = tolerance
         self._layout = layout

@@ -14,7 +14,18 @@ FLOORS = [
     {"objective", "rollout", "batch", "pretrained"},
     {"routing", "patches"},
     {"policy"},
-    {"train", "engine", "watch", "coldstart", "evaluate", "report", "gates", "runs", "plan", "doctor"},
+    {
+        "train",
+        "engine",
+        "watch",
+        "coldstart",
+        "evaluate",
+        "report",
+        "gates",
+        "runs",
+        "plan",
+        "doctor",
+    },
     {"__main__"},
 ]
 FLOOR_OF = {unit: floor for floor, units in enumerate(FLOORS) for unit in units}

@@ -9,6 +9,7 @@ from sapo_megatron.policy import cpu
 # nothing that a user of this package could act on.
 for _message in (
     ".*Apex (is|are) not installed",
+    "When using sequence parallelism it is recommended to set",
     "full scope is deprecated",
     ".*The .grad attribute of a Tensor that is not a leaf",
     ".*is deprecated. Please use `torch.distributed",
