@@ -26,7 +26,10 @@ if command -v nvidia-smi >/dev/null; then
 fi
 # The endpoints through which the trainer puts new weights into the server.
 export VLLM_SERVER_DEV_MODE="${VLLM_SERVER_DEV_MODE:-1}"
+# The package, of which the server runs one file for the trainer.
+export PYTHONPATH="${launch%/*}${PYTHONPATH:+:$PYTHONPATH}"
 
 become "$PYTHON" -m vllm.entrypoints.openai.api_server --model "$model" \
     --host "${ROLLOUT_HOST:-127.0.0.1}" --port "${ROLLOUT_PORT:-8000}" \
-    --tensor-parallel-size "$gpus" "$@"
+    --tensor-parallel-size "$gpus" --generation-config vllm \
+    --worker-extension-cls sapo_megatron.rollout.vllm.worker.Worker "$@"

@@ -23,6 +23,8 @@ import pytest
 import yaml
 from tiny import ROOT, TESTS, _bearing, read_metrics, write_recipe
 
+from sapo_megatron.rollout.vllm.client import EXTENSION
+
 LAUNCH = ROOT / "launch"
 SCRIPTS = sorted([*LAUNCH.glob("*.sh"), LAUNCH / "slurm.sbatch"])
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
@@ -177,7 +179,8 @@ NODES = {"NNODES": "2:4", "MASTER_ADDR": "node7", "JOB_ID": "j1"}
             [
                 *[sys.executable, "-m", "vllm.entrypoints.openai.api_server"],
                 *["--model", "Qwen/Qwen3-30B-A3B", "--host", "127.0.0.1", "--port", "8000"],
-                *["--tensor-parallel-size", "2", "--max-model-len", "4096"],
+                *["--tensor-parallel-size", "2", "--generation-config", "vllm"],
+                *["--worker-extension-cls", EXTENSION, "--max-model-len", "4096"],
             ],
         ),
     ],

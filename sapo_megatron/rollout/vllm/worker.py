@@ -48,11 +48,14 @@ class Worker:
             return {"found": False}
         self.sapo_weights = f"part of {label}"
         model = self.model_runner.get_model()
-        if self.device.type == "cpu":
+        on_cpu = self.device.type == "cpu"
+        if on_cpu:
             _forget_packed_experts(model)
         with set_current_vllm_config(self.vllm_config):
             weights = _weights_in(folder, self.vllm_config.model_config, model)
             self.model_runner.reload_weights(weights_iterator=weights)
+            if on_cpu:
+                _pack_embeddings(model)
         self.sapo_weights = label
         return {"found": True}
 
@@ -80,6 +83,19 @@ def _forget_packed_experts(model: Any) -> None:
         method = getattr(module, "quant_method", None)
         if getattr(method, "moe_kernel", None) is not None:
             method.moe_kernel = None
+
+
+def _pack_embeddings(model: Any) -> None:
+    """Pack the output weights again, which a reload forgets where they are the embedding's.
+
+    They have no tensor of their own in the checkpoint, and their packed copy stays as it was.
+    """
+    from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
+
+    for module in model.modules():
+        method = getattr(module, "quant_method", None)
+        if isinstance(method, UnquantizedEmbeddingMethod):
+            method.process_weights_after_loading(module)
 
 
 def _return_logprobs_before_top_p(sampler: Any) -> None:
