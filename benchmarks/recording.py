@@ -70,15 +70,16 @@ def work(job: dict) -> None:
     recipe = load(RECIPE, {key: str(value) for key, value in settings.items()})
     whole_step = train.Trainer._step
 
-    def step(trainer: Any, number: int, *args: Any) -> Metrics:
+    def step(trainer: Any, number: int, collector: Any) -> Metrics:
         if number % 2:
-            return whole_step(trainer, number, *args)
-        generating = trainer.decoder.generating
+            return whole_step(trainer, number, collector)
+        decoder = collector._engine._decoder
+        generating = decoder.generating
         trainer.watch.has_experts = False
-        trainer.decoder.generating = lambda record=False: generating(record=False)
+        decoder.generating = lambda record=False: generating(record=False)
         with unwatched():
-            metrics = whole_step(trainer, number, *args)
-        trainer.watch.has_experts, trainer.decoder.generating = True, generating
+            metrics = whole_step(trainer, number, collector)
+        trainer.watch.has_experts, decoder.generating = True, generating
         return metrics
 
     with (

@@ -136,6 +136,33 @@ def test_values_that_are_not_what_they_should_be(whole, tmp_path):
         assert "\n" not in message
 
 
+def bytes_read(model):
+    """What this rank reads of the files, and what its piece of the model holds."""
+    read = Checkpoint.read
+    sizes = []
+
+    def counted(self, *args):
+        values = read(self, *args)
+        sizes.append(values.nbytes)
+        return values
+
+    Checkpoint.read = counted
+    recipe = Place(family=FAMILY, tp=2, ep=2).recipe
+    groups = parallel.setup(recipe.parallel, seed=1, timeout_s=60)
+    policy = FrozenPolicy(recipe, read_architecture(model), groups, model)
+    held = sum(w.nbytes for chunk in policy.chunks for w in chunk.parameters())
+    parallel.teardown()
+    return sum(sizes), held, max(sizes)
+
+
+def test_a_rank_reads_its_piece_and_no_more(whole):
+    total = sum(t.nbytes for path in whole.glob("*.safetensors") for t in load_file(path).values())
+    for read, held, largest in run_ranks(2, bytes_read, whole):
+        assert read <= held < 0.7 * total  # the vocabulary's padding is held and not read
+        assert held - read < 1000
+        assert largest < 0.1 * total
+
+
 def export_to_a_full_disk(model, out):
     """What each rank is told when the second cannot write, and then when it can."""
     recipe = Place(family=FAMILY, ep=2).recipe
