@@ -64,6 +64,8 @@ _DEEPSEEK = _COMMON | {
     "qk_rope_head_dim": 4,
     "rms_norm_eps": 1e-5,
     "routed_scaling_factor": 2.446,
+    "scoring_func": "sigmoid",
+    "topk_method": "noaux_tc",
     "topk_group": 1,
     "v_head_dim": 6,
 }
