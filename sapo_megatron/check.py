@@ -262,7 +262,17 @@ def _check_servers(r: RolloutConfig) -> None:
                 f"rollout.async_steps: expected 0 with rollout.engine in_process, whose model is "
                 f"the one that trains, got {r.async_steps}; remove it or set rollout.engine=vllm"
             )
+        if r.colocate:
+            raise UserError(
+                "rollout.colocate: expected false with rollout.engine in_process, which has no "
+                "servers, got true; remove it or set rollout.engine=vllm"
+            )
         return
+    if r.colocate and r.async_steps:
+        raise UserError(
+            f"rollout.async_steps: expected 0 with rollout.colocate, whose servers sleep while the "
+            f"model trains, got {r.async_steps}; remove one of the two"
+        )
     if bool(r.servers) == bool(r.vllm_python):
         raise UserError(
             f"rollout.servers: expected either the URLs of running servers, or rollout.vllm_python "

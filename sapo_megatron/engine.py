@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 
 from sapo_megatron.config import Recipe
@@ -56,6 +57,7 @@ def open_engine(recipe: Recipe, inputs: Inputs, policy: Policy, run: Path) -> It
             probe=_probe_tokens(recipe, inputs),
             tolerance=PROBE_TOLERANCE[recipe.model.params_dtype],
             layout=policy.groups.batch_layout(recipe),
+            colocate=recipe.rollout.colocate,
         )
 
 
@@ -96,9 +98,11 @@ class Following:
         probe: tuple[int, ...],
         tolerance: float,
         layout: dict[str, int],
+        colocate: bool = False,
     ) -> None:
         """``servers``: on the first rank; ``folder``: where weights are handed over; ``layout``: as
-        ``batch.micro_batches`` takes it.
+        ``batch.micro_batches`` takes it; ``colocate``: the servers sleep between rollouts, which
+        costs them their weights.
         """
         self._policy = policy
         self._servers = servers
@@ -106,6 +110,7 @@ class Following:
         self._probe = probe
         self._tolerance = tolerance
         self._layout = layout
+        self._colocate = colocate
         self._updates: int | None = None
         """Optimizer steps behind the servers' weights; None: they have none of ours."""
 
@@ -117,18 +122,26 @@ class Following:
     @contextmanager
     def serving(self, *, record: bool) -> Iterator[Metrics]:
         metrics = Metrics()
-        if self._updates != self._policy.updates:
+        if self._colocate or self._updates != self._policy.updates:
             metrics = self._hand_over()
             self._updates = self._policy.updates
         yield metrics
 
     def generate(self, requests: Sequence[Request], params: SamplingParams) -> list[Sample]:
-        return self._servers.sample(requests, params) if self._servers else []
+        if self._servers is None:
+            return []
+        samples = self._servers.sample(requests, params)
+        if self._colocate:
+            self._servers.sleep()  # before any rank has the samples and trains on them
+        return samples
 
     def _hand_over(self) -> Metrics:
         began = time.monotonic()
-        self._policy.checkpoint.save(self._folder)
         logprobs = self._policy.logprobs(self._probe, self._layout)
+        if self._colocate:
+            torch.cuda.empty_cache()  # what training has kept; the servers are about to need it
+        # No rank is through before all have come, so that their memory is free as well.
+        self._policy.checkpoint.save(self._folder)
         probe = Probe(tokens=self._probe, logprobs=logprobs, tolerance=self._tolerance)
 
         def load() -> float:

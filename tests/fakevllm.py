@@ -17,6 +17,7 @@ DESCRIPTION = {
     "max_model_len": 22,
     "generation_config": "vllm",
     "routed_experts": False,
+    "sleep_mode": False,
 }
 Answer = tuple[int, Any]
 """Status, and bytes or what becomes JSON."""
@@ -34,6 +35,7 @@ class FakeVllm:
         self.calls: list[tuple[str, dict[str, Any]]] = []
         self.description: dict[str, Any] = dict(DESCRIPTION)
         self.weights = "initial"
+        self.asleep = False
         self.folders: list[str] = []
         self.fault: Callable[[str, dict[str, Any], Callable[[], Answer]], Answer] | None = None
         self._open: set[Any] = set()
@@ -71,6 +73,14 @@ class FakeVllm:
     def _own(self, path: str, body: dict[str, Any]) -> Answer:
         if path == "/health":
             return 200, b""
+        if path == "/sleep?level=2":
+            self.asleep = True
+            return 200, {"status": "sleeping", "level": 2}
+        if path == "/wake_up":
+            self.asleep = False
+            return 200, {"status": "awake", "tags": None}
+        if self.asleep and body.get("method") != "sapo_describe":
+            return 500, b"asleep"
         if path == "/reset_prefix_cache":
             return 200, {"success": True}
         if path == "/collective_rpc" and body["method"] == "sapo_describe":

@@ -165,6 +165,14 @@ class VllmEngine:
         assert self._weights is not None, "load comes before sample"
         return asyncio.run(self._sample(requests, params)) if requests else []
 
+    def sleep(self) -> None:
+        """Have all servers drop their weights and free their memory, until the next ``load``.
+
+        Raises RunFailed where one may not have done so. It has not been run on a GPU.
+        """
+        self._weights = None
+        asyncio.run(self._sleep())
+
     @asynccontextmanager
     async def _connected(self) -> AsyncIterator[list[_State]]:
         async with httpx.AsyncClient(
@@ -192,6 +200,10 @@ class VllmEngine:
                     logger.warning("%s is left out for now: %s", state.server.url, problem)
             if not any(state.ready for state in states):
                 raise RunFailed(_lost(states))
+
+    async def _sleep(self) -> None:
+        async with self._connected() as states:
+            await asyncio.gather(*(state.server.sleep() for state in states))
 
     async def _logprobs(self, tokens: Sequence[int]) -> dict[str, list[float]]:
         async with self._connected() as states:
@@ -272,6 +284,7 @@ class VllmEngine:
                 self._arch,
                 longest=self._config.max_prompt_length + self._config.max_response_length,
                 with_routes=self._with_routes,
+                sleeps=self._config.colocate,
             )
             if self._weights:
                 await self._bring(state.server, description, self._weights)
@@ -285,6 +298,8 @@ class VllmEngine:
         seen, _ = self._verified.get(server.url, ("", 0.0))
         if description.weights == seen == weights.label:
             return
+        if self._config.colocate:
+            await server.wake_up()
         await server.load(weights.folder, weights.label)
         await _forget_prefixes(server)
         probe = weights.probe

@@ -35,6 +35,7 @@ class Worker:
             "max_model_len": model.max_model_len,
             "generation_config": model.generation_config,
             "routed_experts": self.vllm_config.aux_output_config.enable_return_routed_experts,
+            "sleep_mode": model.enable_sleep_mode,
         }
 
     def sapo_load(self, folder: str, label: str) -> dict[str, bool]:
