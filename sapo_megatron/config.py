@@ -120,6 +120,9 @@ class RolloutConfig:
     colocate: bool = False
     """The servers are on the GPUs of the trainer, and asleep while it trains: they give up their
     weights and memory after every rollout. Not run on a GPU yet."""
+    weight_transfer: Literal["folder", "nccl"] = "folder"
+    """How servers get weights: a folder on a file system that they share, or NCCL, with vLLM's
+    sending side. nccl has not been run on GPUs yet."""
     server_concurrency: int = 256
     """Requests that one server works on at once."""
     server_timeout_s: float = 600.0

@@ -18,7 +18,14 @@ DESCRIPTION = {
     "generation_config": "vllm",
     "routed_experts": False,
     "sleep_mode": False,
+    "weight_transfer": None,
 }
+TRANSFER = (
+    "/init_weight_transfer_engine",
+    "/start_weight_update",
+    "/update_weights",
+    "/finish_weight_update",
+)
 Answer = tuple[int, Any]
 """Status, and bytes or what becomes JSON."""
 HANG_UP: Answer = (0, b"")
@@ -85,6 +92,13 @@ class FakeVllm:
             return 200, {"success": True}
         if path == "/collective_rpc" and body["method"] == "sapo_describe":
             return 200, {"results": [{"weights": self.weights, **self.description}]}
+        if path == "/get_world_size":
+            return 200, {"world_size": 2}
+        if path in TRANSFER:
+            return 200, {"message": "as asked"}
+        if path == "/collective_rpc" and body["method"] == "sapo_label":
+            (self.weights,) = body["args"]
+            return 200, {"results": [None]}
         if path == "/collective_rpc":
             folder, self.weights = body["args"]
             self.folders.append(folder)

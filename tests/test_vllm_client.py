@@ -476,6 +476,20 @@ def wait_until(holds):
         ({"engine": "vllm", "servers": ["http://a/v1"]}, "expected URLs .* got 'http://a/v1'"),
         ({"engine": "vllm", "servers": ["http://a", "http://a"]}, "got http://a twice"),
         ({"engine": "vllm", "vllm_python": "python", "num_servers": 0}, "rollout.num_servers"),
+        ({"weight_transfer": "nccl"}, "rollout.weight_transfer: expected folder .* in_process"),
+        (
+            {"engine": "vllm", "vllm_python": "python", "weight_transfer": "nccl"},
+            "rollout.weight_transfer: expected folder with rollout.vllm_python",
+        ),
+        (
+            {
+                "engine": "vllm",
+                "servers": ["http://a"],
+                "colocate": True,
+                "weight_transfer": "nccl",
+            },
+            "rollout.weight_transfer: expected folder with rollout.colocate",
+        ),
         ({"colocate": True}, "rollout.colocate: expected false with .* in_process"),
         (
             {"engine": "vllm", "servers": ["http://a"], "colocate": True, "async_steps": 1},

@@ -29,7 +29,7 @@ from sapo_megatron.policy.mapping import Entry, Named, Plain, entry
 from sapo_megatron.policy.model import PolicyModel
 from sapo_megatron.policy.parallel import ParallelGroups
 from sapo_megatron.policy.spec import DTYPES
-from sapo_megatron.pretrained import INDEX, NOT_WEIGHTS, Checkpoint
+from sapo_megatron.pretrained import INDEX, NOT_WEIGHTS, Checkpoint, Listed
 
 SHARD_BYTES = 4 * 2**30
 """Size at which an exported safetensors file is closed and the next begun."""
@@ -45,10 +45,8 @@ def save_random(arch: Architecture, model: ModelConfig, folder: Path, *, seed: i
         fresh.to(DTYPES[model.params_dtype]).save_pretrained(temporary)
 
 
-Listed = tuple[str, torch.dtype, torch.Size]
-"""Name, dtype and shape of a tensor."""
-_Turn = tuple[int, int, str, torch.dtype, torch.Size]
-"""Turn and rank, and what is listed of the tensor."""
+_Turn = tuple[int, int, Listed]
+"""Turn and rank."""
 
 
 @dataclass(frozen=True)
@@ -115,11 +113,11 @@ class HuggingFaceWeights:
                 self._write_rest(temporary, tokenizer)
 
     def listing(self) -> list[Listed]:
-        """Name, dtype and shape of what ``stream`` yields, in its order; the same on every rank.
+        """What ``stream`` yields, in its order; the same on every rank.
 
         Collective over all ranks.
         """
-        return [(name, dtype, shape) for _, _, name, dtype, shape in self._schedule()]
+        return [listed for _, _, listed in self._schedule()]
 
     def stream(self) -> Iterator[Named]:
         """Every tensor of the model, one after the other, on the first rank; others yield nothing.
@@ -130,16 +128,16 @@ class HuggingFaceWeights:
         rank = dist.get_rank()
         weights = enumerate(self._weights())
         position, tensors = -1, iter([])
-        for turn, owner, name, dtype, shape in self._schedule():
+        for turn, owner, listed in self._schedule():
             while position < turn:  # every rank of a weight's group comes to it in the same turn
                 position, weight = next(weights, (turn, None))
                 tensors = iter(self._whole(weight) if weight else [])
             if owner == rank:
-                found, tensor = next(tensors)
-                assert (found, tensor.dtype, tensor.shape) == (name, dtype, shape), found
+                name, tensor = next(tensors)
+                assert Listed(name, tensor.dtype, tensor.shape) == listed, name
                 tensor = tensor.contiguous()
             elif rank == 0:
-                tensor = torch.empty(shape, dtype=dtype, device=self._groups.device)
+                tensor = torch.empty(listed.shape, dtype=listed.dtype, device=self._groups.device)
             if owner != 0 and rank in (0, owner):
                 # Between two ranks, which come to the tensors of the schedule in its order.
                 if rank == 0:
@@ -147,7 +145,7 @@ class HuggingFaceWeights:
                 else:
                     dist.send(tensor, dst=0)
             if rank == 0:
-                yield name, tensor
+                yield listed.name, tensor
 
     def _schedule(self) -> list[_Turn]:
         """The tensors of all ranks by turn, of which each rank has one for each of its weights."""
@@ -157,7 +155,8 @@ class HuggingFaceWeights:
                 _, size = weight.place
                 pieces = [torch.empty_like(weight.tensor, device="meta")] * size
                 for name, tensor in weight.entry.merge(pieces):
-                    mine.append((turn, dist.get_rank(), name, tensor.dtype, tensor.shape))
+                    listed = Listed(name, tensor.dtype, tensor.shape)
+                    mine.append((turn, dist.get_rank(), listed))
         turns: list[Any] = [None] * dist.get_world_size()
         # Over the world: every rank says what it has and when it comes to it.
         dist.all_gather_object(turns, mine, group=self._groups.world)

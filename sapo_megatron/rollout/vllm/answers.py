@@ -19,6 +19,7 @@ from sapo_megatron.sample import Sample, SampleRoutes
 
 ROUTES_FLAG = "--enable-return-routed-experts"
 SLEEP_FLAG = "--enable-sleep-mode"
+TRANSFER_FLAG = '--weight-transfer-config \'{"backend": "nccl"}\''
 
 # vLLM writes -9999 for minus infinity, which no token that was drawn can have.
 LogProb = Annotated[float, Field(gt=-9999.0, le=0.0, allow_inf_nan=False)]
@@ -36,6 +37,7 @@ class Description(BaseModel):
     generation_config: str
     routed_experts: bool
     sleep_mode: bool
+    weight_transfer: str | None
 
 
 class Loaded(BaseModel):
@@ -124,6 +126,7 @@ def check_description(
     longest: int,
     with_routes: bool,
     sleeps: bool,
+    over_nccl: bool,
 ) -> None:
     """Whether a server serves the model and sequences of ``longest`` tokens as we need it.
 
@@ -163,6 +166,11 @@ def check_description(
         raise UserError(
             f"{url}: sleep_mode: expected a server that can sleep, which rollout.colocate needs, "
             f"got one that keeps its memory; start it with {SLEEP_FLAG}"
+        )
+    if over_nccl and got.weight_transfer != "nccl":
+        raise UserError(
+            f"{url}: weight_transfer: expected nccl, as rollout.weight_transfer has it, got "
+            f"{got.weight_transfer or 'none'}; start the server with {TRANSFER_FLAG}"
         )
 
 

@@ -59,6 +59,10 @@ class Server:
                 f"machine; write them to a file system that it shares"
             )
 
+    async def label(self, label: str) -> None:
+        """Name the weights that it gets another way than by ``load``."""
+        await self._rpc("sapo_label", label)
+
     async def forget_prefixes(self) -> bool:
         """Drop the cached keys and values; False while requests hold some of them."""
         content = await self._call("POST", "/reset_prefix_cache")
