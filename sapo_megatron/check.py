@@ -262,11 +262,32 @@ def _check_servers(r: RolloutConfig) -> None:
                 f"rollout.async_steps: expected 0 with rollout.engine in_process, whose model is "
                 f"the one that trains, got {r.async_steps}; remove it or set rollout.engine=vllm"
             )
+        if r.colocate:
+            raise UserError(
+                "rollout.colocate: expected false with rollout.engine in_process, which has no "
+                "servers, got true; remove it or set rollout.engine=vllm"
+            )
+        if r.weight_transfer != "folder":
+            raise UserError(
+                f"rollout.weight_transfer: expected folder with rollout.engine in_process, which "
+                f"has no servers, got {r.weight_transfer}; remove it or set rollout.engine=vllm"
+            )
         return
+    if r.colocate and r.async_steps:
+        raise UserError(
+            f"rollout.async_steps: expected 0 with rollout.colocate, whose servers sleep while the "
+            f"model trains, got {r.async_steps}; remove one of the two"
+        )
     if bool(r.servers) == bool(r.vllm_python):
         raise UserError(
             f"rollout.servers: expected either the URLs of running servers, or rollout.vllm_python "
             f"to start some with, got {'both' if r.servers else 'neither'}; set one of them"
+        )
+    if r.weight_transfer == "nccl" and (r.colocate or r.vllm_python):
+        name = "colocate" if r.colocate else "vllm_python"
+        raise UserError(
+            f"rollout.weight_transfer: expected folder with rollout.{name}, whose servers share "
+            f"the trainer's GPUs (NCCL wants one for each process), got nccl; remove one of the two"
         )
     for url in r.servers:
         if not re.fullmatch(r"https?://[\w.-]+(:\d+)?|https?://\[[\da-fA-F:]+\](:\d+)?", url):

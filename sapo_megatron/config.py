@@ -117,6 +117,12 @@ class RolloutConfig:
     async_steps: Literal[0, 1] = 0
     """1: the servers sample the next step's responses while this step trains, with the weights from
     before it."""
+    colocate: bool = False
+    """The servers are on the GPUs of the trainer, and asleep while it trains: they give up their
+    weights and memory after every rollout. Not run on a GPU yet."""
+    weight_transfer: Literal["folder", "nccl"] = "folder"
+    """How servers get weights: a folder on a file system that they share, or NCCL, with vLLM's
+    sending side. nccl has not been run on GPUs yet."""
     server_concurrency: int = 256
     """Requests that one server works on at once."""
     server_timeout_s: float = 600.0

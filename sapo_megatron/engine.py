@@ -1,15 +1,18 @@
 """The engine of a run's rollouts: the training model itself, or vLLM servers that follow it.
 
-Servers get the policy's weights as a Hugging Face folder on a file system that they share, and must
-then give a probe the log-probs that the training engine gives it; a run whose servers do not stops.
+Servers get the policy's weights as a Hugging Face folder on a file system that they share, or over
+NCCL, and must then give a probe the log-probs that the training engine gives it; a run whose
+servers do not stops.
 """
 
+import functools
 import logging
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 
 from sapo_megatron.config import Recipe
@@ -22,6 +25,7 @@ from sapo_megatron.rollout.generate import InProcess, Request, SamplingParams
 from sapo_megatron.rollout.inputs import Inputs
 from sapo_megatron.rollout.vllm.engine import Probe, VllmEngine
 from sapo_megatron.rollout.vllm.servers import LocalServers
+from sapo_megatron.rollout.vllm.transfer import Transfer
 from sapo_megatron.sample import Sample
 
 logger = logging.getLogger(__name__)
@@ -49,6 +53,14 @@ def open_engine(recipe: Recipe, inputs: Inputs, policy: Policy, run: Path) -> It
             servers.append(_connect(stack, recipe, inputs, run / "servers"))
 
         parallel.on_first_rank(policy.groups, connect)
+        transfers: list[Transfer] = []
+        if over_nccl := recipe.rollout.weight_transfer == "nccl":
+            listing = policy.checkpoint.listing()
+            urls, timeout_s = recipe.rollout.servers, recipe.rollout.server_timeout_s
+            parallel.on_first_rank(
+                policy.groups,
+                lambda: transfers.append(Transfer(urls, listing, timeout_s=timeout_s)),
+            )
         yield Following(
             policy,
             servers[0] if servers else None,
@@ -56,6 +68,9 @@ def open_engine(recipe: Recipe, inputs: Inputs, policy: Policy, run: Path) -> It
             probe=_probe_tokens(recipe, inputs),
             tolerance=PROBE_TOLERANCE[recipe.model.params_dtype],
             layout=policy.groups.batch_layout(recipe),
+            colocate=recipe.rollout.colocate,
+            over_nccl=over_nccl,
+            transfer=transfers[0] if transfers else None,
         )
 
 
@@ -96,9 +111,13 @@ class Following:
         probe: tuple[int, ...],
         tolerance: float,
         layout: dict[str, int],
+        colocate: bool = False,
+        over_nccl: bool = False,
+        transfer: Transfer | None = None,
     ) -> None:
         """``servers``: on the first rank; ``folder``: where weights are handed over; ``layout``: as
-        ``batch.micro_batches`` takes it.
+        ``batch.micro_batches`` takes it; ``colocate``: the servers sleep between rollouts, which
+        costs them their weights; ``over_nccl``: they get weights by the first rank's ``transfer``.
         """
         self._policy = policy
         self._servers = servers
@@ -106,6 +125,9 @@ class Following:
         self._probe = probe
         self._tolerance = tolerance
         self._layout = layout
+        self._colocate = colocate
+        self._over_nccl = over_nccl
+        self._transfer = transfer
         self._updates: int | None = None
         """Optimizer steps behind the servers' weights; None: they have none of ours."""
 
@@ -117,31 +139,58 @@ class Following:
     @contextmanager
     def serving(self, *, record: bool) -> Iterator[Metrics]:
         metrics = Metrics()
-        if self._updates != self._policy.updates:
+        if self._colocate or self._updates != self._policy.updates:
             metrics = self._hand_over()
             self._updates = self._policy.updates
         yield metrics
 
     def generate(self, requests: Sequence[Request], params: SamplingParams) -> list[Sample]:
-        return self._servers.sample(requests, params) if self._servers else []
+        if self._servers is None:
+            return []
+        samples = self._servers.sample(requests, params)
+        if self._colocate:
+            self._servers.sleep()  # before any rank has the samples and trains on them
+        return samples
 
     def _hand_over(self) -> Metrics:
         began = time.monotonic()
-        self._policy.checkpoint.save(self._folder)
         logprobs = self._policy.logprobs(self._probe, self._layout)
+        if self._colocate:
+            torch.cuda.empty_cache()  # what training has kept; the servers are about to need it
         probe = Probe(tokens=self._probe, logprobs=logprobs, tolerance=self._tolerance)
-
-        def load() -> float:
-            assert self._servers is not None
-            return max(self._servers.load(self._folder, probe).values())
-
-        difference = parallel.on_first_rank(self._policy.groups, load)
+        difference = self._send(probe) if self._over_nccl else self._share(probe)
         metrics = Metrics()
         metrics.add("time/sync", Max(time.monotonic() - began))
         metrics.add("rollout/probe_diff", Max(difference))
         if dist.get_rank() == 0:
             logger.debug("servers have the weights of update %d", self._policy.updates)
         return metrics
+
+    def _share(self, probe: Probe) -> float:
+        """By a folder; the probe's largest difference."""
+        # No rank is through before all have come, so that their memory is free as well.
+        self._policy.checkpoint.save(self._folder)
+
+        def load() -> float:
+            assert self._servers is not None
+            return max(self._servers.load(self._folder, probe).values())
+
+        return parallel.on_first_rank(self._policy.groups, load)
+
+    def _send(self, probe: Probe) -> float:
+        """Over NCCL; the probe's largest difference."""
+        found: dict[str, float] = {}
+        tensors = self._policy.checkpoint.stream()
+        with parallel.failing_together(self._policy.groups):
+            try:
+                if self._servers is not None:
+                    assert self._transfer is not None
+                    send = functools.partial(self._transfer.send, tensors)
+                    found = self._servers.receive(send, probe)
+            finally:
+                for _ in tensors:  # others wait for the first rank to take their tensors
+                    pass
+        return parallel.on_first_rank(self._policy.groups, lambda: max(found.values()))
 
 
 def _probe_tokens(recipe: Recipe, inputs: Inputs) -> tuple[int, ...]:

@@ -8,6 +8,7 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -99,6 +100,14 @@ def _expected(file: str) -> Architecture:
     except (OSError, ValueError) as error:
         raise UserError(f"model.architecture: cannot read {path}: {error}") from None
     return parse_architecture(config, path)
+
+
+class Listed(NamedTuple):
+    """What is known of a tensor without it."""
+
+    name: str
+    dtype: torch.dtype
+    shape: torch.Size
 
 
 class Checkpoint:

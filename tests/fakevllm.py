@@ -17,7 +17,15 @@ DESCRIPTION = {
     "max_model_len": 22,
     "generation_config": "vllm",
     "routed_experts": False,
+    "sleep_mode": False,
+    "weight_transfer": None,
 }
+TRANSFER = (
+    "/init_weight_transfer_engine",
+    "/start_weight_update",
+    "/update_weights",
+    "/finish_weight_update",
+)
 Answer = tuple[int, Any]
 """Status, and bytes or what becomes JSON."""
 HANG_UP: Answer = (0, b"")
@@ -34,6 +42,7 @@ class FakeVllm:
         self.calls: list[tuple[str, dict[str, Any]]] = []
         self.description: dict[str, Any] = dict(DESCRIPTION)
         self.weights = "initial"
+        self.asleep = False
         self.folders: list[str] = []
         self.fault: Callable[[str, dict[str, Any], Callable[[], Answer]], Answer] | None = None
         self._open: set[Any] = set()
@@ -71,10 +80,25 @@ class FakeVllm:
     def _own(self, path: str, body: dict[str, Any]) -> Answer:
         if path == "/health":
             return 200, b""
+        if path == "/sleep?level=2":
+            self.asleep = True
+            return 200, {"status": "sleeping", "level": 2}
+        if path == "/wake_up":
+            self.asleep = False
+            return 200, {"status": "awake", "tags": None}
+        if self.asleep and body.get("method") != "sapo_describe":
+            return 500, b"asleep"
         if path == "/reset_prefix_cache":
             return 200, {"success": True}
         if path == "/collective_rpc" and body["method"] == "sapo_describe":
             return 200, {"results": [{"weights": self.weights, **self.description}]}
+        if path == "/get_world_size":
+            return 200, {"world_size": 2}
+        if path in TRANSFER:
+            return 200, {"message": "as asked"}
+        if path == "/collective_rpc" and body["method"] == "sapo_label":
+            (self.weights,) = body["args"]
+            return 200, {"results": [None]}
         if path == "/collective_rpc":
             folder, self.weights = body["args"]
             self.folders.append(folder)

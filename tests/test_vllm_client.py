@@ -19,6 +19,7 @@ from sapo_megatron.architecture import parse_architecture
 from sapo_megatron.config import RolloutConfig, RunFailed, UserError, load
 from sapo_megatron.rollout.generate import Request, SamplingParams
 from sapo_megatron.rollout.vllm import engine as engine_module
+from sapo_megatron.rollout.vllm import servers as servers_module
 from sapo_megatron.rollout.vllm.answers import read_routes
 from sapo_megatron.rollout.vllm.engine import Probe, VllmEngine
 from sapo_megatron.rollout.vllm.servers import LocalServers
@@ -389,6 +390,26 @@ def test_a_python_that_is_none(tmp_path):
         LocalServers(recipe(tmp_path, tmp_path / "no"), tmp_path, tmp_path / "servers")
 
 
+def test_servers_on_the_gpus_of_the_trainer(tmp_path, monkeypatch):
+    said = tmp_path / "said"
+    python = program(tmp_path, f'echo "$CUDA_VISIBLE_DEVICES $@" >> {said}; exec sleep 100')
+    config = recipe(tmp_path, python, colocate=True, num_servers=2, server_timeout_s=2.0)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
+    monkeypatch.setattr(servers_module.torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(RunFailed, match="got none yet"):
+        LocalServers(config, tmp_path, tmp_path / "servers")
+    lines = sorted(said.read_text().splitlines())
+    assert [line.split()[0] for line in lines] == ["4", "7"]
+    assert all("--enable-sleep-mode --gpu-memory-utilization 0.4" in line for line in lines)
+
+
+def test_more_servers_than_gpus_of_the_trainer(tmp_path, monkeypatch):
+    config = recipe(tmp_path, program(tmp_path, "exit 3"), colocate=True, num_servers=2)
+    monkeypatch.setattr(servers_module.torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(UserError, match=r"rollout\.num_servers: .* the 1 GPUs .* got 2"):
+        LocalServers(config, tmp_path, tmp_path / "servers")
+
+
 def alive(pid):
     try:
         os.kill(pid, 0)
@@ -455,6 +476,25 @@ def wait_until(holds):
         ({"engine": "vllm", "servers": ["http://a/v1"]}, "expected URLs .* got 'http://a/v1'"),
         ({"engine": "vllm", "servers": ["http://a", "http://a"]}, "got http://a twice"),
         ({"engine": "vllm", "vllm_python": "python", "num_servers": 0}, "rollout.num_servers"),
+        ({"weight_transfer": "nccl"}, "rollout.weight_transfer: expected folder .* in_process"),
+        (
+            {"engine": "vllm", "vllm_python": "python", "weight_transfer": "nccl"},
+            "rollout.weight_transfer: expected folder with rollout.vllm_python",
+        ),
+        (
+            {
+                "engine": "vllm",
+                "servers": ["http://a"],
+                "colocate": True,
+                "weight_transfer": "nccl",
+            },
+            "rollout.weight_transfer: expected folder with rollout.colocate",
+        ),
+        ({"colocate": True}, "rollout.colocate: expected false with .* in_process"),
+        (
+            {"engine": "vllm", "servers": ["http://a"], "colocate": True, "async_steps": 1},
+            "rollout.async_steps: expected 0 with rollout.colocate",
+        ),
     ],
 )
 def test_recipes_that_are_wrong(tmp_path, rollout, message):

@@ -29,7 +29,7 @@ from sapo_megatron.policy.mapping import Entry, Named, Plain, entry
 from sapo_megatron.policy.model import PolicyModel
 from sapo_megatron.policy.parallel import ParallelGroups
 from sapo_megatron.policy.spec import DTYPES
-from sapo_megatron.pretrained import INDEX, NOT_WEIGHTS, Checkpoint
+from sapo_megatron.pretrained import INDEX, NOT_WEIGHTS, Checkpoint, Listed
 
 SHARD_BYTES = 4 * 2**30
 """Size at which an exported safetensors file is closed and the next begun."""
@@ -43,6 +43,10 @@ def save_random(arch: Architecture, model: ModelConfig, folder: Path, *, seed: i
         fresh = transformers.AutoModelForCausalLM.from_config(config)
     with _whole_folder(folder) as temporary:
         fresh.to(DTYPES[model.params_dtype]).save_pretrained(temporary)
+
+
+_Turn = tuple[int, int, Listed]
+"""Turn and rank."""
 
 
 @dataclass(frozen=True)
@@ -108,21 +112,78 @@ class HuggingFaceWeights:
                 _write_index(list(itertools.chain(*written)), temporary)
                 self._write_rest(temporary, tokenizer)
 
+    def listing(self) -> list[Listed]:
+        """What ``stream`` yields, in its order; the same on every rank.
+
+        Collective over all ranks.
+        """
+        return [listed for _, _, listed in self._schedule()]
+
+    def stream(self) -> Iterator[Named]:
+        """Every tensor of the model, one after the other, on the first rank; others yield nothing.
+
+        Collective over all ranks, each of which must come to its end. A rank holds the tensors of
+        one weight at a time; some are the model's own memory, for who keeps them to copy.
+        """
+        rank = dist.get_rank()
+        weights = enumerate(self._weights())
+        position, tensors = -1, iter([])
+        for turn, owner, listed in self._schedule():
+            while position < turn:  # every rank of a weight's group comes to it in the same turn
+                position, weight = next(weights, (turn, None))
+                tensors = iter(self._whole(weight) if weight else [])
+            if owner == rank:
+                name, tensor = next(tensors)
+                assert Listed(name, tensor.dtype, tensor.shape) == listed, name
+                tensor = tensor.contiguous()
+            elif rank == 0:
+                tensor = torch.empty(listed.shape, dtype=listed.dtype, device=self._groups.device)
+            if owner != 0 and rank in (0, owner):
+                # Between two ranks, which come to the tensors of the schedule in its order.
+                if rank == 0:
+                    dist.recv(tensor, src=owner)
+                else:
+                    dist.send(tensor, dst=0)
+            if rank == 0:
+                yield listed.name, tensor
+
+    def _schedule(self) -> list[_Turn]:
+        """The tensors of all ranks by turn, of which each rank has one for each of its weights."""
+        mine: list[_Turn] = []
+        for turn, weight in enumerate(self._weights()):
+            if self._is_written(weight) and weight.group.rank() == 0:
+                _, size = weight.place
+                pieces = [torch.empty_like(weight.tensor, device="meta")] * size
+                for name, tensor in weight.entry.merge(pieces):
+                    listed = Listed(name, tensor.dtype, tensor.shape)
+                    mine.append((turn, dist.get_rank(), listed))
+        turns: list[Any] = [None] * dist.get_world_size()
+        # Over the world: every rank says what it has and when it comes to it.
+        dist.all_gather_object(turns, mine, group=self._groups.world)
+        return sorted(itertools.chain(*turns), key=lambda turn: turn[:2])  # stable: names as merged
+
     def _whole_tensors(self) -> Iterator[Named]:
         """The tensors that this rank is to write. Collective over each weight's group."""
         for weight in self._weights():
-            if weight.replicas.rank() > 0 or self._is_tied_copy(weight):
-                continue
-            _, size = weight.place
-            pieces = [weight.tensor.detach().contiguous()]
-            if size > 1:
-                gathered = [torch.empty_like(pieces[0]) for _ in range(size)]
-                # Over the group that the weight is cut over: its ranks hold the same weights in
-                # the same order, and of all replicas the first come here together.
-                dist.all_gather(gathered, pieces[0], group=weight.group)
-                pieces = gathered
-            if weight.group.rank() == 0:
-                yield from weight.entry.merge(pieces)
+            yield from self._whole(weight)
+
+    def _whole(self, weight: _Weight) -> list[Named]:
+        """The tensors of a weight, on the rank that is to write them. Collective over its group."""
+        if not self._is_written(weight):
+            return []
+        _, size = weight.place
+        pieces = [weight.tensor.detach().contiguous()]
+        if size > 1:
+            gathered = [torch.empty_like(pieces[0]) for _ in range(size)]
+            # Over the group that the weight is cut over: its ranks hold the same weights in the
+            # same order, and of all replicas the first come here together.
+            dist.all_gather(gathered, pieces[0], group=weight.group)
+            pieces = gathered
+        return weight.entry.merge(pieces) if weight.group.rank() == 0 else []
+
+    def _is_written(self, weight: _Weight) -> bool:
+        """Whether this rank's group of the weight is the one that writes it."""
+        return weight.replicas.rank() == 0 and not self._is_tied_copy(weight)
 
     def _weights(self) -> Iterator[_Weight]:
         """This rank's weights, under the names they have in the whole model."""

@@ -18,6 +18,8 @@ from sapo_megatron.rollout.generate import Request, SamplingParams
 from sapo_megatron.sample import Sample, SampleRoutes
 
 ROUTES_FLAG = "--enable-return-routed-experts"
+SLEEP_FLAG = "--enable-sleep-mode"
+TRANSFER_FLAG = '--weight-transfer-config \'{"backend": "nccl"}\''
 
 # vLLM writes -9999 for minus infinity, which no token that was drawn can have.
 LogProb = Annotated[float, Field(gt=-9999.0, le=0.0, allow_inf_nan=False)]
@@ -34,6 +36,8 @@ class Description(BaseModel):
     max_model_len: int
     generation_config: str
     routed_experts: bool
+    sleep_mode: bool
+    weight_transfer: str | None
 
 
 class Loaded(BaseModel):
@@ -56,6 +60,12 @@ class Reset(BaseModel):
     """``/reset_prefix_cache``."""
 
     success: bool
+
+
+class Awake(BaseModel):
+    """``/wake_up``."""
+
+    status: Literal["awake"]
 
 
 class _LogProbs(BaseModel):
@@ -109,7 +119,14 @@ def read(kind: type[Answer], content: bytes, url: str) -> Answer:
 
 
 def check_description(
-    got: Description, url: str, arch: Architecture, *, longest: int, with_routes: bool
+    got: Description,
+    url: str,
+    arch: Architecture,
+    *,
+    longest: int,
+    with_routes: bool,
+    sleeps: bool,
+    over_nccl: bool,
 ) -> None:
     """Whether a server serves the model and sequences of ``longest`` tokens as we need it.
 
@@ -144,6 +161,16 @@ def check_description(
             f"{url}: routed_experts: expected a server that returns them, which "
             f"routing.router_replay R3 needs, got one that does not; start it with "
             f"{ROUTES_FLAG}"
+        )
+    if sleeps and not got.sleep_mode:
+        raise UserError(
+            f"{url}: sleep_mode: expected a server that can sleep, which rollout.colocate needs, "
+            f"got one that keeps its memory; start it with {SLEEP_FLAG}"
+        )
+    if over_nccl and got.weight_transfer != "nccl":
+        raise UserError(
+            f"{url}: weight_transfer: expected nccl, as rollout.weight_transfer has it, got "
+            f"{got.weight_transfer or 'none'}; start the server with {TRANSFER_FLAG}"
         )
 
 

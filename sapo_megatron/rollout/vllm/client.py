@@ -10,6 +10,8 @@ from sapo_megatron.architecture import Architecture
 from sapo_megatron.config import RunFailed, UserError
 from sapo_megatron.rollout.generate import Request, SamplingParams
 from sapo_megatron.rollout.vllm.answers import (
+    SLEEP_FLAG,
+    Awake,
     Completion,
     Description,
     Descriptions,
@@ -30,6 +32,10 @@ _NEUTRAL = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
 
 class Away(Exception):
     """A server cannot be reached or is in trouble; another try, there or elsewhere, may help."""
+
+
+class _Trouble(Away):
+    """HTTP 5xx."""
 
 
 class Server:
@@ -53,10 +59,42 @@ class Server:
                 f"machine; write them to a file system that it shares"
             )
 
+    async def label(self, label: str) -> None:
+        """Name the weights that it gets another way than by ``load``."""
+        await self._rpc("sapo_label", label)
+
     async def forget_prefixes(self) -> bool:
         """Drop the cached keys and values; False while requests hold some of them."""
         content = await self._call("POST", "/reset_prefix_cache")
         return read(Reset, content, self.url).success
+
+    async def sleep(self) -> None:
+        """Drop the weights and free their memory, and that of keys and values.
+
+        Raises RunFailed where that is not certain, so also for a server that is away.
+        """
+        try:
+            await self._call("POST", "/sleep?level=2")
+        except (Away, _Refused) as error:
+            reason = f"HTTP {error.status}" if isinstance(error, _Refused) else str(error)
+            raise RunFailed(
+                f"{self.url}: /sleep: expected it to leave its memory to training, got {reason}; "
+                f"look at its log; it needs VLLM_SERVER_DEV_MODE=1 and {SLEEP_FLAG}"
+            ) from None
+
+    async def wake_up(self) -> None:
+        """Take the memory again, without weights in it; nothing for a server that is awake.
+
+        Raises RunFailed where it cannot.
+        """
+        try:
+            content = await self._call("POST", "/wake_up")
+        except _Trouble as error:
+            raise RunFailed(
+                f"{self.url}: /wake_up: expected it to take its memory again, got {error}; look at "
+                f"its log, and start it with a smaller --gpu-memory-utilization"
+            ) from None
+        read(Awake, content, self.url)
 
     async def logprobs(self, tokens: Sequence[int]) -> list[float]:
         """Log-probs of ``tokens[1:]``, each after those before it, at temperature 1."""
@@ -132,7 +170,7 @@ class Server:
         except httpx.TransportError as error:
             raise Away(f"{type(error).__name__} {error}".strip()) from None
         if response.status_code >= 500:
-            raise Away(f"HTTP {response.status_code}: {_message(response)}")
+            raise _Trouble(f"HTTP {response.status_code}: {_message(response)}")
         if response.status_code >= 300:
             raise _Refused(self.url, path, response)
         return response.content

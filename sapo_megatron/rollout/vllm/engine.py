@@ -56,7 +56,8 @@ class Probe:
 
 @dataclass(frozen=True)
 class _Weights:
-    folder: Path
+    folder: Path | None
+    """None: they were sent to the servers that were there, and cannot be sent to one again."""
     probe: Probe
     label: str
     """Another one for every load, known to the servers that have these weights."""
@@ -147,8 +148,24 @@ class VllmEngine:
         """
         self._weights = _Weights(folder, probe, uuid.uuid4().hex)
         asyncio.run(self._load())
+        return self._differences(self._weights.label)
+
+    def receive(self, send: Callable[[], None], probe: Probe) -> dict[str, float]:
+        """Verify the weights that ``send`` puts into all servers; as ``load`` otherwise.
+
+        Raises RunFailed also where a server is away. One that is restarted later is without the
+        weights, and gets no work.
+        """
+        label = uuid.uuid4().hex
+        asyncio.run(self._label(f"part of {label}"))
+        send()
+        asyncio.run(self._label(label))
+        self._weights = _Weights(None, probe, label)
+        asyncio.run(self._load())
+        return self._differences(label)
+
+    def _differences(self, label: str) -> dict[str, float]:
         verified = ((url, self._verified.get(url)) for url in self._urls)
-        label = self._weights.label
         return {url: seen[1] for url, seen in verified if seen and seen[0] == label}
 
     def logprobs(self, tokens: Sequence[int]) -> dict[str, list[float]]:
@@ -164,6 +181,14 @@ class VllmEngine:
         """
         assert self._weights is not None, "load comes before sample"
         return asyncio.run(self._sample(requests, params)) if requests else []
+
+    def sleep(self) -> None:
+        """Have all servers drop their weights and free their memory, until the next ``load``.
+
+        Raises RunFailed where one may not have done so. It has not been run on a GPU.
+        """
+        self._weights = None
+        asyncio.run(self._sleep())
 
     @asynccontextmanager
     async def _connected(self) -> AsyncIterator[list[_State]]:
@@ -192,6 +217,14 @@ class VllmEngine:
                     logger.warning("%s is left out for now: %s", state.server.url, problem)
             if not any(state.ready for state in states):
                 raise RunFailed(_lost(states))
+
+    async def _label(self, label: str) -> None:
+        async with self._connected() as states:
+            await asyncio.gather(*(_label(state.server, label) for state in states))
+
+    async def _sleep(self) -> None:
+        async with self._connected() as states:
+            await asyncio.gather(*(state.server.sleep() for state in states))
 
     async def _logprobs(self, tokens: Sequence[int]) -> dict[str, list[float]]:
         async with self._connected() as states:
@@ -272,6 +305,8 @@ class VllmEngine:
                 self._arch,
                 longest=self._config.max_prompt_length + self._config.max_response_length,
                 with_routes=self._with_routes,
+                sleeps=self._config.colocate,
+                over_nccl=self._config.weight_transfer == "nccl",
             )
             if self._weights:
                 await self._bring(state.server, description, self._weights)
@@ -285,7 +320,12 @@ class VllmEngine:
         seen, _ = self._verified.get(server.url, ("", 0.0))
         if description.weights == seen == weights.label:
             return
-        await server.load(weights.folder, weights.label)
+        if self._config.colocate:
+            await server.wake_up()
+        if weights.folder:
+            await server.load(weights.folder, weights.label)
+        elif description.weights != weights.label:
+            raise Away("it has not got the weights that the others were sent")
         await _forget_prefixes(server)
         probe = weights.probe
         found = await server.logprobs(probe.tokens)
@@ -298,6 +338,16 @@ class VllmEngine:
                 f"and restart it"
             )
         self._verified[server.url] = (weights.label, diff)
+
+
+async def _label(server: Server, label: str) -> None:
+    try:
+        await server.label(label)
+    except Away as error:
+        raise RunFailed(
+            f"{server.url}: expected every server to be there for weights over NCCL, got {error}; "
+            f"restart all of them, and resume the run"
+        ) from None
 
 
 async def _forget_prefixes(server: Server) -> None:

@@ -18,12 +18,16 @@ import torch
 import sapo_megatron
 from sapo_megatron.config import Recipe, RunFailed, UserError
 from sapo_megatron.rollout.vllm import guard
-from sapo_megatron.rollout.vllm.answers import ROUTES_FLAG
+from sapo_megatron.rollout.vllm.answers import ROUTES_FLAG, SLEEP_FLAG
 from sapo_megatron.rollout.vllm.client import EXTENSION
 
 logger = logging.getLogger(__name__)
 
 POLL_S = 0.5
+COLOCATED_MEMORY = 0.4
+"""Part of a GPU's memory for a server on the trainer's GPUs, while the trainer keeps its weights
+and its optimizer there: vLLM does not start where less than it asks for is free, and asks for 0.92
+otherwise."""
 LOG_LINES = 3
 """Last lines of a log that an error shows."""
 
@@ -54,6 +58,12 @@ class LocalServers:
             raise UserError(
                 f"rollout.vllm_python: expected the Python of an environment with vLLM, got "
                 f"{python}, which is no program; make test-vllm sets one up in venvs/vllm"
+            )
+        if recipe.rollout.colocate and recipe.rollout.num_servers > torch.cuda.device_count():
+            raise UserError(
+                f"rollout.num_servers: expected at most one for each of the "
+                f"{torch.cuda.device_count()} GPUs of this machine with rollout.colocate, got "
+                f"{recipe.rollout.num_servers}; start fewer"
             )
         folder.mkdir(parents=True, exist_ok=True)
         environment = _environment(folder)
@@ -122,6 +132,8 @@ def _start(
     port = _free_port()
     url, log = f"http://127.0.0.1:{port}", folder / f"{number}.log"
     command = [sys.executable, "-m", guard.__name__, *_command(recipe, model, port)]
+    if recipe.rollout.colocate:
+        environment = environment | {"CUDA_VISIBLE_DEVICES": _gpu(number)}
     with log.open("wb") as file:
         process = subprocess.Popen(
             command,
@@ -145,6 +157,8 @@ def _command(recipe: Recipe, model: Path, port: int) -> list[str]:
     words += ["--worker-extension-cls", EXTENSION]
     if recipe.routing.router_replay == "R3":
         words += [ROUTES_FLAG]
+    if rollout.colocate:
+        words += [SLEEP_FLAG, "--gpu-memory-utilization", str(COLOCATED_MEMORY)]
     if not torch.cuda.is_available():
         words += ["--enforce-eager"]  # compiling takes longer than a small model runs
     return words
@@ -172,6 +186,12 @@ def _environment(folder: Path) -> dict[str, str]:
     }
     # GiB; what vLLM takes otherwise is most of the machine's memory, for every server.
     return {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"} | kept | ours
+
+
+def _gpu(number: int) -> str:
+    """Of the trainer's GPUs, as ``CUDA_VISIBLE_DEVICES`` has it."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return visible.split(",")[number] if visible else str(number)
 
 
 def _free_port() -> int:

@@ -22,10 +22,11 @@ class Worker:
         """Have the server return the log-probs that training needs, and say what it serves.
 
         Returns the model's sizes, the settings that matter and ``weights``, the label of the last
-        ``sapo_load``.
+        ``sapo_load`` or ``sapo_label``.
         """
         _return_logprobs_before_top_p(self.model_runner.sampler)
         model = self.vllm_config.model_config
+        transfer = self.vllm_config.weight_transfer_config
         return {
             "weights": self.sapo_weights,
             "model_type": model.hf_text_config.model_type,
@@ -35,7 +36,13 @@ class Worker:
             "max_model_len": model.max_model_len,
             "generation_config": model.generation_config,
             "routed_experts": self.vllm_config.aux_output_config.enable_return_routed_experts,
+            "sleep_mode": model.enable_sleep_mode,
+            "weight_transfer": transfer.backend if transfer else None,
         }
+
+    def sapo_label(self, label: str) -> None:
+        """Remember the ``label`` of weights that come another way than by ``sapo_load``."""
+        self.sapo_weights = label
 
     def sapo_load(self, folder: str, label: str) -> dict[str, bool]:
         """Load the weights of a Hugging Face folder in place, and remember their ``label``.
