@@ -4,10 +4,12 @@ A Hugging Face folder holds ``config.json``, weights in one or many safetensors 
 tokenizer. Nothing here reads more of a tensor than it is asked for.
 """
 
+import dataclasses
 import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 from typing import NamedTuple
 
 import torch
@@ -80,15 +82,25 @@ def check_same(arch: Architecture, model: ModelConfig) -> Architecture:
     """``arch``, if it has the sizes of ``model.architecture``. Raises UserError if not."""
     if model.architecture is None:
         return arch
-    expected = _expected(model.architecture)
-    for name in SAME:
-        wanted, got = getattr(expected, name), getattr(arch, name)
-        if wanted != got:
+    wanted, got = _sizes(_expected(model.architecture)), _sizes(arch)
+    for name in wanted | got:
+        if wanted.get(name) != got.get(name):
             raise UserError(
                 f"model.path: expected the model of {model.architecture}, got another in "
-                f"{model.path}: {name} is {got} instead of {wanted}; change one of them"
+                f"{model.path}: {name} is {got.get(name)} instead of {wanted.get(name)}; change "
+                f"one of them"
             )
     return arch
+
+
+def _sizes(arch: Architecture) -> dict[str, Any]:
+    """What ``SAME`` names, by dotted name."""
+    sizes: dict[str, Any] = {}
+    for name in SAME:
+        value = getattr(arch, name)
+        parts = vars(value) if dataclasses.is_dataclass(value) else {"": value}
+        sizes.update({f"{name}.{part}".rstrip("."): x for part, x in parts.items()})
+    return sizes
 
 
 def _expected(file: str) -> Architecture:

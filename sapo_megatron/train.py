@@ -140,7 +140,8 @@ class Trainer:
             for step in range(self.first_step, recipe.train.steps + 1):
                 metrics = self._step(step, collector)
                 if _due(step, recipe.eval.every) or step == recipe.train.steps:
-                    with _timed(metrics, "time/eval"):
+                    cursor = collector.cursor(self.inputs.source)
+                    with self._kept(step, cursor), _timed(metrics, "time/eval"):
                         after = self._evaluate(collector)
                     if self.is_main:
                         for name, value in after.items():
@@ -200,16 +201,21 @@ class Trainer:
     def _collect(self, step: int, collector: Collector) -> tuple[list[Group], Metrics]:
         """This step's groups; with ``rollout.async_steps``, the next step's are under way then."""
         source, seed = self.inputs.source, self.recipe.train.seed
-        cursor = collector.cursor(source)
-        try:
+        with self._kept(step - 1, collector.cursor(source)):
             collected = collector.collect(source, seed=seed)
-        except RunFailed:
-            if step > self.first_step:  # what was trained so far is not lost with the engine
-                self._save(step - 1, cursor)
-            raise
-        if self.recipe.rollout.async_steps and step < self.recipe.train.steps:
-            collector.begin(source, seed=seed)
+            if self.recipe.rollout.async_steps and step < self.recipe.train.steps:
+                collector.begin(source, seed=seed)
         return collected
+
+    @contextmanager
+    def _kept(self, step: int, cursor: dict[str, Any]) -> Iterator[None]:
+        """What is trained up to ``step`` is not lost where the engine fails in the block."""
+        try:
+            yield
+        except RunFailed:
+            if step >= self.first_step:
+                self._save(step, cursor)
+            raise
 
     def _set_old_logprobs(self, batches: list[PackedBatch]) -> Metrics:
         if self.reference:
