@@ -16,7 +16,7 @@ MCORE_019_STAMP := $(MCORE_019)/.installed
 ON_MCORE_019 := MEGATRON_CORE_VERSION=$(shell sed -n 's/^megatron-core==//p' \
 	requirements-mcore-0.19.txt) PYTHONPATH="$(CURDIR)/$(MCORE_019)"
 SLICE_FILES := $(patsubst %,tests/test_%.py, \
-	release layers logprob generate checkpoint replay matrix)
+	release layers logprob generate checkpoint replay families matrix)
 SLICE_LAYOUTS := TP2xPP2xEP2 or CP2xEP2xDP2 or PP2xVPP2xDP2 or CP2xDP2 or moe_act or 3-tuple or \
 	balanced
 SLICE ?= $(SLICE_FILES) -k "not (test_layout or killed or tensor_parallel) \
