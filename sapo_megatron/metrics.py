@@ -312,6 +312,9 @@ class Metrics:
     def __contains__(self, name: str) -> bool:
         return name in self._metrics
 
+    def __getitem__(self, name: str) -> Metric:
+        return self._metrics[name]
+
     def to_host(self) -> "Metrics":
         """The same bag with plain floats: one device-to-host transfer for all scalars."""
         tensors = [

@@ -97,7 +97,12 @@ def policy_loss(
         if algorithm.entropy_coef > 0:
             loss = loss - algorithm.entropy_coef * (weights * masked(entropy, mask)).sum()
     with torch.no_grad():
-        _add_ratio_metrics(metrics, batch, log_ratio, sequence_log_ratio, algorithm)
+        metrics.update(ratio_metrics(log_ratio, batch.advantages, mask))
+        if algorithm.loss_type == "sapo":
+            taus = {"tau_pos": algorithm.tau_pos, "tau_neg": algorithm.tau_neg}
+            metrics.update(gate_metrics(log_ratio, batch.advantages, mask, **taus))
+        else:
+            metrics.update(_clip_metrics(batch, log_ratio, sequence_log_ratio, algorithm))
     return loss, metrics
 
 
@@ -132,18 +137,15 @@ def _policy_token_loss(
             raise ValueError(f"loss_type: expected a known loss, got {algorithm.loss_type!r}")
 
 
-def _add_ratio_metrics(
-    metrics: Metrics,
-    batch: PackedBatch,
-    log_ratio: Tensor,
-    sequence_log_ratio: Tensor | None,
-    algorithm: AlgorithmConfig,
-) -> None:
-    """How far the policy has moved from the one that sampled, over valid tokens."""
-    mask, advantages = batch.mask, batch.advantages
+@torch.no_grad()
+def ratio_metrics(log_ratio: Tensor, advantages: Tensor, mask: Tensor) -> Metrics:
+    """``ratio/*`` and ``actor/ppo_kl``: how far the policy has moved from the one that sampled.
+
+    Tensors of one shape; ``log_ratio`` in nats; over the tokens where ``mask`` is True.
+    """
     log_ratio = safe_log_ratio(log_ratio, mask)
     ratio = log_ratio.exp()
-    positive, negative = mask & (advantages > 0), mask & (advantages < 0)
+    metrics = Metrics()
     # mean(log pi_old - log pi_theta): the k1 estimate of KL(pi_old || pi_theta), as the tokens
     # were drawn from pi_old; positive on average.
     metrics.add("actor/ppo_kl", Mean.of(-log_ratio, mask))
@@ -152,26 +154,48 @@ def _add_ratio_metrics(
     metrics.add("ratio/max", Max.of(ratio, mask))
     metrics.add("ratio/log_var", Variance.of(log_ratio, mask))
     metrics.add("ratio/ess", EffectiveSampleSize.of(ratio, mask))
-    metrics.add("ratio/hist_pos", Histogram.of(ratio, RATIO_EDGES, positive))
-    metrics.add("ratio/hist_neg", Histogram.of(ratio, RATIO_EDGES, negative))
-    if algorithm.loss_type == "sapo":
-        tau = token_temperature(advantages.to(ratio.dtype), algorithm.tau_pos, algorithm.tau_neg)
-        gate, weight = sapo_gate(ratio, tau), sapo_weight(ratio, tau)
-        metrics.add("sapo/gate_mean", Mean.of(gate, mask))
-        metrics.add("sapo/gate_pos_mean", Mean.of(gate, positive))
-        metrics.add("sapo/gate_neg_mean", Mean.of(gate, negative))
-        metrics.add("sapo/weight_mean", Mean.of(weight, mask))
-        metrics.add("sapo/hist_weight_pos", Histogram.of(weight, WEIGHT_EDGES, positive))
-        metrics.add("sapo/hist_weight_neg", Histogram.of(weight, WEIGHT_EDGES, negative))
-        return
+    metrics.add("ratio/hist_pos", Histogram.of(ratio, RATIO_EDGES, mask & (advantages > 0)))
+    metrics.add("ratio/hist_neg", Histogram.of(ratio, RATIO_EDGES, mask & (advantages < 0)))
+    return metrics
+
+
+@torch.no_grad()
+def gate_metrics(
+    log_ratio: Tensor, advantages: Tensor, mask: Tensor, *, tau_pos: float, tau_neg: float
+) -> Metrics:
+    """``sapo/gate_*`` and ``sapo/weight_*``; arguments as in :func:`ratio_metrics`."""
+    ratio = safe_log_ratio(log_ratio, mask).exp()
+    positive, negative = mask & (advantages > 0), mask & (advantages < 0)
+    tau = token_temperature(advantages.to(ratio.dtype), tau_pos, tau_neg)
+    gate, weight = sapo_gate(ratio, tau), sapo_weight(ratio, tau)
+    metrics = Metrics()
+    metrics.add("sapo/gate_mean", Mean.of(gate, mask))
+    metrics.add("sapo/gate_pos_mean", Mean.of(gate, positive))
+    metrics.add("sapo/gate_neg_mean", Mean.of(gate, negative))
+    metrics.add("sapo/weight_mean", Mean.of(weight, mask))
+    metrics.add("sapo/hist_weight_pos", Histogram.of(weight, WEIGHT_EDGES, positive))
+    metrics.add("sapo/hist_weight_neg", Histogram.of(weight, WEIGHT_EDGES, negative))
+    return metrics
+
+
+def _clip_metrics(
+    batch: PackedBatch,
+    log_ratio: Tensor,
+    sequence_log_ratio: Tensor | None,
+    algorithm: AlgorithmConfig,
+) -> Metrics:
+    """Which share of the tokens a clipped loss silences."""
+    mask, advantages = batch.mask, batch.advantages
+    per_token = sequence_log_ratio is None
+    ratio = safe_log_ratio(log_ratio if per_token else sequence_log_ratio, mask).exp()
     low, high = algorithm.clip_range
-    if sequence_log_ratio is not None:
-        ratio = safe_log_ratio(sequence_log_ratio, mask).exp()
     if algorithm.loss_type == "cispo":
         clipped = (ratio < 1 - low) | (ratio > 1 + high)
     else:
         clipped = outside_clip(ratio, advantages, low, high)
+    metrics = Metrics()
     metrics.add("actor/clip_fraction", Mean.of(clipped, mask))
     if algorithm.clip_ratio_c is not None:
-        dual = negative & (ratio > algorithm.clip_ratio_c)
+        dual = mask & (advantages < 0) & (ratio > algorithm.clip_ratio_c)
         metrics.add("actor/dual_clip_fraction", Mean.of(dual, mask))
+    return metrics

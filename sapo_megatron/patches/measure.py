@@ -1,0 +1,130 @@
+"""What a host's dashboard gets of a micro-batch: sums and counts, which every host can add up.
+
+Hosts reduce what a loss function reports by adding or averaging; a variance does neither. So
+log r comes as its first two moments, and ``ratio/log_var`` is made of them where a host lets one
+finish (:func:`log_variance`).
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from sapo_megatron.metrics import Max, Mean, Metrics, Min, Sum, Variance
+from sapo_megatron.objective.loss import gate_metrics, ratio_metrics
+from sapo_megatron.routing.variance import bound_metrics
+
+PER_TOKEN = (
+    "ratio/mean",
+    "ratio/log_mean",
+    "ratio/log_square",
+    "sapo/gate_mean",
+    "sapo/weight_mean",
+)
+"""What is a mean over valid tokens."""
+PER_SEQUENCE = (
+    "sapo/bound_lhs",
+    "sapo/bound_rhs",
+    "sapo/gate_distance",
+    "sapo/seq_var",
+    "sapo/small_dispersion_share",
+)
+"""What is a mean over sequences with a valid token."""
+
+
+class Part(NamedTuple):
+    """A micro-batch's part of a mean, 0-dim fp64."""
+
+    total: Tensor
+    count: Tensor
+
+
+class Measured(NamedTuple):
+    means: dict[str, Part]
+    """All of ``PER_TOKEN`` and ``PER_SEQUENCE``, and ``sapo/gate_pos_mean`` and
+    ``sapo/gate_neg_mean``, whose counts are the tokens with such an advantage."""
+    violations: Tensor
+    """``sapo/bound_violations``: the number of sequences, 0-dim fp64."""
+    ratio_min: Tensor
+    """inf without a valid token."""
+    ratio_max: Tensor
+    """-inf without a valid token."""
+
+
+@torch.no_grad()
+def measure(
+    log_ratio: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    sequence_ids: Tensor,
+    lengths: Tensor,
+    *,
+    tau_pos: float,
+    tau_neg: float,
+    cp_group: dist.ProcessGroup | None = None,
+) -> Measured:
+    """Of tokens ``[T]``; arguments as in :func:`~sapo_megatron.routing.variance.bound_metrics`.
+
+    With a ``cp_group`` its ranks hold parts of the same sequences; what is per sequence comes from
+    its first rank alone. Collective over it.
+    """
+    taus = {"tau_pos": tau_pos, "tau_neg": tau_neg}
+    bag = ratio_metrics(log_ratio, advantages, mask)
+    bag.update(gate_metrics(log_ratio, advantages, mask, **taus))
+    bag.update(
+        bound_metrics(
+            log_ratio, advantages, mask, sequence_ids, lengths, cp_group=cp_group, **taus
+        )
+    )
+    return _measured(bag, mask.device)
+
+
+def measure_rows(
+    log_ratio: Tensor, advantages: Tensor, mask: Tensor, *, tau_pos: float, tau_neg: float
+) -> Measured:
+    """Of sequences that are whole, a row each: ``[B, S]``."""
+    rows = torch.arange(len(mask), device=mask.device)
+    return measure(
+        log_ratio.flatten(),
+        advantages.expand_as(mask).flatten(),
+        mask.flatten(),
+        rows.repeat_interleave(mask.shape[1]),
+        mask.sum(1),
+        tau_pos=tau_pos,
+        tau_neg=tau_neg,
+    )
+
+
+def log_variance(mean: float, square: float) -> float:
+    """``ratio/log_var``, nats^2, from the reduced ``ratio/log_mean`` and ``ratio/log_square``."""
+    return max(square - mean**2, 0.0)
+
+
+def _measured(bag: Metrics, device: torch.device) -> Measured:
+    def number(x: float | Tensor) -> Tensor:
+        return torch.as_tensor(x, dtype=torch.float64, device=device)
+
+    log_ratio = bag["ratio/log_var"]
+    assert isinstance(log_ratio, Variance)
+    means = {
+        "ratio/log_mean": Part(number(log_ratio.total), number(log_ratio.count)),
+        "ratio/log_square": Part(number(log_ratio.squares), number(log_ratio.count)),
+    }
+    names = {*PER_TOKEN, *PER_SEQUENCE, "sapo/gate_pos_mean", "sapo/gate_neg_mean"} - means.keys()
+    for name in sorted(names):
+        # Of a context-parallel group the first rank alone has what is per sequence.
+        mean = bag[name] if name in bag else Mean(0.0, 0.0)
+        assert isinstance(mean, Mean)
+        means[name] = Part(number(mean.total), number(mean.count))
+    violations = bag["sapo/bound_violations"] if "sapo/bound_violations" in bag else Sum(0.0)
+    smallest, largest = bag["ratio/min"], bag["ratio/max"]
+    assert isinstance(violations, Sum)
+    assert isinstance(smallest, Min)
+    assert isinstance(largest, Max)
+    return Measured(
+        means=means,
+        violations=number(violations.total),
+        ratio_min=number(smallest.smallest),
+        ratio_max=number(largest.largest),
+    )

@@ -1,0 +1,159 @@
+"""What a patch needs of its host; and functions of ours in the place of a host's.
+
+A host is checked before it is touched: that it is installed, that it is not older than what the
+patch was written for, and that each function has the parameters which the patch gives or takes.
+A newer release whose functions still fit is taken, with a warning.
+"""
+
+import importlib
+import inspect
+import logging
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import metadata
+from typing import Any
+
+from sapo_megatron.config import UserError
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Symbol:
+    """A function of a host, or a method: ``name`` may have dots."""
+
+    module: str
+    name: str
+    parameters: tuple[str, ...]
+    """The names of all its parameters, in order."""
+
+    def __str__(self) -> str:
+        return f"{self.module}.{self.name}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Host:
+    title: str
+    distribution: str
+    """The name of its package, whose metadata have the version."""
+    module: str
+    """A module of it whose ``__version__`` goes before the metadata's, if it has one."""
+    verified: str
+    """The version that the patch was verified against."""
+    oldest: str
+    """The first version that it fits."""
+    symbols: tuple[Symbol, ...]
+
+    def version(self) -> str | None:
+        """None where the host is not installed; ``unknown`` where it does not say."""
+        try:
+            module = importlib.import_module(self.module)
+        except ModuleNotFoundError as error:
+            if error.name and f"{self.module}.".startswith(f"{error.name}."):
+                return None
+            raise
+        if found := getattr(module, "__version__", None):
+            return str(found)
+        try:
+            return metadata.version(self.distribution)
+        except metadata.PackageNotFoundError:
+            return "unknown"
+
+
+def check(host: Host) -> None:
+    """Raises UserError for a host that is missing, too old, or differs in a symbol."""
+    version = host.version()
+    if version is None:
+        raise UserError(
+            f"{host.title}: expected {host.verified} (no module {host.module}), got none; install "
+            f"it in this environment"
+        )
+    if too_old(host, version):
+        raise UserError(
+            f"{host.title}: expected {host.oldest} or later, got {version}; update it to "
+            f"{host.verified}, which this patch was verified against"
+        )
+    if newer(host, version):
+        logger.warning(
+            "%s %s: the patch was verified against %s; its functions still fit",
+            host.title,
+            version,
+            host.verified,
+        )
+    for symbol in host.symbols:
+        find(host, symbol)
+
+
+def find(host: Host, symbol: Symbol) -> Callable[..., Any]:
+    """The host's own function. Raises UserError for one that is missing or differs."""
+    if symbol in _originals:
+        return _originals[symbol]
+    where = f"in {host.title} {host.version()}"
+    verified = f"take {host.verified}, which this patch was verified against"
+    try:
+        owner, last = _owner(symbol)
+        function = getattr(owner, last)
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"{symbol}: expected it {where}, got {error}; {verified}") from None
+    found = tuple(inspect.signature(function).parameters)
+    if found != symbol.parameters:
+        raise UserError(
+            f"{symbol}: expected the parameters ({', '.join(symbol.parameters)}) {where}, got "
+            f"({', '.join(found)}); {verified}"
+        )
+    return function
+
+
+def replace(host: Host, symbol: Symbol, make: Callable[[Callable], Callable]) -> None:
+    """Put ``make(original)`` in the place of ``symbol``, for every later look at it.
+
+    Twice is as once: the second ``make`` gets the host's own function too. Raises UserError for a
+    symbol that is missing or differs, and where another module holds it by ``from ... import``
+    already, which this cannot reach.
+    """
+    original = find(host, symbol)
+    owner, last = _owner(symbol)
+    if symbol not in _originals:
+        for name, module in list(sys.modules.items()):
+            if module not in (None, owner) and vars(module).get(last) is original:
+                raise UserError(
+                    f"{symbol}: expected to replace it before {name} imports it, got {name} "
+                    f"imported; patch first"
+                )
+    ours = make(original)
+    setattr(owner, last, ours)
+    _originals[symbol] = original
+
+
+def restore(symbol: Symbol) -> None:
+    """The host's own function again; nothing happens where it was not replaced."""
+    if symbol in _originals:
+        owner, last = _owner(symbol)
+        setattr(owner, last, _originals.pop(symbol))
+
+
+def too_old(host: Host, version: str) -> bool:
+    return version != "unknown" and _numbers(version) < _numbers(host.oldest)
+
+
+def newer(host: Host, version: str) -> bool:
+    return version != "unknown" and _numbers(version) > _numbers(host.verified)
+
+
+_originals: dict[Symbol, Callable[..., Any]] = {}
+
+
+def _owner(symbol: Symbol) -> tuple[Any, str]:
+    """The module or class that holds ``symbol``, and its name there."""
+    owner: Any = importlib.import_module(symbol.module)
+    *path, last = symbol.name.split(".")
+    for name in path:
+        owner = getattr(owner, name)
+    return owner, last
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    """``0.20.0rc1`` -> (0, 20, 0)."""
+    return tuple(map(int, re.findall(r"\d+", re.match(r"[\d.]*", version)[0])))
