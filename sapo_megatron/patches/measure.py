@@ -73,9 +73,7 @@ def measure(
     bag = ratio_metrics(log_ratio, advantages, mask)
     bag.update(gate_metrics(log_ratio, advantages, mask, **taus))
     bag.update(
-        bound_metrics(
-            log_ratio, advantages, mask, sequence_ids, lengths, cp_group=cp_group, **taus
-        )
+        bound_metrics(log_ratio, advantages, mask, sequence_ids, lengths, cp_group=cp_group, **taus)
     )
     return _measured(bag, mask.device)
 
