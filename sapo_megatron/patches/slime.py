@@ -1,0 +1,231 @@
+"""SAPO in slime, by its seam for custom losses:
+
+    --loss-type custom_loss --custom-loss-function-path sapo_megatron.patches.slime.policy_loss
+
+with a dot before the function: slime's loader knows no colon. ``tau_pos`` and ``tau_neg`` come from
+the YAML file of ``--custom-config-path``, whose keys slime puts among its arguments.
+
+slime's custom loss takes the place of its whole policy loss. This one calls that policy loss, and
+for the time of the call puts SAPO's token loss where it looks up its clipped one. So log-probs,
+entropy, KL, importance-sampling correction, masks, reducers and debug dumps are the host's own.
+"""
+
+import functools
+import importlib
+import logging
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import ModuleType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from sapo_megatron.config import AlgorithmConfig, UserError
+from sapo_megatron.objective.sapo import (
+    check_temperature,
+    safe_log_ratio,
+    sapo_gate,
+    sapo_token_loss,
+    sapo_weight,
+    token_temperature,
+)
+from sapo_megatron.patches.measure import PER_SEQUENCE, measure
+from sapo_megatron.patches.replace import Host, Symbol, check
+
+logger = logging.getLogger(__name__)
+
+POLICY_LOSS = ("args", "batch", "logits", "sum_of_sample_mean")
+TOKEN_LOSS = ("ppo_kl", "advantages", "eps_clip", "eps_clip_high", "eps_clip_c")
+_LOSS = "slime.backends.megatron_utils.loss"
+_CP_UTILS = "slime.backends.megatron_utils.cp_utils"
+
+HOST = Host(
+    title="slime",
+    distribution="slime",
+    module="slime",
+    verified="0.3.1",
+    oldest="0.3.1",
+    symbols=(
+        Symbol(_LOSS, "policy_loss_function", POLICY_LOSS),
+        Symbol(_LOSS, "compute_policy_loss", TOKEN_LOSS),
+        Symbol(
+            _CP_UTILS,
+            "slice_log_prob_with_cp",
+            ("log_prob", "total_length", "response_length"),
+        ),
+    ),
+)
+
+Reducer = Callable[[Tensor], Tensor]
+
+
+def policy_loss(
+    args: Namespace, batch: dict[str, Any], logits: Tensor, sum_of_sample_mean: Reducer
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """slime's policy loss with SAPO's token loss: its sum, which slime scales, and metrics."""
+    ready(HOST)
+    loss = importlib.import_module(_LOSS)
+    slice_with_cp = importlib.import_module(_CP_UTILS).slice_log_prob_with_cp
+    samples = zip(
+        batch["loss_masks"], batch["total_lengths"], batch["response_lengths"], strict=True
+    )
+    masks = [slice_with_cp(mask, total, response) for mask, total, response in samples]
+    split = loss.mpu.get_context_parallel_world_size() > 1
+    cp_group = loss.mpu.get_context_parallel_group() if split else None
+    return sapo_policy_loss(loss, masks, cp_group, args, batch, logits, sum_of_sample_mean)
+
+
+def sapo_policy_loss(
+    module: ModuleType,
+    masks: list[Tensor],
+    cp_group: dist.ProcessGroup | None,
+    args: Namespace,
+    batch: dict[str, Any],
+    logits: Tensor,
+    sum_of_sample_mean: Reducer,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """``module.policy_loss_function`` with SAPO in the place of its ``compute_policy_loss``.
+
+    ``masks``: of each sample, the part of its loss mask whose tokens this rank has.
+    """
+    refuse(args)
+    taus = temperatures(args)
+    mask = torch.cat(masks).to(logits.device).bool()
+    seen: list[tuple[Tensor, Tensor]] = []
+
+    def token_loss(
+        ppo_kl: Tensor,
+        advantages: Tensor,
+        eps_clip: float,
+        eps_clip_high: float,
+        eps_clip_c: float | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        log_ratio = -ppo_kl
+        seen.append((log_ratio.detach(), advantages.detach()))
+        with torch.no_grad():
+            removed = 1 - token_values(log_ratio, advantages, mask, **taus)["sapo/weight_mean"]
+        return sapo_token_loss(log_ratio, advantages, mask=mask, **taus), removed
+
+    with exchanged(module, "compute_policy_loss", token_loss):
+        loss, reported = module.policy_loss_function(args, batch, logits, sum_of_sample_mean)
+    if len(seen) != 1:
+        raise UserError(
+            f"{module.__name__}.policy_loss_function: expected one call of compute_policy_loss, "
+            f"got {len(seen)}; take the version that docs/patches.md names"
+        )
+    reported |= dashboard(*seen[0], masks, batch["loss_masks"], sum_of_sample_mean, cp_group, taus)
+    return loss, reported
+
+
+def refuse(args: Namespace) -> None:
+    """What would be another loss than SAPO."""
+    if args.advantage_estimator in ("gspo", "cispo"):
+        raise UserError(
+            f"--advantage-estimator: expected grpo or another estimator of advantages, got "
+            f"{args.advantage_estimator}, which is a loss of its own; drop one of the two losses"
+        )
+    if (bound := vars(args).get("eps_clip_c")) is not None:
+        raise UserError(
+            f"--eps-clip-c: expected none, got {bound}; SAPO has no dual clip, leave it out"
+        )
+
+
+def temperatures(args: Namespace) -> dict[str, float]:
+    """``tau_pos`` and ``tau_neg`` of the arguments, or SAPO's own."""
+    taus = {}
+    for name in ("tau_pos", "tau_neg"):
+        taus[name] = vars(args).get(name, getattr(AlgorithmConfig, name))
+        try:
+            check_temperature(name, taus[name])
+        except (TypeError, ValueError):
+            raise UserError(
+                f"{name}: expected a number > 0 in --custom-config-path, got {taus[name]!r}; "
+                f"write it as 1.05"
+            ) from None
+    return taus
+
+
+@torch.no_grad()
+def token_values(
+    log_ratio: Tensor, advantages: Tensor, mask: Tensor, *, tau_pos: float, tau_neg: float
+) -> dict[str, Tensor]:
+    """What is a mean over tokens, of each token."""
+    z = safe_log_ratio(log_ratio, mask)
+    ratio = z.exp()
+    tau = token_temperature(advantages.to(ratio.dtype), tau_pos, tau_neg)
+    return {
+        "ratio/mean": ratio,
+        "ratio/log_mean": z,
+        "ratio/log_square": z.square(),
+        "sapo/gate_mean": sapo_gate(ratio, tau),
+        "sapo/weight_mean": sapo_weight(ratio, tau),
+    }
+
+
+@torch.no_grad()
+def dashboard(
+    log_ratio: Tensor,
+    advantages: Tensor,
+    masks: list[Tensor],
+    whole_masks: list[Tensor],
+    sum_of_sample_mean: Reducer,
+    cp_group: dist.ProcessGroup | None,
+    taus: dict[str, float],
+) -> dict[str, Tensor]:
+    """``ratio/*`` and ``sapo/*`` of a micro-batch, as the host adds and divides them.
+
+    Tokens are weighed as in the host's loss. What is not a sum over tokens is made of the
+    micro-batch and weighed with all its tokens: ``ratio/log_var`` is the variance within
+    micro-batches. Collective over ``cp_group``, whose ranks hold parts of the same samples.
+    """
+    mask = torch.cat(masks).to(log_ratio.device).bool()
+    values = token_values(log_ratio, advantages, mask, **taus)
+    reported = {name: sum_of_sample_mean(value) for name, value in values.items()}
+
+    z = values["ratio/log_mean"]
+    whole = torch.stack([sum_of_sample_mean(torch.ones_like(z)), reported["ratio/log_mean"]])
+    if cp_group is not None:
+        # Context-parallel group: its ranks hold slices of the same micro-batch, tokens or not.
+        dist.all_reduce(whole, group=cp_group)
+    weight, total = whole
+    center = total / weight.clamp(min=torch.finfo(weight.dtype).tiny)
+    reported["ratio/log_var"] = sum_of_sample_mean((z - center).square())
+
+    device = log_ratio.device
+    sizes = torch.tensor([len(part) for part in masks], device=device)
+    measured = measure(
+        log_ratio,
+        advantages,
+        mask,
+        torch.arange(len(masks), device=device).repeat_interleave(sizes),
+        torch.stack([part.sum() for part in whole_masks]).to(device).long(),
+        cp_group=cp_group,
+        **taus,
+    )
+    parts = {name: measured.means[name] for name in PER_SEQUENCE}
+    count = parts["sapo/bound_lhs"].count
+    parts["sapo/bound_violation_share"] = parts["sapo/bound_lhs"]._replace(
+        total=measured.violations
+    )
+    reported |= {name: weight * part.total / count.clamp(min=1) for name, part in parts.items()}
+    return reported
+
+
+@contextmanager
+def exchanged(module: ModuleType, name: str, ours: Callable[..., Any]) -> Iterator[None]:
+    original = getattr(module, name)
+    setattr(module, name, ours)
+    try:
+        yield
+    finally:
+        setattr(module, name, original)
+
+
+@functools.cache
+def ready(host: Host) -> None:
+    """Checks the host, once a process."""
+    check(host)
+    logger.info("SAPO in %s", host.title)
