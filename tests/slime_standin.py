@@ -90,12 +90,10 @@ def compute_policy_loss(ppo_kl, advantages, eps_clip, eps_clip_high, eps_clip_c=
 
 
 def policy_loss_function(args, batch, logits, sum_of_sample_mean):
-    local = []
-    for name, x in zip(("logprob", "entropy"), dense(batch, logits), strict=True):
-        samples = zip(x, batch["total_lengths"], batch["response_lengths"], strict=True)
-        local.append(torch.cat([slice_log_prob_with_cp(*sample) for sample in samples]))
-        assert name
-    logprob, entropy = local
+    logprob, entropy = (
+        torch.cat([slice_log_prob_with_cp(*sample) for sample in samples])
+        for samples in dense(batch, logits)
+    )
     old = torch.cat(batch["log_probs"])
     pg_loss, clipped = compute_policy_loss(
         old - logprob,
@@ -123,11 +121,13 @@ def policy_loss_function(args, batch, logits, sum_of_sample_mean):
 
 
 def dense(batch, logits):
-    """Log-probs and entropies of each sample's response tokens."""
+    """Of each sample its response tokens' (log-probs, length, response length), and entropies."""
     logprobs, entropies, end = [], [], 0
-    for tokens, response in zip(batch["unconcat_tokens"], batch["response_lengths"], strict=True):
+    lengths = zip(batch["total_lengths"], batch["response_lengths"], strict=True)
+    for tokens, (total, response) in zip(batch["unconcat_tokens"], lengths, strict=True):
         end += len(tokens)
         all_logprobs = logits[0, end - response - 1 : end - 1].log_softmax(-1)
-        logprobs.append(all_logprobs.gather(-1, tokens[-response:, None])[:, 0])
-        entropies.append(-(all_logprobs.exp() * all_logprobs).sum(-1))
+        picked = all_logprobs.gather(-1, tokens[len(tokens) - response :, None])[:, 0]
+        logprobs.append((picked, total, response))
+        entropies.append((-(all_logprobs.exp() * all_logprobs).sum(-1), total, response))
     return logprobs, entropies

@@ -286,11 +286,14 @@ def real_step(host, micro_batches, changed, spoil):
         cut = {name: [x for piece, _ in pieces for x in piece[name]] for name in batch}
         rows = [x[0] for _, x in pieces]
         if ranks > 1:
-            rows = [cp_utils.slice_with_cp(x, 0.0) for x in rows]
+            if not args.allgather_cp:
+                rows = [cp_utils.slice_with_cp(x, 0.0) for x in rows]
             for name in ("log_probs", "rollout_log_probs", "ref_log_probs", "advantages"):
                 samples = zip(cut[name], cut["total_lengths"], cut["response_lengths"], strict=True)
                 cut[name] = [cp_utils.slice_log_prob_with_cp(*sample) for sample in samples]
         local, count = torch.cat(rows)[None], len(micro_batches)
+        if args.allgather_cp:
+            local = local.chunk(ranks, 1)[dist.get_rank()]
         if host == "slime":
             scaled, _, report = loss.loss_function(args, cut, count, len(cases.TOTAL), local)
         else:
@@ -340,6 +343,7 @@ STEPS = {
         for per_token in (False, True)
     },
     "recomputed": (CUTS[0], {**cases.EVERYTHING, "recompute_loss_function": True}, None),
+    "contiguous": (CUTS[0], {**cases.EVERYTHING, "allgather_cp": True}, None),
     "sequences masked": (CUTS[0], {"use_opsm": True}, None),
     "spoilt": (CUTS[0], {}, spoil),
     "grpo after": (CUTS[0], GRPO, None),
@@ -391,9 +395,12 @@ def test_real_metrics_do_not_depend_on_the_cut(checkout):
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_real_host_recomputes_its_loss(checkout, ranks):
+@pytest.mark.parametrize("name", ["recomputed", "contiguous"])
+def test_real_host_in_other_ways(checkout, ranks, name):
+    """The loss recomputed in the backward pass; ranks with contiguous parts of the sequences."""
     steps = on_ranks(*checkout, ranks)
-    torch.testing.assert_close(steps["recomputed"][0], steps[0, False][0])
+    torch.testing.assert_close(steps[name][0], steps[0, False][0], rtol=1e-4, atol=1e-6)
+    assert steps[name][1] == pytest.approx(steps[0, False][1], rel=1e-4, abs=1e-6)
 
 
 def test_real_host_masks_sequences(checkout):

@@ -93,6 +93,7 @@ def sapo_policy_loss(
     """
     refuse(args)
     taus = temperatures(args)
+    announce(**taus)
     mask = torch.cat(masks).to(logits.device).bool()
     seen: list[tuple[Tensor, Tensor]] = []
 
@@ -228,4 +229,9 @@ def exchanged(module: ModuleType, name: str, ours: Callable[..., Any]) -> Iterat
 def ready(host: Host) -> None:
     """Checks the host, once a process."""
     check(host)
-    logger.info("SAPO in %s", host.title)
+
+
+@functools.cache
+def announce(tau_pos: float, tau_neg: float) -> None:
+    """Once a process: a misspelt name in the YAML file would leave a default unnoticed."""
+    logger.info("SAPO: tau_pos %s, tau_neg %s", tau_pos, tau_neg)
