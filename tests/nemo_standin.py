@@ -10,9 +10,6 @@ from types import ModuleType, SimpleNamespace
 
 import torch
 
-NAMES = ("algorithms", "algorithms.grpo", "algorithms.loss")
-LOSS_NAMES = ("algorithms.loss.loss_functions", "algorithms.loss.interfaces")
-
 
 def stand_in(set_module):
     """Puts this file where NeMo-RL would be, by ``set_module(name, module)``."""
@@ -20,8 +17,12 @@ def stand_in(set_module):
     top.__version__ = "0.6.0+7ea279a"
     top.__path__ = []
     set_module("nemo_rl", top)
-    for name in (*NAMES, *LOSS_NAMES):
-        set_module(f"nemo_rl.{name}", sys.modules[__name__])
+    set_module("nemo_rl.algorithms.grpo", sys.modules[__name__])
+    for name in ("", ".loss", ".loss.loss_functions", ".loss.interfaces"):
+        module = ModuleType(f"nemo_rl.algorithms{name}")
+        module.ClippedPGLossFn = ClippedPGLossFn
+        module.MetricNormalizer = MetricNormalizer
+        set_module(module.__name__, module)
 
 
 class LossType(enum.Enum):

@@ -74,10 +74,7 @@ class SapoLoss:
         refuse(cfg)
         self.taus = {"tau_pos": algorithm.tau_pos, "tau_neg": algorithm.tau_neg}
         for name, tau in self.taus.items():
-            try:
-                check_temperature(name, tau)
-            except ValueError as error:
-                raise UserError(f"{error}; give --{name} another value") from None
+            check_temperature(name, tau)
         clipped = importlib.import_module(_LOSS).ClippedPGLossFn
         rest = cfg.model_copy(update={"disable_ppo_ratio": True})
         alone = {
