@@ -146,8 +146,10 @@ def check_policy_term(host, token_level):
     assert_same(bare, ours(logits, data, **{"token_level": token_level}))
     corrected = evaluate(sapo(host, **level, **TIS), logits, data)
     assert_same(corrected, ours(logits, data, token_level=token_level, tis=True))
-    forced = evaluate(sapo(host, **level, force_on_policy_ratio=True), logits, data)
-    assert_same(forced, ours(logits, data, token_level=token_level, forced=True))
+    expected = ours(logits, data, token_level=token_level, tis=True, forced=True)
+    del data["prev_logprobs"]
+    forced = evaluate(sapo(host, **level, **TIS, force_on_policy_ratio=True), logits, data)
+    assert_same(forced, expected)
 
 
 def check_other_terms(host, token_level, *options):
@@ -220,6 +222,11 @@ def check_garbage(host):
     logits, data = a_batch()
     clean = evaluate(sapo(host), logits, data)
     off = data["token_mask"] * data["sample_mask"][:, None] == 0
+    logprob = next_logprobs(logits, data["input_ids"]).detach()
+    filtered = torch.where(off[:, 1:], -math.inf, logprob).requires_grad_()
+    loss, _ = sapo(host)(filtered, data, *counts(data))
+    torch.testing.assert_close(loss.detach(), clean[0], rtol=1e-12, atol=0)
+    assert torch.autograd.grad(loss, filtered)[0].isfinite().all()
     for name in ("prev_logprobs", "generation_logprobs", "advantages"):
         data[name][off] = math.nan
     spoilt = evaluate(sapo(host), logits, {**data, "advantages": data["advantages"]})
