@@ -389,7 +389,7 @@ def test_a_changed_call_is_named(monkeypatch):
         pass
 
     monkeypatch.setattr(core_algos, "compute_policy_loss_vanilla", compute_policy_loss_vanilla)
-    with pytest.raises(UserError, match="expected the parameters .* rollout_is_weights"):
+    with pytest.raises(UserError, match=r"expected the parameters .* rollout_is_weights"):
         patch.patch()
 
 
