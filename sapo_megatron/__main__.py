@@ -15,6 +15,7 @@ from typing import NoReturn
 
 from sapo_megatron.check import smallest_world
 from sapo_megatron.config import Recipe, RunFailed, UserError, load
+from sapo_megatron.patches import HOSTS
 
 logger = logging.getLogger("sapo_megatron")
 
@@ -119,6 +120,11 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument(
         "--run-dir", default="runs", metavar="DIR", help="where runs will be written (default runs)"
     )
+    doctor.add_argument(
+        "--host",
+        choices=HOSTS,
+        help="look instead at a pipeline that is to be patched (docs/patches.md)",
+    )
     return parser
 
 
@@ -212,9 +218,10 @@ def _gates(arguments: argparse.Namespace, rest: list[str], words: list[str]) -> 
 def _doctor(arguments: argparse.Namespace, rest: list[str], words: list[str]) -> int:
     if rest:
         raise UserError(f"doctor: expected its own options only, got also {' '.join(rest)}")
-    from sapo_megatron.doctor import examine, show
+    from sapo_megatron.doctor import examine, examine_host, show
 
-    findings = examine(Path(arguments.run_dir))
+    host = arguments.host
+    findings = examine_host(host) if host else examine(Path(arguments.run_dir))
     sys.stdout.write(show(findings, as_json=arguments.json))
     return int(any(finding.status == "fail" for finding in findings))
 

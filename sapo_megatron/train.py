@@ -89,7 +89,13 @@ class Trainer:
         self.run = run
         self.is_main = dist.get_rank() == 0
         cursor = inputs.source.state_dict()
-        state = run.state or {"step": 0, "wall_s": 0.0, "eval": {}, "cursor": cursor}
+        state = run.state or {
+            "step": 0,
+            "wall_s": 0.0,
+            "eval": {},
+            "router": {},
+            "cursor": cursor,
+        }
         self.start = run.start or initial_weights(recipe, inputs, groups, run.shared)
         self.policy = Policy(
             recipe,
@@ -108,7 +114,7 @@ class Trainer:
         self.first_step = state["step"] + 1
         self.eval_before: dict[str, float] = state["eval"]
         self.began = time.monotonic() - state["wall_s"]
-        self.router: dict[str, float] = {}
+        self.router: dict[str, float] = state["router"]
         inputs.source.load_state_dict(state["cursor"])
         if run.checkpoint:
             checkpoint.load(self.policy, run.checkpoint, state)
@@ -146,15 +152,15 @@ class Trainer:
                     if self.is_main:
                         for name, value in after.items():
                             metrics.add(f"eval/{name}", Mean(value, 1.0))
+                metrics = metrics.gather(self.groups.world)
+                self._keep_router(metrics)
                 stop = parallel.on_first_rank(self.groups, lambda: self.run.stop_requested)
                 if _due(step, recipe.checkpoint.every) or step == recipe.train.steps or stop:
                     with _timed(metrics, "time/checkpoint"):
                         self._save(step, collector.cursor(self.inputs.source))
-                metrics = metrics.gather(self.groups.world)
                 if trackers:
                     trackers.log(step, metrics)
                     progress.log(step, metrics)
-                self._keep_router(metrics)
                 if stop and self.is_main:
                     self.run.forget_stop_request()
                 if stop and step < recipe.train.steps:
@@ -243,6 +249,7 @@ class Trainer:
                 "model": runs.identity(self.recipe, self.inputs.arch),
                 "cursor": cursor,
                 "eval": self.eval_before,
+                "router": self.router,
                 "wall_s": time.monotonic() - self.began,
             },
             self.recipe.parallel,
@@ -318,7 +325,7 @@ def _shown(values: dict[str, float], form: str = "{} {:.3f}") -> str:
 
 @contextmanager
 def _timed(metrics: Metrics, name: str) -> Iterator[None]:
-    """Seconds of a stage, on the rank where it took longest."""
+    """Seconds of a stage; once gathered, those of the rank where it took longest."""
     began = time.monotonic()
     yield
     metrics.add(name, Max(time.monotonic() - began))

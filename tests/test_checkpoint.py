@@ -107,3 +107,18 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(tmp_path):
     assert [line["step"] for line in read_metrics(run)] == [1, 2, 3]
     assert json.loads((run / "summary.json").read_text())["steps"] == 3
     assert [p.name for p in run.parent.glob("run-*")] == ["run-001"]
+
+
+def test_a_finished_run_that_is_resumed_keeps_its_summary(tmp_path):
+    often = {"decompose_every": 1}
+    write_recipe(tmp_path, checkpoint={"every": 1}, train={"steps": 1}, routing=often)
+    summaries = []
+    for _ in range(2):
+        done = cli("train", "recipe.yaml", "--resume", "auto", cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        run = tmp_path / "runs" / "recipe" / "run-001"
+        summaries.append(json.loads((run / "summary.json").read_text()))
+    first, again = summaries
+    assert "variance/total" in first["router"]
+    assert again["router"] == first["router"]
+    assert again["eval"]["before"] == first["eval"]["before"]

@@ -2,6 +2,7 @@
 
 A check is a function that returns a :class:`Finding`. None of them needs CUDA, Megatron or vLLM,
 and none imports anything but torch: versions come from metadata, modules are looked for only.
+``examine_host`` alone imports what it looks at.
 """
 
 import dataclasses
@@ -13,8 +14,9 @@ from pathlib import Path
 
 from sapo_megatron.doctor import machine, packages
 from sapo_megatron.doctor.finding import Finding
+from sapo_megatron.doctor.hosts import examine_host
 
-__all__ = ["Finding", "examine", "show"]
+__all__ = ["Finding", "examine", "examine_host", "show"]
 
 WIDTH = 100
 

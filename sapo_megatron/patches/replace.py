@@ -116,8 +116,9 @@ def replace(host: Host, symbol: Symbol, make: Callable[[Callable], Callable]) ->
     original = find(host, symbol)
     owner, last = _owner(symbol)
     if symbol not in _originals:
+        homes = (symbol.module, original.__module__)
         for name, module in list(sys.modules.items()):
-            if module not in (None, owner) and vars(module).get(last) is original:
+            if name not in homes and getattr(module, "__dict__", {}).get(last) is original:
                 raise UserError(
                     f"{symbol}: expected to replace it before {name} imports it, got {name} "
                     f"imported; patch first"
