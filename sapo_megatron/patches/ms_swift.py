@@ -1,7 +1,7 @@
 """SAPO in ms-swift's Megatron trainer, which has it: a recipe as its flags, and a loss that lasts.
 
 :func:`flags` turns a recipe into its command line. Its loss takes exp of a log-ratio as it comes:
-beyond 88 that is inf in fp32, with a NaN for a gradient. :func:`patch`, called from a plugin
+beyond 88 that is inf in fp32, with a NaN for a gradient. :func:`install`, called from a plugin
 (``--external_plugins``), clamps the log-ratio that its SAPO loss sees, as ours does, and adds
 ``ratio/*`` and ``sapo/*`` to what it logs. Its other losses get what they always got.
 """
@@ -82,7 +82,7 @@ _ADVANTAGES = {"grpo": ("grpo", "group"), "dr_grpo": ("grpo", "none"), "rloo": (
 """adv_estimator -> its ``--advantage_estimator`` and ``--scale_rewards``."""
 
 
-def patch() -> None:
+def install() -> None:
     """Make ms-swift's SAPO loss safe from overflow, and report; twice is as once.
 
     Raises UserError for an ms-swift that does not fit.
@@ -92,7 +92,7 @@ def patch() -> None:
     replace(HOST, LOG, _with_variance)
 
 
-def undo() -> None:
+def uninstall() -> None:
     restore(LOSS)
     restore(LOG)
 

@@ -98,7 +98,7 @@ def policy_loss(
     return loss, _report(measure_rows(log_ratio, advantages, mask, **taus), **taus)
 
 
-def patch() -> None:
+def install() -> None:
     """Register the loss; twice is as once.
 
     Raises UserError for a verl that does not fit, and where another loss has the name.
@@ -115,7 +115,7 @@ def patch() -> None:
     register_policy_loss(LOSS_MODE)(policy_loss)
 
 
-def undo() -> None:
+def uninstall() -> None:
     """Take the loss out of verl's registry; nothing happens where it is not there."""
     from verl.trainer.ppo.core_algos import POLICY_LOSS_REGISTRY
 
@@ -165,4 +165,4 @@ def _report(measured: Measured, tau_pos: float, tau_neg: float) -> dict[str, flo
 
 # Imported by verl, rather than by someone who asks what it needs.
 if "verl" in sys.modules:
-    patch()
+    install()

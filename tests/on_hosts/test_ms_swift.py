@@ -69,9 +69,9 @@ def reductions(monkeypatch, tmp_path):
 
 @pytest.fixture
 def patched():
-    patch.patch()
+    patch.install()
     yield
-    patch.undo()
+    patch.uninstall()
 
 
 def parse(recipe):
@@ -338,11 +338,11 @@ def test_not_a_bit_changes_where_nothing_overflows(overrides):
     rows = make_rows(spread=3.0)
     recipe = make_recipe(*overrides)
     before = whole(make_trainer(recipe), rows)
-    patch.patch()
+    patch.install()
     try:
         after = whole(make_trainer(recipe), rows)
     finally:
-        patch.undo()
+        patch.uninstall()
     assert torch.equal(before, after)
     assert torch.equal(gradient(before, rows), gradient(after, rows))
 
@@ -351,11 +351,11 @@ def test_not_a_bit_changes_where_nothing_overflows(overrides):
 def test_other_losses_get_what_they_always_got(loss_type, rows):
     trainer = make_trainer(make_recipe(f"algorithm.loss_type={loss_type}"))
     before, report = run_swift(trainer, rows, [0, 1, 2, 3])
-    patch.patch()
+    patch.install()
     try:
         after, report_after = run_swift(trainer, rows, [0, 1, 2, 3])
     finally:
-        patch.undo()
+        patch.uninstall()
     assert torch.equal(before, after)
     assert torch.equal(gradient(before, rows), gradient(after, rows))
     assert report.keys() == report_after.keys()
@@ -412,41 +412,41 @@ def test_violations_are_a_number_per_update(rows, monkeypatch):
     assert totals["sapo/bound_violations"] == pytest.approx(3 * ROWS)
 
 
-def test_twice_is_as_once_and_undo_puts_it_back():
+def test_twice_is_as_once_and_uninstall_puts_it_back():
     methods = [
         (grpo_trainer.MegatronGRPOTrainer, "loss_func"),
         (base.BaseMegatronTrainer, "_log_callback"),
     ]
     before = [getattr(*method) for method in methods]
-    patch.patch()
-    patch.patch()
+    patch.install()
+    patch.install()
     assert [getattr(*method).__wrapped__ for method in methods] == before
-    patch.undo()
+    patch.uninstall()
     assert [getattr(*method) for method in methods] == before
-    patch.undo()
+    patch.uninstall()
 
 
 def test_from_a_plugin_as_swift_loads_it(tmp_path):
     from swift.utils import import_external_file
 
     plugin = tmp_path / "plugin.py"
-    plugin.write_text("from sapo_megatron.patches import ms_swift\n\nms_swift.patch()\n")
+    plugin.write_text("from sapo_megatron.patches import ms_swift\n\nms_swift.install()\n")
     before = grpo_trainer.MegatronGRPOTrainer.loss_func
     import_external_file(str(plugin))
     assert grpo_trainer.MegatronGRPOTrainer.loss_func is not before
-    patch.undo()
+    patch.uninstall()
 
 
 def test_an_old_version_is_refused(monkeypatch):
     monkeypatch.setattr(swift, "__version__", "4.5.0")
     with pytest.raises(UserError, match=r"ms-swift: expected 4\.6\.0 or later, got 4\.5\.0"):
-        patch.patch()
+        patch.install()
 
 
 def test_a_missing_method_is_named(monkeypatch):
     monkeypatch.delattr(base.BaseMegatronTrainer, "_aggregated_metrics")
     with pytest.raises(UserError, match=r"_aggregated_metrics: expected it in ms-swift 4\.6\.0"):
-        patch.patch()
+        patch.install()
 
 
 def test_a_changed_signature_is_named(monkeypatch):
@@ -457,5 +457,5 @@ def test_a_changed_signature_is_named(monkeypatch):
     with pytest.raises(
         UserError, match=r"loss_func: expected the parameters .*output_tensor, data"
     ):
-        patch.patch()
+        patch.install()
     assert grpo_trainer.MegatronGRPOTrainer.loss_func is loss_func

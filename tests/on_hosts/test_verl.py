@@ -47,9 +47,9 @@ KEYS = {"old_log_probs": "old", "advantages": "advantages", "ref_log_prob": "ref
 
 @pytest.fixture(autouse=True)
 def registered():
-    patch.patch()
+    patch.install()
     yield
-    patch.undo()
+    patch.uninstall()
 
 
 @pytest.fixture
@@ -304,28 +304,28 @@ def test_a_micro_batch_without_tokens_is_at_rest(rows):
 
 
 def test_verls_own_losses_stay_what_they_are(rows):
-    patch.undo()
+    patch.uninstall()
     before = dict(core_algos.POLICY_LOSS_REGISTRY)
     loss = run_verl(make_config("vanilla"), rows, range(6))[0]
     gradient = gradients(loss, rows)[0]
-    patch.patch()
+    patch.install()
     again = run_verl(make_config("vanilla"), rows, range(6))[0]
     assert torch.equal(loss, again)
     assert torch.equal(gradient, gradients(again, rows)[0])
     assert before | {patch.LOSS_MODE: patch.policy_loss} == core_algos.POLICY_LOSS_REGISTRY
 
 
-def test_twice_is_as_once_and_undo_takes_it_out():
-    patch.patch()
+def test_twice_is_as_once_and_uninstall_takes_it_out():
+    patch.install()
     assert core_algos.get_policy_loss_fn("sapo_megatron") is patch.policy_loss
-    patch.undo()
+    patch.uninstall()
     with pytest.raises(ValueError, match="sapo_megatron"):
         core_algos.get_policy_loss_fn("sapo_megatron")
-    patch.undo()
+    patch.uninstall()
 
 
 def test_does_not_overwrite_the_loss_of_another():
-    patch.undo()
+    patch.uninstall()
 
     def other():
         pass
@@ -333,8 +333,8 @@ def test_does_not_overwrite_the_loss_of_another():
     core_algos.register_policy_loss("sapo_megatron")(other)
     try:
         with pytest.raises(UserError, match="sapo_megatron: expected no policy loss of that name"):
-            patch.patch()
-        patch.undo()
+            patch.install()
+        patch.uninstall()
         assert core_algos.get_policy_loss_fn("sapo_megatron") is other
     finally:
         del core_algos.POLICY_LOSS_REGISTRY["sapo_megatron"]
@@ -369,19 +369,19 @@ assert get_policy_loss_fn("sapo_megatron").__module__ == "sapo_megatron.patches.
 def test_an_old_version_is_refused(monkeypatch):
     monkeypatch.setattr(verl, "__version__", "0.8.2")
     with pytest.raises(UserError, match=r"verl: expected 0\.9\.0 or later, got 0\.8\.2"):
-        patch.patch()
+        patch.install()
 
 
 def test_a_newer_version_is_taken_with_a_warning(monkeypatch, caplog):
     monkeypatch.setattr(verl, "__version__", "0.10.0")
-    patch.patch()
+    patch.install()
     assert "verl 0.10.0: the patch was verified against 0.9.1" in caplog.text
 
 
 def test_a_missing_function_is_named(monkeypatch):
     monkeypatch.delattr(core_algos, "agg_loss")
     with pytest.raises(UserError, match=r"core_algos\.agg_loss: expected it in verl 0\.9"):
-        patch.patch()
+        patch.install()
 
 
 def test_a_changed_call_is_named(monkeypatch):
@@ -390,7 +390,7 @@ def test_a_changed_call_is_named(monkeypatch):
 
     monkeypatch.setattr(core_algos, "compute_policy_loss_vanilla", compute_policy_loss_vanilla)
     with pytest.raises(UserError, match=r"expected the parameters .* rollout_is_weights"):
-        patch.patch()
+        patch.install()
 
 
 def test_says_once_that_another_average_is_not_its_own(rows, caplog):
