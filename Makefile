@@ -26,9 +26,13 @@ SLICE ?= $(SLICE_FILES) -k "not (test_layout or killed or tensor_parallel) \
 VLLM := venvs/vllm
 VLLM_STAMP := $(VLLM)/.installed
 
+# Other projects' pipelines, which the patches are tested in.
+HOSTS := venvs/hosts
+HOSTS_STAMP := $(HOSTS)/.installed
+
 BENCHMARKS := logprob loss step recording
 
-.PHONY: venv train test test-mcore-0.19 test-vllm test-all lint bench
+.PHONY: venv train test test-mcore-0.19 test-vllm test-hosts test-all lint bench
 
 venv: $(STAMP)
 
@@ -75,6 +79,16 @@ $(VLLM_STAMP): requirements-vllm.txt | $(STAMP)
 	$(VLLM)/bin/python -m pip install --disable-pip-version-check -r $<
 	$(VLLM)/bin/python -m pip uninstall --disable-pip-version-check --yes \
 		torchvision torchaudio torchcodec
+	@touch $@
+
+# The patches in the pipelines themselves, without this project's environment.
+test-hosts: $(HOSTS_STAMP)
+	OMP_NUM_THREADS=1 $(HOSTS)/bin/python -m pytest --noconftest $(or $(ARGS),tests/on_hosts)
+
+$(HOSTS_STAMP): requirements-hosts.txt
+	rm -rf $(HOSTS)
+	$(PYTHON) -m venv $(HOSTS)
+	$(HOSTS)/bin/python -m pip install --disable-pip-version-check -r $<
 	@touch $@
 
 lint: venv

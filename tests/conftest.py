@@ -7,8 +7,9 @@ import pytest
 
 import sapo_megatron.policy  # noqa: F401  before a test names Megatron
 
-# Real vLLM servers, which make test-vllm has an environment for.
-collect_ignore = [] if "SAPO_VLLM_PYTHON" in os.environ else ["on_vllm"]
+# Other projects' pipelines have an environment of their own, which make test-hosts runs with the
+# Python of, and without this file; real vLLM servers have one that make test-vllm names.
+collect_ignore = ["on_hosts"] + ([] if "SAPO_VLLM_PYTHON" in os.environ else ["on_vllm"])
 
 
 def pytest_configure() -> None:

@@ -96,6 +96,9 @@ def find(host: Host, symbol: Symbol) -> Callable[..., Any]:
         owner, last = _owner(symbol)
         function = getattr(owner, last)
     except (ImportError, AttributeError) as error:
+        root = symbol.module.split(".")[0]
+        if isinstance(error, ModuleNotFoundError) and (error.name or "").split(".")[0] != root:
+            verified = f"install {error.name}, which the host needs for it"
         raise UserError(f"{symbol}: expected it {where}, got {error}; {verified}") from None
     found = tuple(inspect.signature(function).parameters)
     if found != symbol.parameters:
