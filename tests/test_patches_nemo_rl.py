@@ -40,7 +40,7 @@ BARE = {"reference_policy_kl_penalty": 0.0}
 def host(monkeypatch):
     nemo_standin.stand_in(lambda *at: monkeypatch.setitem(sys.modules, *at))
     yield nemo_standin
-    nemo_rl.undo()
+    nemo_rl.uninstall()
 
 
 def a_batch(dtype=torch.float64):
@@ -305,8 +305,8 @@ def test_setup_hands_out_sapo(host):
     (first, step, prefix), (second, _, _) = logger.logged
     assert (first["ratio/log_var"], step, prefix) == (1.0, 3, "train")
     assert second == {"reward": 1.0}
-    nemo_rl.undo()
-    nemo_rl.undo()
+    nemo_rl.uninstall()
+    nemo_rl.uninstall()
     assert isinstance(host.setup(a_config(host), None, None, None)[2], host.ClippedPGLossFn)
 
 
@@ -327,7 +327,7 @@ def test_a_loss_from_elsewhere_is_refused(host):
     nemo_rl.install(ALGORITHM)
     with pytest.raises(UserError, match="expected a script that takes its loss from"):
         grpo(host)
-    nemo_rl.undo()
+    nemo_rl.uninstall()
     grpo(host)
 
 
@@ -343,7 +343,7 @@ def test_grpo_is_untouched(host):
     before = evaluate(grpo(host), logits, data)
     nemo_rl.install(ALGORITHM)
     evaluate(sapo(host), logits, data)
-    nemo_rl.undo()
+    nemo_rl.uninstall()
     assert_same(evaluate(grpo(host), logits, data), before, rtol=0)
 
 
@@ -483,7 +483,7 @@ def check_install(host):
     with pytest.raises(UserError, match="use_cispo"):
         grpo_module.setup(a_config(host, use_cispo=True), None, None, None)
     sapo(host)
-    nemo_rl.undo()
+    nemo_rl.uninstall()
     assert grpo_module.setup is original
     grpo(host)
 

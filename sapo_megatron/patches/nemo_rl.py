@@ -163,7 +163,7 @@ def install(algorithm: AlgorithmConfig) -> None:
     replace(HOST, INIT, _guarded)
 
 
-def undo() -> None:
+def uninstall() -> None:
     restore(SETUP)
     restore(INIT)
 
