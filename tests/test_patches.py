@@ -172,8 +172,8 @@ def test_doctor_on_a_host_that_fits(known):
     found = [(f.name, f.status, f.found) for f in examine_host("megatron_rl")]
     assert found == [
         ("A Host", "ok", "2.1.0"),
-        ("a_host.maths.double", "ok", "fits"),
-        ("a_host.maths.Adder.add", "ok", "fits"),
+        ("double", "ok", "a_host.maths: fits"),
+        ("Adder.add", "ok", "a_host.maths: fits"),
     ]
 
 
@@ -183,7 +183,7 @@ def test_doctor_on_a_host_that_does_not(known):
     assert version.status == "warn"
     assert "verified against 2.1.0" in version.found
     assert double.status == method.status == "fail"
-    assert double.found == "expected the parameters (x) in A Host 2.5, got (y)"
+    assert double.found == "a_host.maths: expected the parameters (x) in A Host 2.5, got (y)"
     assert double.todo == "Take 2.1.0, which this patch was verified against."
     assert "no attribute 'add'" in method.found
 

@@ -41,10 +41,11 @@ def _symbol(host: Host, symbol: Symbol) -> Finding:
         find(host, symbol)
     except UserError as error:
         found, todo = str(error).removeprefix(f"{symbol}: ").rsplit("; ", 1)
-        return Finding(str(symbol), "fail", found, todo[0].upper() + todo[1:] + ".")
+        todo = todo[0].upper() + todo[1:] + "."
+        return Finding(symbol.name, "fail", f"{symbol.module}: {found}", todo)
     except Exception as error:
-        return Finding(str(symbol), "fail", f"does not import: {_line(error)}")
-    return Finding(str(symbol), "ok", "fits")
+        return Finding(symbol.name, "fail", f"{symbol.module}: does not import: {_line(error)}")
+    return Finding(symbol.name, "ok", f"{symbol.module}: fits")
 
 
 def _line(error: Exception) -> str:
