@@ -203,7 +203,7 @@ def _stand_in_modules():
         pg_collection=None,
         skip_model_parallel_init=False,
     ):
-        raise NotImplementedError
+        """Its signature is all that is used: see ``_with_recorders``."""
 
     def train_step(
         forward_step_func,
@@ -217,7 +217,7 @@ def _stand_in_modules():
         pg_collection=None,
         p2p_communicator=None,
     ):
-        raise NotImplementedError
+        """Its signature is all that is used: see ``_with_recorders``."""
 
     for function in (
         *(calculate_grpo_loss, prepare_trajectories, selective_log_softmax, get_logprobs),
@@ -652,6 +652,27 @@ def check_versions_and_symbols(host):
     assert host.rl.prepare_trajectories.__module__ != megatron_rl.__name__
 
 
+def check_a_collection_without_a_generated_token(host):
+    rows = some_rows()
+    rows.mask[:] = False
+    megatron_rl.install(SAPO)
+    loss, gradient, report = train(host, rows, ONE_EACH, pack=False)
+    assert loss == 0
+    assert not gradient.any()
+    assert "sapo/gate_mean" not in report
+
+
+def check_truncation_at_zero_and_none_at_all(host):
+    rows = some_rows()
+    megatron_rl.install(SAPO)
+    given = (rows.logprobs, rows.old, rows.ref, rows.advantages, 0.2, 0.2, 0.0, 0.0)
+    plain = host.rl.calculate_grpo_loss(*given)[0]
+    inference = rows.old - 2.0  # a weight of e^2 for every token
+    assert not host.rl.calculate_grpo_loss(*given, inference, 0.0)[0].any()
+    assert_close(host.rl.calculate_grpo_loss(*given, inference, None)[0], plain * math.e**2)
+    assert_close(host.rl.calculate_grpo_loss(*given, inference, 3.0)[0], plain * 3)
+
+
 def check_another_reduction_is_refused(host):
     rows = some_rows()
     megatron_rl.install(SAPO)
@@ -670,7 +691,9 @@ def check_another_reduction_is_refused(host):
         step.micro_batch = "set"
         return out[0], functools.partial(lambda loss_mask, output: None, rows.mask)
 
-    assert "loss_func of the script" in refused(lambda: step.stepping(forward_step)(None, None))
+    error = refused(lambda: step.stepping(forward_step)(None, None))
+    assert "loss_func of the script" in error
+    assert "got (loss_mask, output) with 1 bound" in error
 
 
 def check_sharded_logprobs(host):
@@ -724,9 +747,9 @@ def check_sharded_logprobs(host):
 
     theirs, their_gradient = logprobs()
     megatron_rl.install(SAPO, vocab_parallel_logprobs=True)
-    ours_, gradient = logprobs()
+    found, gradient = logprobs()
     assert model.widths == [20, 10]
-    assert_close(ours_, theirs)
+    assert_close(found, theirs)
     # The host's gather adds the gradient of each of the two ranks to the other's.
     assert_close(gradient * 2, their_gradient)
     assert not model._forward_pre_hooks
@@ -739,7 +762,6 @@ def check_sharded_logprobs(host):
 
 def check_collected_logprobs_are_in_fp32(host):
     """The host asserts their dtype, and makes room for them on other stages by it."""
-    kept = []
 
     def schedule(**kwargs):
         return [torch.zeros(1, 4)]

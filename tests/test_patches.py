@@ -256,6 +256,7 @@ def test_a_script_with_sapo_off_runs_as_it_is(tmp_path):
         ),
         (["megatron_rl", "{script}"], "expected python -m sapo_megatron.patches"),
         (["trl", "--", "{script}"], "expected python -m sapo_megatron.patches"),
+        ([], "got nothing"),
         (["nemo_rl", "--", "{script}", "--vocab_parallel_logprobs"], "required: --loss_type"),
     ],
 )

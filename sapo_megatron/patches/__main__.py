@@ -24,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else list(argv)
     try:
         match words:
-            case ["-h" | "--help"] | []:
+            case ["-h" | "--help"]:
                 sys.stdout.write(f"usage: {USAGE}\n")
             case ["ms_swift", recipe]:
                 from sapo_megatron.patches import ms_swift
@@ -33,7 +33,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             case ["megatron_rl" | "nemo_rl" as host, "--", script, *flags]:
                 _run(host, script, flags)
             case _:
-                raise UserError(f"expected {' '.join(USAGE.split())}; got {shlex.join(words)}")
+                got = shlex.join(words) or "nothing"
+                raise UserError(f"expected {' '.join(USAGE.split())}; got {got}")
     except UserError as error:
         sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
         return 2

@@ -188,8 +188,9 @@ class _Sapo:
         )
         policy = sapo_token_loss(log_ratio, token_advantages, **self.taus)
         if inference_logprobs is not None:
+            cap = math.inf if is_truncation_coef is None else is_truncation_coef
             weights = safe_log_ratio(old - inference_logprobs, None).exp()
-            policy = policy * weights.clamp(max=is_truncation_coef or math.inf)
+            policy = policy * weights.clamp(max=cap)
         kl = kl_penalty(logprobs, masked(ref_logprobs, None), "k3")
         entropy = -logprobs.exp() * logprobs
         ratio = safe_log_ratio(log_ratio, None).exp()
@@ -253,13 +254,14 @@ class _Sapo:
         return forward_step
 
     def _sequences_per_micro_batch(self) -> float:
+        assert self.rows > 0, "rollouts come before training"
         context = find(HOST, RUNTIME_STATE)().packing_context
         if context is None:
             micro_batches = self.rows / _arguments().micro_batch_size
         else:
             micro_batches = len(context.packed_trajs)
-        assert self.sequences > 0, "rollouts come before training"
-        return self.sequences / micro_batches
+        # Without any there is no token to weigh.
+        return self.sequences / micro_batches or 1.0
 
 
 class _ShardedLogprobs:
@@ -352,11 +354,13 @@ def _finishing(host: Callable) -> Callable:
 
 def _check_reduction(loss_func: Callable) -> None:
     """Raises UserError unless the host reduces a micro-batch as the weights take it to."""
-    found = tuple(inspect.signature(getattr(loss_func, "func", loss_func)).parameters)
-    if found != LOSS_FUNC or len(loss_func.args) != len(LOSS_FUNC) - 1:
+    function, bound = getattr(loss_func, "func", loss_func), getattr(loss_func, "args", ())
+    found = tuple(inspect.signature(function).parameters)
+    if found != LOSS_FUNC or len(bound) != len(LOSS_FUNC) - 1:
         raise UserError(
             f"loss_func of the script: expected ({', '.join(LOSS_FUNC)}) with all but the last "
-            f"bound, got ({', '.join(found)}); take the train_rl.py of Megatron-LM {HOST.verified}"
+            f"bound, got ({', '.join(found)}) with {len(bound)} bound; take the "
+            f"train_rl.py of Megatron-LM {HOST.verified}"
         )
     if _arguments().calculate_per_token_loss:
         raise UserError(

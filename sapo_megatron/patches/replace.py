@@ -90,23 +90,24 @@ def find(host: Host, symbol: Symbol) -> Callable[..., Any]:
     """The host's own function. Raises UserError for one that is missing or differs."""
     if symbol in _originals:
         return _originals[symbol]
-    where = f"in {host.title} {host.version()}"
-    verified = f"take {host.verified}, which this patch was verified against"
+    advice = f"take {host.verified}, which this patch was verified against"
     try:
         owner, last = _owner(symbol)
         function = getattr(owner, last)
     except (ImportError, AttributeError) as error:
         root = symbol.module.split(".")[0]
         if isinstance(error, ModuleNotFoundError) and (error.name or "").split(".")[0] != root:
-            verified = f"install {error.name}, which the host needs for it"
-        raise UserError(f"{symbol}: expected it {where}, got {error}; {verified}") from None
-    found = tuple(inspect.signature(function).parameters)
-    if found != symbol.parameters:
-        raise UserError(
-            f"{symbol}: expected the parameters ({', '.join(symbol.parameters)}) {where}, got "
-            f"({', '.join(found)}); {verified}"
-        )
-    return function
+            advice = f"install {error.name}, which the host needs for it"
+        expected, got = "it", str(error)
+    else:
+        found = tuple(inspect.signature(function).parameters)
+        if found == symbol.parameters:
+            return function
+        expected = f"the parameters ({', '.join(symbol.parameters)})"
+        got = f"({', '.join(found)})"
+    raise UserError(
+        f"{symbol}: expected {expected} in {host.title} {host.version()}, got {got}; {advice}"
+    )
 
 
 def replace(host: Host, symbol: Symbol, make: Callable[[Callable], Callable]) -> None:
