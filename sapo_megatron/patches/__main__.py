@@ -17,7 +17,10 @@ from sapo_megatron.objective.sapo import check_temperature
 USAGE = """python -m sapo_megatron.patches megatron_rl|nemo_rl -- SCRIPT [ITS FLAGS]
            --loss_type sapo|grpo [--tau_pos TAU] [--tau_neg TAU]
            [--vocab_parallel_logprobs]  (megatron_rl only)
-       python -m sapo_megatron.patches ms_swift RECIPE"""
+       python -m sapo_megatron.patches ms_swift RECIPE
+
+The other hosts are patched by flags of their own: docs/patches.md."""
+SEE = "see python -m sapo_megatron.patches --help"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -34,7 +37,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                 _run(host, script, flags)
             case _:
                 got = shlex.join(words) or "nothing"
-                raise UserError(f"expected {' '.join(USAGE.split())}; got {got}")
+                raise UserError(
+                    f"expected megatron_rl or nemo_rl, --, and its script, or ms_swift and a "
+                    f"recipe, got {got}; {SEE}"
+                )
     except UserError as error:
         sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
         return 2
@@ -43,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; usage: {' '.join(USAGE.split())}")
+        raise UserError(f"{message}; {SEE}")
 
 
 def _run(host: str, script: str, flags: Sequence[str]) -> None:
