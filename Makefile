@@ -15,8 +15,8 @@ MCORE_019 := venvs/mcore-0.19
 MCORE_019_STAMP := $(MCORE_019)/.installed
 ON_MCORE_019 := MEGATRON_CORE_VERSION=$(shell sed -n 's/^megatron-core==//p' \
 	requirements-mcore-0.19.txt) PYTHONPATH="$(CURDIR)/$(MCORE_019)"
-SLICE_FILES := $(patsubst %,tests/test_%.py, \
-	release layers logprob generate checkpoint replay families matrix)
+SLICE_FILES := $(patsubst %,tests/%.py, \
+	policy/test_release policy/test_layers objective/test_logprob rollout/test_generate policy/test_checkpoint policy/test_routers policy/test_families policy/test_matrix)
 SLICE_LAYOUTS := TP2xPP2xEP2 or CP2xEP2xDP2 or PP2xVPP2xDP2 or CP2xDP2 or moe_act or 3-tuple or \
 	balanced
 SLICE ?= $(SLICE_FILES) -k "not (test_layout or killed or tensor_parallel) \
@@ -51,7 +51,7 @@ train: venv
 		--nproc-per-node $(PROCESSES) -m sapo_megatron train $(RECIPE) $(ARGS)
 
 # All tests on the megatron-core of requirements.txt, then some of them on the other release; with
-# ARGS, those tests on the first alone: make test ARGS="tests/test_sapo.py -k gate"
+# ARGS, those tests on the first alone: make test ARGS="tests/objective/test_sapo.py -k gate"
 test: venv $(if $(ARGS),,$(MCORE_019_STAMP))
 	$(PYTEST) $(ARGS)
 	$(if $(ARGS),,$(ON_MCORE_019) $(PYTEST) $(SLICE))
@@ -71,7 +71,7 @@ $(MCORE_019_STAMP): requirements-mcore-0.19.txt | $(STAMP)
 
 # Rollouts on real vLLM servers.
 test-vllm: venv $(VLLM_STAMP)
-	SAPO_VLLM_PYTHON=$(CURDIR)/$(VLLM)/bin/python $(PYTEST) $(or $(ARGS),tests/on_vllm)
+	SAPO_VLLM_PYTHON=$(CURDIR)/$(VLLM)/bin/python $(PYTEST) $(or $(ARGS),tests/vllm)
 
 $(VLLM_STAMP): requirements-vllm.txt | $(STAMP)
 	rm -rf $(VLLM)
@@ -83,7 +83,7 @@ $(VLLM_STAMP): requirements-vllm.txt | $(STAMP)
 
 # The patches in the pipelines themselves, without this project's environment.
 test-hosts: $(HOSTS_STAMP)
-	OMP_NUM_THREADS=1 $(HOSTS)/bin/python -m pytest --noconftest $(or $(ARGS),tests/on_hosts)
+	OMP_NUM_THREADS=1 $(HOSTS)/bin/python -m pytest --noconftest $(or $(ARGS),tests/hosts/test_verl.py tests/hosts/test_ms_swift.py)
 
 $(HOSTS_STAMP): requirements-hosts.txt
 	rm -rf $(HOSTS)

@@ -21,11 +21,11 @@ import json
 import measure
 import torch
 
-from sapo_megatron.config import AlgorithmConfig
 from sapo_megatron.objective.baselines import cispo_token_loss, grpo_token_loss, gspo_token_loss
 from sapo_megatron.objective.loss import policy_loss
 from sapo_megatron.objective.reduce import sequence_mean
 from sapo_megatron.objective.sapo import sapo_token_loss
+from sapo_megatron.recipe.schema import AlgorithmConfig
 from sapo_megatron.sample import Denominators, PackedBatch
 
 QUICK = (2**14, 2**18)

@@ -22,13 +22,13 @@ import measure
 import torch
 import torch.distributed as dist
 
-from sapo_megatron import train
-from sapo_megatron.config import load
 from sapo_megatron.metrics import Metrics
 from sapo_megatron.policy import checkpoint, parallel
-from sapo_megatron.rollout.inputs import read_inputs
-from sapo_megatron.routing.replay import ModelRouters
-from sapo_megatron.watch import RouterWatch
+from sapo_megatron.policy.routers import ModelRouters
+from sapo_megatron.recipe.load import load
+from sapo_megatron.training import loop as train
+from sapo_megatron.training.inputs import read_inputs
+from sapo_megatron.training.observe import RouterWatch
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "tiny-moe-cpu.yaml"
 
@@ -85,7 +85,6 @@ def work(job: dict) -> None:
     with (
         mock.patch.object(train.Trainer, "_step", step),
         mock.patch.object(checkpoint, "save"),
-        mock.patch.object(train, "write_report"),
     ):
         train.train(recipe, read_inputs(recipe, dist.get_world_size()))
     if dist.get_rank() == 0:

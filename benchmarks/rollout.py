@@ -18,13 +18,14 @@ from typing import Any
 import measure
 import torch
 
-from sapo_megatron.config import Recipe, load
-from sapo_megatron.engine import open_engine
 from sapo_megatron.policy import parallel, weights
 from sapo_megatron.policy.decode import MegatronDecoder
 from sapo_megatron.policy.step import Policy
+from sapo_megatron.recipe.load import load
+from sapo_megatron.recipe.schema import Recipe
 from sapo_megatron.rollout.generate import InProcess, Request, SamplingParams
-from sapo_megatron.rollout.inputs import read_inputs
+from sapo_megatron.training.engine import open_engine
+from sapo_megatron.training.inputs import read_inputs
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "tiny-moe-vllm-cpu.yaml"
 REQUESTS, NEW_TOKENS = 256, 64

@@ -8,14 +8,17 @@ import json
 import logging
 import os
 import signal
+import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from sapo_megatron.check import smallest_world
-from sapo_megatron.config import Recipe, RunFailed, UserError, load
+from sapo_megatron.errors import RunFailed, UserError
 from sapo_megatron.patches import HOSTS
+from sapo_megatron.recipe.check import smallest_world
+from sapo_megatron.recipe.load import load
+from sapo_megatron.recipe.schema import Recipe
 
 logger = logging.getLogger("sapo_megatron")
 
@@ -129,24 +132,33 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _train(arguments: argparse.Namespace, rest: list[str], words: list[str]) -> int:
-    from sapo_megatron.rollout.inputs import Inputs
+    from sapo_megatron.training.inputs import Inputs
 
     recipe = load(arguments.recipe, _overrides(rest))
 
     def work(inputs: Inputs) -> None:
-        from sapo_megatron.train import train
+        from sapo_megatron.training.loop import train
 
-        train(recipe, inputs, arguments.resume)
+        summary = train(recipe, inputs, arguments.resume)
+        if summary and summary["steps"] and _is_main():
+            _report_apart(Path(summary["report"]).parents[1])
 
     return _on_all_processes(recipe, words, work)
+
+
+def _report_apart(run: Path) -> None:
+    """Draw the report in a process of its own: one that trains has no use for matplotlib."""
+    words = [sys.executable, "-m", "sapo_megatron", "report", str(run)]
+    if subprocess.run(words, check=False).returncode:
+        logger.warning("the report was not drawn; try sapo-megatron report %s", run)
 
 
 def _plan(arguments: argparse.Namespace, rest: list[str], words: list[str]) -> int:
     recipe = load(arguments.recipe, _overrides(rest))
     # Before torch looks: the plan is the same on a machine with GPUs and on one without.
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    from sapo_megatron.plan import plan
-    from sapo_megatron.plan.render import as_json, as_table, verdict
+    from sapo_megatron.commands.plan import plan
+    from sapo_megatron.commands.plan.render import as_json, as_table, verdict
 
     made = plan(recipe)
     text = json.dumps(as_json(made), indent=2) + "\n" if arguments.json else as_table(made)
@@ -157,7 +169,7 @@ def _plan(arguments: argparse.Namespace, rest: list[str], words: list[str]) -> i
 
 
 def _eval(arguments: argparse.Namespace, rest: list[str], words: list[str]) -> int:
-    from sapo_megatron.rollout.inputs import Inputs
+    from sapo_megatron.training.inputs import Inputs
 
     recipe = load(arguments.recipe, _overrides(rest))
     out = Path(arguments.out) if arguments.out else None
@@ -165,8 +177,8 @@ def _eval(arguments: argparse.Namespace, rest: list[str], words: list[str]) -> i
         raise UserError(f"--out: expected a file in a folder that exists, got {out}; name another")
 
     def work(inputs: Inputs) -> None:
-        from sapo_megatron import runs
-        from sapo_megatron.train import evaluate_checkpoint
+        from sapo_megatron.runs import folder as runs
+        from sapo_megatron.training.loop import evaluate_checkpoint
 
         scores = evaluate_checkpoint(recipe, inputs, Path(arguments.checkpoint))
         if not _is_main():
@@ -179,7 +191,7 @@ def _eval(arguments: argparse.Namespace, rest: list[str], words: list[str]) -> i
 
 
 def _export(arguments: argparse.Namespace, rest: list[str], words: list[str]) -> int:
-    from sapo_megatron.rollout.inputs import Inputs
+    from sapo_megatron.training.inputs import Inputs
 
     recipe = load(arguments.recipe, _overrides(rest))
     out = Path(arguments.out)
@@ -187,7 +199,7 @@ def _export(arguments: argparse.Namespace, rest: list[str], words: list[str]) ->
         raise UserError(f"--out: expected a folder that is not there yet, got {out}; name another")
 
     def work(inputs: Inputs) -> None:
-        from sapo_megatron.train import export_checkpoint
+        from sapo_megatron.training.loop import export_checkpoint
 
         export_checkpoint(recipe, inputs, Path(arguments.checkpoint), out)
 
@@ -197,7 +209,7 @@ def _export(arguments: argparse.Namespace, rest: list[str], words: list[str]) ->
 def _report(arguments: argparse.Namespace, rest: list[str], words: list[str]) -> int:
     if rest:
         raise UserError(f"report: expected a run folder only, got also {' '.join(rest)}")
-    from sapo_megatron.report import write_report
+    from sapo_megatron.commands.report import write_report
 
     write_report(arguments.run)
     return 0
@@ -206,7 +218,7 @@ def _report(arguments: argparse.Namespace, rest: list[str], words: list[str]) ->
 def _gates(arguments: argparse.Namespace, rest: list[str], words: list[str]) -> int:
     if rest:
         raise UserError(f"gates: expected dumps and its own options, got also {' '.join(rest)}")
-    from sapo_megatron.gates import compare_gates
+    from sapo_megatron.commands.gates import compare_gates
 
     text = compare_gates(
         arguments.dumps, arguments.gate, arguments.attenuation, arguments.json, arguments.out
@@ -218,7 +230,7 @@ def _gates(arguments: argparse.Namespace, rest: list[str], words: list[str]) -> 
 def _doctor(arguments: argparse.Namespace, rest: list[str], words: list[str]) -> int:
     if rest:
         raise UserError(f"doctor: expected its own options only, got also {' '.join(rest)}")
-    from sapo_megatron.doctor import examine, examine_host, show
+    from sapo_megatron.commands.doctor import examine, examine_host, show
 
     host = arguments.host
     findings = examine_host(host) if host else examine(Path(arguments.run_dir))
@@ -233,7 +245,7 @@ def _on_all_processes(recipe: Recipe, words: list[str], work: Callable) -> int:
     layout takes, on this machine, each with the command line ``words``.
     """
     # Here, not above: other commands, and mistakes in the recipe, do without.
-    from sapo_megatron.rollout.inputs import preflight, read_inputs
+    from sapo_megatron.training.inputs import preflight, read_inputs
 
     launched = "RANK" in os.environ
     processes = _launched_world() if launched else smallest_world(recipe.parallel)

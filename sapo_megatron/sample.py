@@ -46,6 +46,27 @@ class SampleRoutes:
     """[P] the positions, from 0, at which they were kept."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class DecodedRoutes:
+    """The experts of every token that a batch was fed: L positions, M layers with experts."""
+
+    experts: npt.NDArray[np.int16]
+    """[B, L, M, k]."""
+    probs: npt.NDArray[np.float32] | None
+    """[B, P, M, E] router probabilities."""
+    positions: npt.NDArray[np.int64]
+    """[P] the positions at which they were kept."""
+
+    def of(self, row: int, fed: int) -> SampleRoutes:
+        """Those of one sequence, of which ``fed`` tokens count."""
+        kept = self.positions < fed
+        return SampleRoutes(
+            experts=self.experts[row, :fed].copy(),
+            probs=None if self.probs is None else self.probs[row, kept],
+            positions=None if self.probs is None else self.positions[kept],
+        )
+
+
 @dataclass(kw_only=True)
 class Sample:
     """One response to a prompt; the later stages fill in ``text``, ``reward``, ``advantage``.

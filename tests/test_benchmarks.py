@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from gloo import run_ranks
 
-sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
+from tests.support.gloo import run_ranks
+
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
 import loss
 import measure

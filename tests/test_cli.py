@@ -7,11 +7,12 @@ import socket
 from pathlib import Path
 
 import pytest
-from tiny import ROOT, Done, cli, write_recipe
 
 from sapo_megatron.__main__ import _overrides, main
-from sapo_megatron.check import smallest_world
-from sapo_megatron.config import UserError, load
+from sapo_megatron.errors import UserError
+from sapo_megatron.recipe.check import smallest_world
+from sapo_megatron.recipe.load import load
+from tests.support.tiny import ROOT, Done, cli, write_recipe
 
 
 @pytest.fixture
@@ -191,7 +192,7 @@ def row_without_answer(work):
         (lambda w: without(w / "model/config.json", "rope_theta"), [], ["rope_theta", "missing"]),
         (None, ["model.tokenizer=nothing.model"], ["model.tokenizer", "nothing.model"]),
         (None, ["--expert_model_parallel_size", "3"], ["expert_model_parallel_size", "experts 4"]),
-        (None, ["reward.function=tiny:evne"], ["reward.function", "even"]),
+        (None, ["reward.function=tests.support.tiny:evne"], ["reward.function", "even"]),
         (None, ["--max_response_length=1", "cold_start.steps=1"], ["cold_start", "at most"]),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

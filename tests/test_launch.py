@@ -21,9 +21,9 @@ from pathlib import Path
 
 import pytest
 import yaml
-from tiny import ROOT, TESTS, _bearing, read_metrics, write_recipe
 
 from sapo_megatron.rollout.vllm.client import EXTENSION
+from tests.support.tiny import ROOT, _bearing, read_metrics, write_recipe
 
 LAUNCH = ROOT / "launch"
 SCRIPTS = sorted([*LAUNCH.glob("*.sh"), LAUNCH / "slurm.sbatch"])
@@ -37,9 +37,7 @@ class Script:
         kept = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "RUN_DIR")}
         ours = {
             "PYTHON": sys.executable,
-            "PYTHONPATH": os.pathsep.join(
-                filter(None, [str(ROOT), str(TESTS), os.environ.get("PYTHONPATH")])
-            ),
+            "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
             "OMP_NUM_THREADS": "1",
             "NPROC_PER_NODE": "2",
         }
@@ -273,7 +271,12 @@ def test_a_single_node_that_is_ended_leaves_nothing(start, tmp_path, bystander):
 
 
 def test_two_agents_go_on_from_a_checkpoint_when_a_worker_is_killed(start, tmp_path, bystander):
-    words = ["recipe.yaml", "train.steps=4", "checkpoint.every=1", "reward.function=tiny:varied"]
+    words = [
+        "recipe.yaml",
+        "train.steps=4",
+        "checkpoint.every=1",
+        "reward.function=tests.support.tiny:varied",
+    ]
     env = {
         "NNODES": "2",
         "NPROC_PER_NODE": "1",

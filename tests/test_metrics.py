@@ -5,7 +5,6 @@ import math
 import numpy as np
 import pytest
 import torch
-from gloo import run_ranks
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
@@ -24,6 +23,7 @@ from sapo_megatron.metrics import (
     Sum,
     Variance,
 )
+from tests.support.gloo import run_ranks
 
 EXPECTED = {
     Mean: np.mean,

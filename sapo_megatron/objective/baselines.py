@@ -2,14 +2,14 @@
 
 All take the log-ratio ``log pi_theta - log pi_old`` of each token in nats and return the loss of
 each token, same shape, zero where ``mask`` is False, not reduced. They follow SAPO's order of
-operations (:func:`~sapo_megatron.objective.sapo.safe_log_ratio`): masked first, fp32 (fp64 stays
+operations (:func:`~sapo_megatron.objective.ratio.safe_log_ratio`): masked first, fp32 (fp64 stays
 fp64), clamped, then exp. Clip ranges are distances from a ratio of 1.
 """
 
 import torch
 from torch import Tensor
 
-from sapo_megatron.objective.sapo import masked, safe_advantages, safe_log_ratio
+from sapo_megatron.objective.ratio import masked, safe_advantages, safe_log_ratio
 
 
 def grpo_token_loss(

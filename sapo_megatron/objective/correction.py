@@ -10,10 +10,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sapo_megatron.config import CorrectionConfig
 from sapo_megatron.metrics import Correlation, EffectiveSampleSize, Mean, Metrics
+from sapo_megatron.objective.ratio import safe_log_ratio
 from sapo_megatron.objective.reduce import sequence_mean
-from sapo_megatron.objective.sapo import safe_log_ratio
+from sapo_megatron.recipe.schema import CorrectionConfig
 from sapo_megatron.sample import PackedBatch
 
 EXTREME = 2.0

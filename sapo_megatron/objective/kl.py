@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from sapo_megatron.objective.sapo import MAX_LOG_RATIO, masked
+from sapo_megatron.objective.ratio import MAX_LOG_RATIO, masked
 
 
 def kl_penalty(

@@ -4,7 +4,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sapo_megatron.config import AlgorithmConfig, CorrectionConfig
 from sapo_megatron.metrics import (
     EffectiveSampleSize,
     Histogram,
@@ -23,15 +22,10 @@ from sapo_megatron.objective.baselines import (
 )
 from sapo_megatron.objective.correction import correction_weights
 from sapo_megatron.objective.kl import kl_penalty
+from sapo_megatron.objective.ratio import masked, safe_log_ratio
 from sapo_megatron.objective.reduce import sequence_mean, token_weights
-from sapo_megatron.objective.sapo import (
-    masked,
-    safe_log_ratio,
-    sapo_gate,
-    sapo_token_loss,
-    sapo_weight,
-    token_temperature,
-)
+from sapo_megatron.objective.sapo import sapo_gate, sapo_token_loss, sapo_weight, token_temperature
+from sapo_megatron.recipe.schema import AlgorithmConfig, CorrectionConfig
 from sapo_megatron.sample import Denominators, PackedBatch
 
 RATIO_EDGES = tuple(i / 20 for i in range(61))

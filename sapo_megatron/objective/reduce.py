@@ -42,7 +42,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sapo_megatron.objective.sapo import masked
+from sapo_megatron.objective.ratio import masked
 from sapo_megatron.sample import Denominators
 
 

@@ -11,8 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from sapo_megatron.config import AlgorithmConfig, UserError, load
+from sapo_megatron.errors import UserError
 from sapo_megatron.objective.sapo import check_temperature
+from sapo_megatron.recipe.load import load
+from sapo_megatron.recipe.schema import AlgorithmConfig
 
 USAGE = """python -m sapo_megatron.patches megatron_rl|nemo_rl -- SCRIPT [ITS FLAGS]
            --loss_type sapo|grpo [--tau_pos TAU] [--tau_neg TAU]

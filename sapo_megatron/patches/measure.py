@@ -12,8 +12,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sapo_megatron.metrics import Max, Mean, Metrics, Min, Sum, Variance
+from sapo_megatron.objective.bound import bound_metrics
 from sapo_megatron.objective.loss import gate_metrics, ratio_metrics
-from sapo_megatron.routing.variance import bound_metrics
 
 PER_TOKEN = (
     "ratio/mean",
@@ -64,7 +64,7 @@ def measure(
     tau_neg: float,
     cp_group: dist.ProcessGroup | None = None,
 ) -> Measured:
-    """Of tokens ``[T]``; arguments as in :func:`~sapo_megatron.routing.variance.bound_metrics`.
+    """Of tokens ``[T]``; arguments as in :func:`~sapo_megatron.objective.bound.bound_metrics`.
 
     With a ``cp_group`` its ranks hold parts of the same sequences; what is per sequence comes from
     its first rank alone. Collective over it.

@@ -25,13 +25,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sapo_megatron.config import AlgorithmConfig, UserError
+from sapo_megatron.errors import UserError
 from sapo_megatron.objective.kl import kl_penalty
 from sapo_megatron.objective.logprob import vocab_parallel_logprobs
+from sapo_megatron.objective.ratio import masked, safe_log_ratio
 from sapo_megatron.objective.reduce import token_weights
-from sapo_megatron.objective.sapo import masked, safe_log_ratio, sapo_token_loss
+from sapo_megatron.objective.sapo import sapo_token_loss
 from sapo_megatron.patches.measure import Measured, Part, log_variance, measure
 from sapo_megatron.patches.replace import Host, Symbol, check, find, replace, restore
+from sapo_megatron.recipe.schema import AlgorithmConfig
 from sapo_megatron.sample import Denominators
 
 RL_UTILS = "megatron.rl.rl_utils"

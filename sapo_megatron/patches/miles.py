@@ -12,13 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from sapo_megatron.patches.replace import Host, Symbol
-from sapo_megatron.patches.slime import (
-    POLICY_LOSS,
-    TOKEN_LOSS,
-    Reducer,
-    ready,
-    sapo_policy_loss,
-)
+from sapo_megatron.patches.slime import POLICY_LOSS, TOKEN_LOSS, Reducer, ready, sapo_policy_loss
 
 _LOSS = "miles.backends.training_utils.loss_hub.losses"
 

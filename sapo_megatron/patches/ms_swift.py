@@ -15,10 +15,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sapo_megatron.config import Recipe, UserError
-from sapo_megatron.objective.sapo import MAX_LOG_RATIO, masked
+from sapo_megatron.errors import UserError
+from sapo_megatron.objective.ratio import MAX_LOG_RATIO, masked
 from sapo_megatron.patches.measure import log_variance, measure_rows
 from sapo_megatron.patches.replace import Host, Symbol, check, replace, restore
+from sapo_megatron.recipe.schema import Recipe
 
 LOSS = Symbol(
     "swift.megatron.trainers.grpo_trainer",

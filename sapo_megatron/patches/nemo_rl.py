@@ -20,10 +20,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sapo_megatron.config import AlgorithmConfig, UserError
+from sapo_megatron.errors import UserError
 from sapo_megatron.objective.sapo import check_temperature, sapo_token_loss
 from sapo_megatron.patches.measure import PER_SEQUENCE, PER_TOKEN, log_variance, measure_rows
 from sapo_megatron.patches.replace import Host, Symbol, check, replace, restore
+from sapo_megatron.recipe.schema import AlgorithmConfig
 
 logger = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
 
-from sapo_megatron.config import UserError
+from sapo_megatron.errors import UserError
 
 logger = logging.getLogger(__name__)
 

@@ -23,10 +23,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sapo_megatron.config import AlgorithmConfig, UserError
+from sapo_megatron.errors import UserError
+from sapo_megatron.objective.ratio import safe_log_ratio
 from sapo_megatron.objective.sapo import (
     check_temperature,
-    safe_log_ratio,
     sapo_gate,
     sapo_token_loss,
     sapo_weight,
@@ -34,6 +34,7 @@ from sapo_megatron.objective.sapo import (
 )
 from sapo_megatron.patches.measure import PER_SEQUENCE, measure
 from sapo_megatron.patches.replace import Host, Symbol, check
+from sapo_megatron.recipe.schema import AlgorithmConfig
 
 logger = logging.getLogger(__name__)
 

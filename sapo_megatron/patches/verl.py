@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sapo_megatron.config import UserError
-from sapo_megatron.objective.sapo import masked, sapo_token_loss
+from sapo_megatron.errors import UserError
+from sapo_megatron.objective.ratio import masked
+from sapo_megatron.objective.sapo import sapo_token_loss
 from sapo_megatron.patches.measure import Measured, log_variance, measure_rows
 from sapo_megatron.patches.replace import Host, Symbol, check
 

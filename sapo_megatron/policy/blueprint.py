@@ -8,12 +8,13 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from sapo_megatron.architecture import Architecture
-from sapo_megatron.config import Recipe, UserError
+from sapo_megatron.errors import UserError
+from sapo_megatron.hf.architecture import Architecture
 from sapo_megatron.policy import parallel
 from sapo_megatron.policy.model import PolicyModel, build_model
 from sapo_megatron.policy.parallel import ParallelGroups
 from sapo_megatron.policy.spec import transformer_config
+from sapo_megatron.recipe.schema import Recipe
 
 
 @dataclass(frozen=True, kw_only=True)

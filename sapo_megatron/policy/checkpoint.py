@@ -6,7 +6,6 @@ writing leaves the one before it valid. It loads into any data-parallel size; th
 the layout must be those it was written with.
 """
 
-import json
 import queue
 import shutil
 from pathlib import Path
@@ -18,27 +17,16 @@ from megatron.core import dist_checkpointing, tensor_parallel
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 
-from sapo_megatron.config import ParallelConfig, UserError
 from sapo_megatron.policy.step import Policy
-
-LAYOUT = (
-    "tensor_model_parallel_size",
-    "pipeline_model_parallel_size",
-    "virtual_pipeline_model_parallel_size",
-    "expert_model_parallel_size",
-    "expert_tensor_parallel_size",
-)
-"""Sizes that a checkpoint is bound to."""
+from sapo_megatron.runs.state import RunState, checkpoints, write_state
 
 
-def save(
-    policy: Policy, folder: Path, state: dict[str, Any], parallel: ParallelConfig, *, keep: int
-) -> Path:
-    """Write a checkpoint of ``state["step"]`` below ``folder`` and prune all but ``keep``.
+def save(policy: Policy, folder: Path, state: RunState, *, keep: int) -> Path:
+    """Write a checkpoint of ``state.step`` below ``folder`` and prune all but ``keep``.
 
-    ``state`` is JSON data: what the training loop needs to go on. Collective over all ranks.
+    Collective over all ranks.
     """
-    target = folder / f"step-{state['step']:06d}"
+    target = folder / f"step-{state.step:06d}"
     temporary = folder / f".{target.name}.tmp"
     if dist.get_rank() == 0:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -54,46 +42,18 @@ def save(
         content_metadata={k: v for k, v in metadata.items() if isinstance(v, str)},
     )
     if dist.get_rank() == 0:
-        layout = {name: getattr(parallel, name) for name in LAYOUT}
-        text = json.dumps(
-            {**state, "layout": layout, "world_size": dist.get_world_size()}, indent=2
-        )
-        (temporary / "state.json").write_text(text + "\n")
+        write_state(temporary, state)
         shutil.rmtree(target, ignore_errors=True)
         temporary.rename(target)
-        for old in _checkpoints(folder)[:-keep]:
+        for old in checkpoints(folder)[:-keep]:
             shutil.rmtree(old)
     dist.barrier(policy.groups.world)
     return target
 
 
-def latest(folder: Path) -> Path | None:
-    """The newest whole checkpoint below ``folder``."""
-    return next(reversed(_checkpoints(folder)), None)
-
-
-def read_state(checkpoint: Path, parallel: ParallelConfig) -> dict[str, Any]:
-    """The ``state`` that ``save`` was given. Raises UserError where the layout does not fit."""
-    try:
-        state = json.loads((checkpoint / "state.json").read_text())
-    except FileNotFoundError:
-        raise UserError(
-            f"{checkpoint}: expected a checkpoint folder with state.json, got none; name a folder "
-            f"such as RUN/checkpoints/step-000010"
-        ) from None
-    for name in LAYOUT:
-        saved, ours = state["layout"][name], getattr(parallel, name)
-        if saved != ours:
-            raise UserError(
-                f"parallel.{name}: expected {saved}, the size that {checkpoint} was written with, "
-                f"got {ours}; only the data- and context-parallel sizes may change on resume"
-            )
-    return state
-
-
-def load(policy: Policy, checkpoint: Path, state: dict[str, Any]) -> None:
+def load(policy: Policy, checkpoint: Path, state: RunState) -> None:
     """Fill ``policy`` from a checkpoint whose ``state`` has been read. Collective."""
-    same_world = state["world_size"] == dist.get_world_size()
+    same_world = state.world_size == dist.get_world_size()
     with torch.no_grad():
         template = _sharded_state(policy, _metadata(policy), loading=True, with_rng=same_world)
         loaded = dist_checkpointing.load(template, str(checkpoint))
@@ -115,10 +75,6 @@ def _restore_steps(policy: Policy) -> None:
                 step = group.pop("step")
                 for weight in group["params"]:
                     part.optimizer.state[weight]["step"] = torch.tensor(step)
-
-
-def _checkpoints(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.glob("step-*") if (p / "state.json").exists())
 
 
 def _metadata(policy: Policy) -> dict[str, Any]:

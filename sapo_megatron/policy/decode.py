@@ -11,7 +11,7 @@ from megatron.core.models.common.embeddings import RotaryEmbedding
 from torch import Tensor, nn
 
 from sapo_megatron.policy.step import FrozenPolicy
-from sapo_megatron.rollout.generate import DecodedRoutes
+from sapo_megatron.sample import DecodedRoutes
 
 
 class _Alone:

@@ -9,11 +9,11 @@ from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from sapo_megatron.architecture import Architecture
-from sapo_megatron.config import Recipe
+from sapo_megatron.hf.architecture import Architecture
 from sapo_megatron.objective.logprob import linear_logprobs, vocab_parallel_logprobs
 from sapo_megatron.policy.parallel import ParallelGroups
 from sapo_megatron.policy.spec import block_spec
+from sapo_megatron.recipe.schema import Recipe
 
 LATENT_NORM_EPS = 1e-6
 """Of the norms inside latent attention, whatever ``rms_norm_eps`` says, as in transformers."""

@@ -16,8 +16,9 @@ from megatron.core.models.common.embeddings import RotaryEmbedding, YarnRotaryEm
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch.distributed import ProcessGroup
 
-from sapo_megatron.config import ParallelConfig, Recipe, RunFailed, UserError
+from sapo_megatron.errors import RunFailed, UserError
 from sapo_megatron.policy import cpu
+from sapo_megatron.recipe.schema import ParallelConfig, Recipe
 
 T = TypeVar("T")
 

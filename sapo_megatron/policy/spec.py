@@ -29,11 +29,17 @@ from megatron.core.transformer.transformer_layer import (
     get_transformer_layer_offset,
 )
 
-from sapo_megatron.architecture import Architecture, Experts, GroupedQueryAttention, LatentAttention
-from sapo_megatron.config import ModelConfig, ParallelConfig, UserError
+from sapo_megatron.errors import UserError
+from sapo_megatron.hf.architecture import (
+    Architecture,
+    Experts,
+    GroupedQueryAttention,
+    LatentAttention,
+)
 from sapo_megatron.policy.compat import LatentSelfAttention
 from sapo_megatron.policy.layers import TorchSpecProvider
 from sapo_megatron.policy.parallel import ParallelGroups
+from sapo_megatron.recipe.schema import ModelConfig, ParallelConfig
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 

@@ -21,17 +21,17 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from sapo_megatron.architecture import Architecture
-from sapo_megatron.batch import micro_batches
-from sapo_megatron.config import OptimizerConfig, Recipe, RunFailed, UserError
+from sapo_megatron.data.batch import micro_batches
+from sapo_megatron.errors import RunFailed, UserError
+from sapo_megatron.hf.architecture import Architecture
 from sapo_megatron.metrics import Mean, Metrics
 from sapo_megatron.objective.reduce import megatron_loss
 from sapo_megatron.policy import weights
 from sapo_megatron.policy.model import build_model
 from sapo_megatron.policy.parallel import ParallelGroups
-from sapo_megatron.policy.routes import RouterView
+from sapo_megatron.policy.routers import ModelRouters, RouterView
 from sapo_megatron.policy.spec import moe_layers, transformer_config
-from sapo_megatron.routing.replay import ModelRouters
+from sapo_megatron.recipe.schema import OptimizerConfig, Recipe
 from sapo_megatron.sample import PackedBatch, Routes, Sample
 
 logger = logging.getLogger(__name__)

@@ -22,14 +22,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from sapo_megatron.architecture import Architecture
-from sapo_megatron.config import ModelConfig
+from sapo_megatron.hf.architecture import Architecture
+from sapo_megatron.hf.folder import INDEX, NOT_WEIGHTS, Checkpoint, Listed
+from sapo_megatron.hf.names import Entry, Named, Plain, entry
 from sapo_megatron.policy import parallel
-from sapo_megatron.policy.mapping import Entry, Named, Plain, entry
 from sapo_megatron.policy.model import PolicyModel
 from sapo_megatron.policy.parallel import ParallelGroups
 from sapo_megatron.policy.spec import DTYPES
-from sapo_megatron.pretrained import INDEX, NOT_WEIGHTS, Checkpoint, Listed
+from sapo_megatron.recipe.schema import ModelConfig
 
 SHARD_BYTES = 4 * 2**30
 """Size at which an exported safetensors file is closed and the next begun."""

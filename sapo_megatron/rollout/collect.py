@@ -16,13 +16,14 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 
-from sapo_megatron.config import RolloutConfig, RunFailed, UserError
+from sapo_megatron.data.prompts import PromptSource
+from sapo_megatron.data.tokenizer import Tokenizer
+from sapo_megatron.errors import RunFailed, UserError
 from sapo_megatron.metrics import Max, Mean, Metrics, Std, Sum
 from sapo_megatron.objective.advantage import zero_std
+from sapo_megatron.recipe.schema import RolloutConfig
 from sapo_megatron.rollout.generate import Request, SamplingParams, share
-from sapo_megatron.rollout.prompts import PromptSource
 from sapo_megatron.rollout.reward import Scorer
-from sapo_megatron.rollout.tokenizer import Tokenizer
 from sapo_megatron.sample import Group, Prompt, Sample
 
 logger = logging.getLogger(__name__)

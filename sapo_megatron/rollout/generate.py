@@ -12,34 +12,11 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from sapo_megatron.metrics import Metrics
-from sapo_megatron.sample import Sample, SampleRoutes
-
-
-@dataclass(frozen=True, kw_only=True)
-class DecodedRoutes:
-    """The experts of every token that a batch was fed: L positions, M layers with experts."""
-
-    experts: npt.NDArray[np.int16]
-    """[B, L, M, k]."""
-    probs: npt.NDArray[np.float32] | None
-    """[B, P, M, E] router probabilities."""
-    positions: npt.NDArray[np.int64]
-    """[P] the positions at which they were kept."""
-
-    def of(self, row: int, fed: int) -> SampleRoutes:
-        """Those of one sequence, of which ``fed`` tokens count."""
-        kept = self.positions < fed
-        return SampleRoutes(
-            experts=self.experts[row, :fed].copy(),
-            probs=None if self.probs is None else self.probs[row, kept],
-            positions=None if self.probs is None else self.positions[kept],
-        )
+from sapo_megatron.sample import DecodedRoutes, Sample
 
 
 class Decoder(Protocol):

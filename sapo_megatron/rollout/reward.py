@@ -18,8 +18,9 @@ from multiprocessing.connection import Connection
 from types import TracebackType
 from typing import Self
 
-from sapo_megatron.config import RewardConfig, UserError
+from sapo_megatron.errors import UserError
 from sapo_megatron.metrics import Metrics, Sum
+from sapo_megatron.recipe.schema import RewardConfig
 from sapo_megatron.rollout.verifiers import exact_match, judge
 from sapo_megatron.sample import Group, Prompt
 

@@ -1,4 +1,4 @@
-"""Var[log r] split into weights, router and covariance; and the paper's bound, checked live.
+"""Var[log r] split into weights, router and covariance.
 
 For a token, with theta the current weights, old those that sampled, and e the experts that each of
 them routes to:
@@ -13,28 +13,12 @@ Only the sets of experts are held in a: how the current router weighs the expert
 counts as weights. The router's share of Var z is Cov(b, z) / Var z = (Var b + Cov(a, b)) / Var z,
 which is 0 where the routers choose alike and adds up to 1 with the share of the weights.
 
-The bound is that of SAPO's analysis (arXiv 2511.20347): with g(z) = sech^2(tau z / 2), the gate as
-a function of the log-ratio, and Var_i the population variance of log r within sequence i,
-
-    D_i = |mean_t g(z_it) - g(mean_t z_it)| <= tau^2 / 4 Var_i
-
-for every sequence, since |g''| <= tau^2 / 2. The gate itself depends on r - 1, for which g puts
-log r: ``sapo/gate_distance`` is the distance |mean_t w(r_it) - g(mean_t z_it)| with the true w.
-
 All logarithms are natural, so variances are in nats^2; all variances are population variances.
 """
 
-import torch.distributed as dist
 from torch import Tensor
 
-from sapo_megatron.metrics import Covariance, Histogram, Mean, Metrics, Points, Share, Sum, Variance
-from sapo_megatron.objective.reduce import sequence_mean
-from sapo_megatron.objective.sapo import (
-    masked,
-    safe_log_ratio,
-    sapo_weight,
-    token_temperature,
-)
+from sapo_megatron.metrics import Covariance, Mean, Metrics, Share, Variance
 
 BUCKETS = (
     ("0", 0, 0),
@@ -46,10 +30,6 @@ BUCKETS = (
     ("17+", 17, 1 << 30),
 )
 """Name, least and greatest number of layers whose experts changed."""
-SMALL_DISPERSION = 0.02
-"""nats^2; the paper finds Var_i mostly below it (arXiv 2511.20347, figures 2 and 3)."""
-VARIANCE_EDGES = tuple(i / 500 for i in range(101))
-"""Bins of the histogram of Var_i: 0 to 0.2 nats^2 by 0.002; larger ones count in the last bin."""
 
 
 def split_metrics(
@@ -85,52 +65,3 @@ def split_metrics(
             metrics.add(f"variance/by_layers/{name}", Variance.of(z, mask & inside))
             metrics.add(f"variance/by_layers_share/{name}", Mean.of(inside, mask))
     return metrics
-
-
-def bound_metrics(
-    log_ratio: Tensor,
-    advantages: Tensor,
-    mask: Tensor,
-    sequence_ids: Tensor,
-    lengths: Tensor,
-    *,
-    tau_pos: float,
-    tau_neg: float,
-    cp_group: dist.ProcessGroup | None = None,
-) -> Metrics:
-    """The paper's bound on a micro-batch: ``sapo/bound_*`` and what goes with it, by sequence.
-
-    Arguments as in :func:`~sapo_megatron.objective.reduce.sequence_mean`, tensors ``[T]`` and
-    ``lengths [S]``. Collective over ``cp_group``; its first rank alone has metrics.
-    """
-    whole = (mask, sequence_ids, lengths, cp_group)
-    z = masked(log_ratio.double(), mask)
-    tau = token_temperature(advantages.double(), tau_pos, tau_neg)
-    mean = sequence_mean(z, *whole)
-    variance = sequence_mean((z - mean[sequence_ids]).square(), *whole)
-    gates = sequence_mean(_gate_of_log_ratio(z, tau), *whole)
-    weights = sequence_mean(sapo_weight(safe_log_ratio(z, mask).exp(), tau), *whole)
-    taus = sequence_mean(tau, *whole)
-    at_mean = _gate_of_log_ratio(mean, taus)
-
-    metrics = Metrics()
-    if cp_group is not None and cp_group.rank() > 0:
-        return metrics
-    valid = lengths > 0
-    distance, bound = (gates - at_mean).abs(), taus.square() / 4 * variance
-    # The slack is that of fp64 sums of numbers up to 1.
-    violated = distance > bound * (1 + 1e-9) + 1e-12
-    metrics.add("sapo/bound_lhs", Mean.of(distance, valid))
-    metrics.add("sapo/bound_rhs", Mean.of(bound, valid))
-    metrics.add("sapo/bound_violations", Sum((violated & valid).sum().double()))
-    metrics.add("sapo/bound_points", Points.of(bound[valid], distance[valid]))
-    metrics.add("sapo/gate_distance", Mean.of((weights - at_mean).abs(), valid))
-    metrics.add("sapo/seq_var", Mean.of(variance, valid))
-    metrics.add("sapo/hist_seq_var", Histogram.of(variance, VARIANCE_EDGES, valid))
-    metrics.add("sapo/small_dispersion_share", Mean.of(variance < SMALL_DISPERSION, valid))
-    return metrics
-
-
-def _gate_of_log_ratio(z: Tensor, tau: Tensor) -> Tensor:
-    """g(z) = sech^2(tau z / 2): the gate's weight with log r in the place of r - 1."""
-    return sapo_weight(1 + z, tau)

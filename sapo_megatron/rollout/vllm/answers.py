@@ -12,8 +12,8 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, Field, ValidationError
 
-from sapo_megatron.architecture import Architecture, Experts
-from sapo_megatron.config import RunFailed, UserError
+from sapo_megatron.errors import RunFailed, UserError
+from sapo_megatron.hf.architecture import Architecture, Experts
 from sapo_megatron.rollout.generate import Request, SamplingParams
 from sapo_megatron.sample import Sample, SampleRoutes
 

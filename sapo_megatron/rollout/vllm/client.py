@@ -6,8 +6,8 @@ from typing import Any
 
 import httpx
 
-from sapo_megatron.architecture import Architecture
-from sapo_megatron.config import RunFailed, UserError
+from sapo_megatron.errors import RunFailed, UserError
+from sapo_megatron.hf.architecture import Architecture
 from sapo_megatron.rollout.generate import Request, SamplingParams
 from sapo_megatron.rollout.vllm.answers import (
     SLEEP_FLAG,

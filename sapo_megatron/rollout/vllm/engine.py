@@ -23,8 +23,9 @@ from pathlib import Path
 
 import httpx
 
-from sapo_megatron.architecture import Architecture
-from sapo_megatron.config import RolloutConfig, RunFailed
+from sapo_megatron.errors import RunFailed
+from sapo_megatron.hf.architecture import Architecture
+from sapo_megatron.recipe.schema import RolloutConfig
 from sapo_megatron.rollout.generate import Request, SamplingParams
 from sapo_megatron.rollout.vllm.answers import Description, check_description
 from sapo_megatron.rollout.vllm.client import Away, Server

@@ -16,7 +16,8 @@ import httpx
 import torch
 
 import sapo_megatron
-from sapo_megatron.config import Recipe, RunFailed, UserError
+from sapo_megatron.errors import RunFailed, UserError
+from sapo_megatron.recipe.schema import Recipe
 from sapo_megatron.rollout.vllm import guard
 from sapo_megatron.rollout.vllm.answers import ROUTES_FLAG, SLEEP_FLAG
 from sapo_megatron.rollout.vllm.client import EXTENSION

@@ -14,8 +14,8 @@ from urllib.parse import urlsplit
 import httpx
 from torch import Tensor
 
-from sapo_megatron.config import RunFailed, UserError
-from sapo_megatron.pretrained import Listed
+from sapo_megatron.errors import RunFailed, UserError
+from sapo_megatron.hf.folder import Listed
 
 
 class Transfer:

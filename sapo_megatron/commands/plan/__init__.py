@@ -1,0 +1,119 @@
+"""What a recipe needs of its cluster, without a GPU: layout, parameters, memory, arithmetic.
+
+Every pipeline stage is built at the recipe's full world size by megatron-core itself, on the meta
+device (:mod:`sapo_megatron.policy.blueprint`); all the rest is arithmetic, explained in
+``docs/plan.md``.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from sapo_megatron.commands.plan.advice import Suggestion, suggestions
+from sapo_megatron.commands.plan.gpus import GPUS, Gpu
+from sapo_megatron.commands.plan.layout import Batches, Layout
+from sapo_megatron.commands.plan.memory import GIB, Memory, host_memory, memory
+from sapo_megatron.commands.plan.step import Parameters, Step, step
+from sapo_megatron.hf.architecture import Architecture
+from sapo_megatron.hf.folder import find_architecture
+from sapo_megatron.policy import blueprint
+from sapo_megatron.policy.blueprint import Stage
+from sapo_megatron.recipe.check import check_architecture, check_world, smallest_world
+from sapo_megatron.recipe.schema import ParallelConfig, Recipe
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    recipe: Recipe
+    gpu: Gpu
+    layout: Layout
+    batches: Batches
+    stages: list[Stage]
+    """One rank of each pipeline stage."""
+    memory: list[Memory]
+    """Of that rank, by stage."""
+    parameters: Parameters
+    step: Step
+    host_gib: float
+    """Host memory that the offloaded optimizer takes on a node."""
+    suggestions: tuple[Suggestion, ...] = ()
+    """Changes with which it would fit, where it does not."""
+
+    @property
+    def worst(self) -> int:
+        """The stage whose GPUs need most memory."""
+        return max(range(len(self.memory)), key=lambda stage: self.memory[stage].total)
+
+    @property
+    def total_gib(self) -> float:
+        """What a GPU of the worst stage needs."""
+        return self.memory[self.worst].total / GIB
+
+    @property
+    def fits(self) -> bool:
+        return self.total_gib <= self.gpu.memory_gib
+
+    @property
+    def largest(self) -> str:
+        """The largest part of the worst stage's memory at its peak."""
+        parts = self.memory[self.worst].at_peak()
+        return max(parts, key=lambda name: parts[name])
+
+
+def plan(recipe: Recipe) -> Plan:
+    """The plan of ``recipe`` on its ``cluster``; where it does not fit, with changes that help.
+
+    For a process without CUDA and without a process group of its own, both of which it leaves as
+    they are. Raises UserError for what training would refuse as well.
+    """
+    arch = find_architecture(recipe.model.path, recipe.model.architecture)
+    build = _Builder(arch)
+    made = _plan(recipe, arch, build)
+    if made.fits:
+        return made
+
+    def needed(changed: Recipe) -> float:
+        return _plan(changed, arch, build).total_gib
+
+    found = suggestions(recipe, made.largest, made.gpu.memory_gib, needed)
+    return replace(made, suggestions=tuple(found))
+
+
+def world_size(recipe: Recipe) -> int:
+    """The cluster's GPUs, or as many as the layout takes where the recipe names no nodes."""
+    cluster = recipe.cluster
+    if cluster.nodes is None:
+        return smallest_world(recipe.parallel)
+    return cluster.nodes * cluster.gpus_per_node
+
+
+class _Builder:
+    """The stages of a layout, each built once."""
+
+    def __init__(self, arch: Architecture) -> None:
+        self.arch = arch
+        self._built: dict[tuple[ParallelConfig, int], list[Stage]] = {}
+
+    def __call__(self, recipe: Recipe, world: int) -> list[Stage]:
+        key = recipe.parallel, world
+        if key not in self._built:
+            self._built[key] = blueprint.stages(recipe, self.arch, world)
+        return self._built[key]
+
+
+def _plan(recipe: Recipe, arch: Architecture, build: Callable[[Recipe, int], list[Stage]]) -> Plan:
+    world = world_size(recipe)
+    check_architecture(recipe, arch)
+    check_world(recipe, world)
+    layout = Layout.of(recipe, world)
+    stages = build(recipe, world)
+    return Plan(
+        recipe=recipe,
+        gpu=GPUS[recipe.cluster.gpu],
+        layout=layout,
+        batches=Batches.of(recipe, layout),
+        stages=stages,
+        memory=[memory(recipe, arch, layout, stages, n) for n in range(layout.pp)],
+        parameters=Parameters.of(arch, stages),
+        step=step(recipe, arch, layout, stages),
+        host_gib=host_memory(recipe, layout, stages) / GIB,
+    )

@@ -1,0 +1,155 @@
+"""What a layer keeps for its backward pass, and what recomputation spares.
+
+The counts follow Korthikanti et al. (arXiv 2205.05198), extended to grouped queries, latent
+attention, SwiGLU and experts, with an attention kernel that stores no scores. They are numbers per
+token before tensor parallelism, which with sequence parallelism divides all of them.
+
+Shape legend: H hidden size, D heads times head size, F inner width of an MLP, E experts, k experts
+a token.
+"""
+
+from dataclasses import dataclass
+
+from sapo_megatron.hf.architecture import Architecture, Experts, GroupedQueryAttention
+from sapo_megatron.recipe.schema import ParallelConfig
+
+IMBALANCE = 1.5
+"""Tokens that the busiest of several expert-parallel ranks receives, as a multiple of the mean.
+Assumed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kept:
+    """Numbers per token that one operation keeps."""
+
+    name: str
+    numbers: float
+    block: str
+    """attention or mlp: what is recomputed, and differentiated, together."""
+    spared_by: frozenset[str] = frozenset()
+    """Modules of ``recompute_modules`` under which it is computed again instead."""
+
+
+def layer(arch: Architecture, number: int, parallel: ParallelConfig) -> list[Kept]:
+    """What layer ``number`` (from 0) keeps."""
+    attention = _attention(arch, parallel.tensor_model_parallel_size)
+    if not has_experts(arch, number):
+        return [*attention, *_dense(arch)]
+    imbalance = IMBALANCE if parallel.expert_model_parallel_size > 1 else 1.0
+    return [*attention, *_moe(arch, arch.experts, imbalance)]
+
+
+def has_experts(arch: Architecture, number: int) -> bool:
+    return arch.experts is not None and number in arch.experts.layers
+
+
+def _attention(arch: Architecture, tp: int) -> list[Kept]:
+    a, hidden = arch.attention, arch.hidden_size
+    kept = [("input", hidden, "")]
+    if isinstance(a, GroupedQueryAttention):
+        queries = a.num_heads * a.head_dim
+        # Fewer key heads than ranks: each rank has one of its own.
+        keys = max(a.num_kv_heads, tp) * a.head_dim
+        kept += [("normed", hidden, "")]
+        kept += [("q and k before their norms", queries + keys, "")] if a.qk_norm else []
+        kept += [("q, k and v", queries + 2 * keys, ""), ("output", queries, "")]
+    else:
+        queries = a.num_heads * (a.qk_nope_head_dim + a.qk_rope_head_dim)
+        values = a.num_heads * a.v_head_dim
+        latent = 2 * a.kv_lora_rank + a.qk_rope_head_dim + 2 * (a.q_lora_rank or 0)
+        kept += [
+            ("normed", hidden, "layernorm"),
+            ("latents, before and after their norms", latent, ""),
+            ("q, k and v", 2 * queries + values, "mla_up_proj"),
+            ("output", values, ""),
+        ]
+    return _kept("attention", kept)
+
+
+def _dense(arch: Architecture) -> list[Kept]:
+    inner = arch.ffn_hidden_size
+    return _kept(
+        "mlp",
+        [
+            ("input", arch.hidden_size, ""),
+            ("normed", arch.hidden_size, "mlp"),
+            ("gate and up", 2 * inner, "mlp"),
+            ("activation", inner, "mlp"),
+        ],
+    )
+
+
+def _moe(arch: Architecture, experts: Experts, imbalance: float) -> list[Kept]:
+    copies = experts.topk * imbalance
+    inner, shared = experts.hidden_size, experts.shared_hidden_size
+    kept = [
+        ("input", arch.hidden_size, ""),
+        ("normed", arch.hidden_size, "layernorm"),
+        # fp32 logits and probabilities, in numbers of two bytes.
+        ("router", 4 * experts.number, "moe"),
+        ("dispatched tokens", copies * arch.hidden_size, "moe"),
+        ("gate and up", copies * 2 * inner, "moe"),
+        ("activation", copies * inner, "moe moe_act"),
+    ]
+    if shared:
+        kept.append(("shared experts", 3 * shared, "moe shared_experts"))
+    return _kept("mlp", kept)
+
+
+def _kept(block: str, rows: list[tuple[str, float, str]]) -> list[Kept]:
+    return [
+        Kept(name=name, numbers=numbers, block=block, spared_by=frozenset(modules.split()))
+        for name, numbers, modules in rows
+    ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChunkActivations:
+    """Numbers per token, before tensor parallelism, of the layers of one chunk."""
+
+    stored: float
+    """Kept from a forward pass until its backward pass."""
+    working: float
+    """On top during the backward pass: what is recomputed at once, and a block's gradients."""
+
+
+def chunk(
+    arch: Architecture, layers: tuple[int, ...], parallel: ParallelConfig
+) -> ChunkActivations:
+    """Activations of a virtual stage's ``layers`` under the recipe's recomputation."""
+    rows = [layer(arch, number, parallel) for number in layers]
+    whole = [sum(k.numbers for k in kept) for kept in rows]
+    gradients = max((_largest_block(kept) for kept in rows), default=0.0)
+    if parallel.recompute_granularity == "full":
+        n = min(parallel.recompute_num_layers or 1, len(layers))
+        if parallel.recompute_method == "uniform":
+            groups = [whole[i : i + n] for i in range(0, len(whole), n)]
+            stored = len(groups) * arch.hidden_size
+            again = max((sum(group) for group in groups), default=0)
+        else:
+            stored = n * arch.hidden_size + sum(whole[n:])
+            again = max(whole[:n], default=0)
+        return ChunkActivations(stored=stored, working=again + gradients)
+    spared: list[float] = [0.0] * len(rows)
+    if parallel.recompute_granularity == "selective":
+        modules = set(parallel.recompute_modules or ())
+        spared = [sum(k.numbers for k in kept if k.spared_by & modules) for kept in rows]
+    return ChunkActivations(
+        stored=sum(whole) - sum(spared), working=max(spared, default=0.0) + gradients
+    )
+
+
+def _largest_block(kept: list[Kept]) -> float:
+    blocks = {k.block for k in kept}
+    return max(sum(k.numbers for k in kept if k.block == block) for block in blocks)
+
+
+def forward_block(arch: Architecture, number: int, parallel: ParallelConfig) -> float:
+    """Numbers per token on a rank that a block of a layer has at once, without sequence
+    parallelism: attention and dense layers are cut, tokens and routed experts are not.
+    """
+    tp = parallel.tensor_model_parallel_size
+    kept = layer(arch, number, parallel)
+    attention = sum(k.numbers for k in kept if k.block == "attention") / tp
+    mlp = sum(k.numbers for k in kept if k.block == "mlp")
+    return 2 * arch.hidden_size + max(attention, mlp if has_experts(arch, number) else mlp / tp)

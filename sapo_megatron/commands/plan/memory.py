@@ -1,0 +1,194 @@
+"""Bytes on a GPU, by part: the memory model that docs/plan.md explains."""
+
+from dataclasses import asdict, dataclass, fields
+
+from sapo_megatron.commands.plan import activations
+from sapo_megatron.commands.plan.layout import Batches, Layout, in_flight
+from sapo_megatron.hf.architecture import Architecture
+from sapo_megatron.objective.logprob import BLOCK_NUMEL, CHUNK_NUMEL
+from sapo_megatron.policy.blueprint import Stage
+from sapo_megatron.recipe.schema import Recipe
+
+GIB = 2**30
+RESERVE = 4 * GIB
+"""CUDA context, NCCL's buffers, workspaces of libraries, fragmentation. Assumed, not measured."""
+BYTES = {"bfloat16": 2, "float32": 4, "float64": 8}
+GRADIENT_BYTES = {"bfloat16": 4, "float32": 4, "float64": 8}
+"""A number of DDP's gradient buffer: fp32 also for bf16 weights (grad_reduce_in_fp32)."""
+OPTIMIZER_BYTES = {"bfloat16": 12, "float32": 8, "float64": 16}
+"""Adam's two moments in the dtype of the master weights, and those where weights are bf16."""
+HOST_BYTES = 16
+"""Of an offloaded parameter: master weight, two moments and a copy of the gradient, fp32."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """Bytes on one GPU of a stage. The first four stay; what follows takes turns."""
+
+    weights: float
+    """Of the policy, and of the reference model where there is one."""
+    gradients: float
+    optimizer: float
+    reserve: float
+    batches: float
+    """The step's packed sequences and the routes that come with them."""
+    activations: float
+    """Stored until the backward passes, and the recomputed layer with its gradients."""
+    logprobs: float
+    """Logits and what works on them."""
+    kv_cache: float
+    generation: float
+    """Prefill, sampling or gathered routes, whichever is largest."""
+    stored: float
+    """The part of ``activations`` that is there while log-probs are computed."""
+
+    @property
+    def resident(self) -> float:
+        return self.weights + self.gradients + self.optimizer + self.reserve
+
+    @property
+    def update(self) -> float:
+        """Peak of the updates: log-probs and the backward pass of a layer take turns."""
+        return self.resident + self.batches + max(self.activations, self.stored + self.logprobs)
+
+    @property
+    def rollout(self) -> float:
+        """Peak of generation, before the step's batches are made."""
+        return self.resident + self.kv_cache + self.generation
+
+    @property
+    def total(self) -> float:
+        return max(self.update, self.rollout)
+
+    @property
+    def peak(self) -> str:
+        return "update" if self.update >= self.rollout else "rollout"
+
+    def at_peak(self) -> dict[str, float]:
+        """The parts that are there at the peak, in GiB."""
+        idle = ("kv_cache", "generation")
+        if self.peak == "rollout":
+            idle = ("batches", "activations", "logprobs")
+        return {name: size for name, size in self.parts().items() if name not in idle}
+
+    def parts(self) -> dict[str, float]:
+        """Parts by name, in GiB, without the total."""
+        return {f.name: asdict(self)[f.name] / GIB for f in fields(self) if f.name != "stored"}
+
+
+def memory(
+    recipe: Recipe, arch: Architecture, layout: Layout, stages: list[Stage], number: int
+) -> Memory:
+    """Of each GPU of stage ``number``."""
+    stage, batches = stages[number], Batches.of(recipe, layout)
+    dtype = recipe.model.params_dtype
+    models = 2 if recipe.algorithm.kl_coef > 0 else 1
+    on_gpu = 1 - recipe.optimizer.optimizer_offload_fraction
+    stored, working = _activations(recipe, arch, layout, stage, number, batches)
+    last = number == layout.pp - 1
+    return Memory(
+        weights=models * stage.parameters * BYTES[dtype],
+        gradients=stage.parameters * GRADIENT_BYTES[dtype],
+        optimizer=on_gpu * sharded(stage, layout) * OPTIMIZER_BYTES[dtype],
+        batches=_batches(recipe, arch, layout, stage, batches),
+        reserve=RESERVE,
+        stored=stored,
+        activations=stored + working,
+        logprobs=_logprobs(recipe, arch, layout) if last else 0.0,
+        kv_cache=batches.generated_at_once
+        * batches.longest
+        * stage.cached_per_token
+        * BYTES[dtype],
+        generation=_generation(recipe, arch, layout, stage, batches, last=last),
+    )
+
+
+def sharded(stage: Stage, layout: Layout) -> float:
+    """Parameters whose optimizer state a rank keeps (ZeRO stage 1, arXiv 1910.02054)."""
+    return stage.dense / layout.dp_cp + stage.experts / layout.expert_dp
+
+
+def host_memory(recipe: Recipe, layout: Layout, stages: list[Stage]) -> float:
+    """Bytes of offloaded optimizer state on the node that has most."""
+    most = max(sharded(stage, layout) for stage in stages) * HOST_BYTES
+    ranks = min(recipe.cluster.gpus_per_node, layout.world_size)
+    return recipe.optimizer.optimizer_offload_fraction * most * ranks
+
+
+def _activations(
+    recipe: Recipe, arch: Architecture, layout: Layout, stage: Stage, number: int, batches: Batches
+) -> tuple[float, float]:
+    """Bytes (stored, working on top)."""
+    dtype = BYTES[recipe.model.params_dtype]
+    tokens = recipe.train.max_tokens_per_gpu
+    chunks = [activations.chunk(arch, layers, recipe.parallel) for layers in stage.chunks]
+    # The embedding's output is the first layer's input; the last norm keeps its input and output.
+    head = 2 * arch.hidden_size if number == layout.pp - 1 else 0
+    held = in_flight(layout, number, batches.micro_batches)
+    numbers = held * max(c.stored for c in chunks) + head
+    # Linear layers gather the tokens of all tensor-parallel ranks: input and its gradient.
+    gathered = 2 * arch.hidden_size if layout.tp > 1 else 0
+    working = max(c.working for c in chunks) / layout.tp + gathered
+    return numbers / layout.tp * tokens * dtype, working * tokens * dtype
+
+
+def _logprobs(recipe: Recipe, arch: Architecture, layout: Layout) -> float:
+    """As objective/logprob.py works: in place on the logits, or fused with the output layer."""
+    dtype = BYTES[recipe.model.params_dtype]
+    wide = max(dtype, 4)
+    tokens, columns = recipe.train.max_tokens_per_gpu, -(-arch.vocab_size // layout.tp)
+    rows = recipe.train.logprob_chunk_size
+    if recipe.train.logprob == "inplace":
+        chunk = min(CHUNK_NUMEL["cuda"], tokens * columns // 64)
+        return tokens * columns * dtype + 2 * wide * (rows * columns if rows else chunk)
+    block = min(rows * columns if rows else BLOCK_NUMEL["cuda"], tokens * columns)
+    hidden = tokens * arch.hidden_size * (dtype + wide)
+    return block * (dtype + 2 * wide) + hidden + columns * arch.hidden_size * dtype
+
+
+def _batches(
+    recipe: Recipe, arch: Architecture, layout: Layout, stage: Stage, batches: Batches
+) -> float:
+    """All micro-batches of a step, which are on the GPU from its old log-probs to its end."""
+    tokens = batches.sequences_per_rank * batches.longest / layout.cp
+    per_token = 45.0  # four int64, four fp32 less one, a mask: see sample.PackedBatch
+    if arch.experts:
+        here = len(set(stage.layers) & set(arch.experts.layers)) / layout.tp
+        per_token += 8 + _route_bytes(arch, recipe, len(arch.experts.layers), cp=layout.cp)
+        # Those of the old policy, and the rollout engine's in the same layout.
+        per_token += 2 * _route_bytes(arch, recipe, here)
+    return tokens * per_token
+
+
+def _route_bytes(
+    arch: Architecture, recipe: Recipe, layers: float, *, cp: int = 1, index: int = 2
+) -> float:
+    """Of one token's experts and, at some positions, fp32 router probabilities."""
+    assert arch.experts, "only models with experts have routes"
+    every = recipe.routing.prob_every
+    kept = 4 * arch.experts.number * cp / every if every else 0.0
+    return layers * (index * arch.experts.topk + kept)
+
+
+def _generation(
+    recipe: Recipe,
+    arch: Architecture,
+    layout: Layout,
+    stage: Stage,
+    batches: Batches,
+    *,
+    last: bool,
+) -> float:
+    dtype, rows = BYTES[recipe.model.params_dtype], batches.generated_at_once
+    block = max(activations.forward_block(arch, n, recipe.parallel) for n in stage.layers)
+    prefill = rows * recipe.rollout.max_prompt_length * block * dtype
+    # rollout/generate.py samples in fp64: logits, log-probs, probabilities, their sums; sorted.
+    copies = 4 if recipe.rollout.top_p == 1 else 8
+    sampling = rows * arch.vocab_size * (dtype + 8 * copies) if last else 0.0
+    routes = 0.0
+    if arch.experts:
+        here = len(set(stage.layers) & set(arch.experts.layers))
+        per_token = _route_bytes(arch, recipe, len(arch.experts.layers), index=4)
+        per_token += _route_bytes(arch, recipe, here)
+        routes = rows * batches.longest * per_token
+    return max(prefill, sampling, routes)

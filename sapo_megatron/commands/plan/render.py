@@ -1,0 +1,181 @@
+"""A plan as a table and as JSON."""
+
+from typing import Any
+
+from sapo_megatron.commands.plan import Plan
+from sapo_megatron.commands.plan.memory import GIB, Memory
+
+COLUMNS = {
+    "weights": "weights",
+    "gradients": "grads",
+    "optimizer": "optim",
+    "reserve": "rsrv",
+    "batches": "batch",
+    "activations": "activ",
+    "logprobs": "logp",
+    "kv_cache": "kv",
+    "generation": "gen",
+}
+"""Parts of the memory -> heads of the table."""
+
+
+def as_json(plan: Plan) -> dict[str, Any]:
+    """What ``plan --json`` prints: numbers of the worst stage's GPUs, and all stages."""
+    worst, step = plan.memory[plan.worst], plan.step
+    return {
+        "model": plan.recipe.model.path,
+        "recipe": plan.recipe.name,
+        "gpu": plan.recipe.cluster.gpu,
+        "world_size": plan.layout.world_size,
+        "layout": _layout(plan),
+        "params": {
+            "total": plan.parameters.total,
+            "active": plan.parameters.active,
+            "active_without_embeddings": plan.parameters.active_without_embeddings,
+            "per_rank_max": max(stage.parameters for stage in plan.stages),
+        },
+        "memory_gib": _gib(worst),
+        "fits": plan.fits,
+        "available_gib": round(plan.gpu.memory_gib, 2),
+        "worst_stage": plan.worst,
+        "peak": worst.peak,
+        "largest": plan.largest,
+        "host_gib_per_node": round(plan.host_gib, 2),
+        "stages": [
+            {"layers": len(stage.layers), "params": stage.parameters, "memory_gib": _gib(memory)}
+            for stage, memory in zip(plan.stages, plan.memory, strict=True)
+        ],
+        "step": {
+            "sequences": plan.batches.sequences,
+            "tokens": step.tokens,
+            "micro_batches": plan.batches.micro_batches,
+            "bubble": round(_bubble(plan), 4),
+            "flops": {
+                "rollout": step.rollout_flops,
+                "logprob": step.logprob_flops,
+                "update": step.update_flops,
+            },
+            "seconds_at_peak": _seconds(plan, step.flops),
+            "gib_sent": {name: round(size / GIB, 2) for name, size in step.bytes_sent.items()},
+        },
+        "suggestions": [
+            {"settings": s.settings, "total_gib": round(s.total_gib, 2)} for s in plan.suggestions
+        ],
+    }
+
+
+def as_table(plan: Plan) -> str:
+    """What ``plan`` prints, in at most 100 columns."""
+    return "\n\n".join((_head(plan), _memory_table(plan), _step_table(plan))) + "\n"
+
+
+def verdict(plan: Plan) -> str:
+    """One line for a plan that does not fit: what is too large, and what would help."""
+    worst = plan.memory[plan.worst]
+    size = worst.parts()[plan.largest]
+    helps = " or ".join(f"{s.words} ({s.total_gib:.1f} GiB)" for s in plan.suggestions)
+    return (
+        f"does not fit on {plan.recipe.cluster.gpu}: a GPU of stage {plan.worst} needs "
+        f"{plan.total_gib:.1f} GiB of {plan.gpu.memory_gib:.1f}, most of it {plan.largest} "
+        f"({size:.1f} GiB); "
+        + (f"it would fit with {helps}" if helps else "no change that was tried makes it fit")
+    )
+
+
+def _head(plan: Plan) -> str:
+    recipe, layout, parameters = plan.recipe, plan.layout, plan.parameters
+    sizes = "  ".join(f"{name} {size}" for name, size in _layout(plan).items() if name != "vpp")
+    rank = max(stage.parameters for stage in plan.stages)
+    used, without = parameters.active, parameters.active_without_embeddings
+    rows = {
+        "model": recipe.model.path,
+        "cluster": f"{layout.world_size} x {recipe.cluster.gpu} ({plan.gpu.memory_gib:.1f} GiB)",
+        "layout": sizes + (f"  vpp {layout.vpp}" if layout.vpp > 1 else ""),
+        "parameters": f"{_billions(parameters.total)} in all, at most {_billions(rank)} on a GPU",
+        "": f"a token uses {_billions(used)}, {_billions(without)} without embeddings",
+    }
+    return _rows(rows, recipe.name)
+
+
+def _memory_table(plan: Plan) -> str:
+    rows = [["stage", "layers", *COLUMNS.values(), "update", "rollout"]]
+    for number, (stage, memory) in enumerate(zip(plan.stages, plan.memory, strict=True)):
+        parts = memory.parts()
+        sizes = [*(parts[name] for name in COLUMNS), memory.update / GIB, memory.rollout / GIB]
+        rows.append([str(number), str(len(stage.layers)), *(f"{size:.1f}" for size in sizes)])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(cell.rjust(w) for cell, w in zip(row, widths, strict=True)) for row in rows]
+    share = plan.total_gib / plan.gpu.memory_gib
+    lines += [
+        "update: all but kv and gen (activ and logp take turns); rollout: all but batch to logp",
+        f"{'fits' if plan.fits else 'does not fit'}: {plan.total_gib:.1f} of "
+        f"{plan.gpu.memory_gib:.1f} GiB ({share:.0%}), on stage {plan.worst} in the "
+        f"{plan.memory[plan.worst].peak}",
+    ]
+    if plan.host_gib:
+        lines.append(f"the offloaded optimizer takes {plan.host_gib:.0f} GiB of a node's memory")
+    title = "memory of a GPU, GiB (estimated, with rsrv and the experts' imbalance assumed)"
+    return "\n".join([title, *(f"  {line}" for line in lines)])
+
+
+def _step_table(plan: Plan) -> str:
+    step, batches, train = plan.step, plan.batches, plan.recipe.train
+    sent = "  ".join(f"{name} {size / GIB:.1f}" for name, size in step.bytes_sent.items() if size)
+    waits = f"; pipeline bubble {_bubble(plan):.0%}" if plan.layout.pp > 1 else ""
+    idle = plan.layout.dp - batches.mini_batch
+    waits += f"; {idle} of {plan.layout.dp} data-parallel ranks get none" if idle > 0 else ""
+    passes = {
+        "rollout": step.rollout_flops,
+        "old log-probs": step.logprob_flops,
+        "update": step.update_flops,
+    }
+    rows = {
+        "sequences": f"{batches.sequences} of {batches.longest} tokens, {_short(step.tokens)} "
+        f"tokens in all",
+        "updates": f"{train.num_mini_batches} of {batches.mini_batch} sequences, "
+        f"{batches.micro_batches} micro-batches a rank{waits}",
+        **{
+            name: f"{_short(flops)}FLOP, {_seconds(plan, flops):.3g} s at the GPUs' peak"
+            for name, flops in passes.items()
+        },
+        "GiB sent a GPU": f"{sent or 'nothing'} (log-probs and updates)",
+    }
+    return _rows(rows, "a step in which every sequence is as long as it may be")
+
+
+def _short(number: float) -> str:
+    """12300 -> 12.3 k; the unit follows."""
+    for size, prefix in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:.3g} {prefix}"
+    return f"{number:.3g} "
+
+
+def _rows(rows: dict[str, str], title: str) -> str:
+    width = max(map(len, rows))
+    return "\n".join([title, *(f"  {name.ljust(width)}  {text}" for name, text in rows.items())])
+
+
+def _layout(plan: Plan) -> dict[str, int]:
+    layout = plan.layout
+    sizes = {name: vars(layout)[name] for name in ("tp", "pp", "vpp", "cp", "ep", "etp")}
+    return {**sizes, "dp": layout.dp, "expert_dp": layout.expert_dp}
+
+
+def _billions(count: int) -> str:
+    return f"{count / 1e9:.2f} B" if count >= 1e8 else f"{count / 1e6:.2f} M"
+
+
+def _gib(memory: Memory) -> dict[str, float]:
+    parts = {name: round(size, 3) for name, size in memory.parts().items()}
+    return {**parts, "total": round(memory.total / GIB, 3)}
+
+
+def _bubble(plan: Plan) -> float:
+    """Share of an update in which a stage waits for others (arXiv 2104.04473, section 2.2)."""
+    waits = plan.layout.pp - 1
+    return waits / (plan.batches.micro_batches * plan.layout.vpp + waits)
+
+
+def _seconds(plan: Plan, flops: float) -> float:
+    return flops / (plan.layout.world_size * plan.gpu.tflops * 1e12)

@@ -1,0 +1,120 @@
+"""The arithmetic of a step: tokens, floating-point operations, bytes sent."""
+
+from dataclasses import dataclass
+
+from sapo_megatron.commands.plan.layout import Batches, Layout
+from sapo_megatron.commands.plan.memory import BYTES, GRADIENT_BYTES
+from sapo_megatron.hf.architecture import Architecture, GroupedQueryAttention
+from sapo_megatron.policy.blueprint import Stage
+from sapo_megatron.recipe.schema import Recipe
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parameters:
+    """Of the whole model."""
+
+    total: int
+    active: int
+    """Those that one token passes: all but the routed experts it is not sent to. Embedding and
+    output layer count whole."""
+    active_without_embeddings: int
+
+    @classmethod
+    def of(cls, arch: Architecture, stages: list[Stage]) -> "Parameters":
+        total = sum(s.total for s in stages)
+        experts = sum(s.total_experts for s in stages)
+        chosen = arch.experts.topk / arch.experts.number if arch.experts else 1
+        active = total - experts + round(experts * chosen)
+        embeddings = sum(s.total_embeddings for s in stages)
+        return cls(total=total, active=active, active_without_embeddings=active - embeddings)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """One step (rollout, old log-probs, updates) where every sequence is of the greatest length."""
+
+    tokens: int
+    rollout_flops: float
+    logprob_flops: float
+    update_flops: float
+    bytes_sent: dict[str, float]
+    """By group, what the busiest GPU sends in log-prob and update passes; generation is not in."""
+
+    @property
+    def flops(self) -> float:
+        return self.rollout_flops + self.logprob_flops + self.update_flops
+
+
+def step(recipe: Recipe, arch: Architecture, layout: Layout, stages: list[Stage]) -> Step:
+    """What a step costs at most: see :class:`Step`."""
+    batches, parameters = Batches.of(recipe, layout), Parameters.of(arch, stages)
+    forward = batches.sequences * forward_flops(arch, parameters, batches.longest)
+    models = 2 if recipe.algorithm.kl_coef > 0 else 1
+    again = 1 if recipe.parallel.recompute_granularity == "full" else 0
+    return Step(
+        tokens=batches.tokens,
+        rollout_flops=forward,
+        logprob_flops=models * forward,
+        update_flops=(3 + again) * forward,
+        bytes_sent=_bytes_sent(recipe, arch, layout, stages, batches),
+    )
+
+
+def forward_flops(arch: Architecture, parameters: Parameters, length: int) -> float:
+    """Of one sequence: 2 a parameter and token, and causal attention (arXiv 2204.02311, app. B;
+    2104.04473).
+
+    The input embedding is a look-up and multiplies nothing; the output layer does, also where its
+    weight is the embedding's.
+    """
+    head = arch.vocab_size * arch.hidden_size
+    a = arch.attention
+    if isinstance(a, GroupedQueryAttention):
+        widths = a.num_heads * 2 * a.head_dim
+    else:
+        widths = a.num_heads * (a.qk_nope_head_dim + a.qk_rope_head_dim + a.v_head_dim)
+    # Scores and their product with the values, 2 FLOP each, over half the square.
+    attention = arch.num_layers * widths * length**2
+    return 2 * (parameters.active_without_embeddings + head) * length + attention
+
+
+def _bytes_sent(
+    recipe: Recipe, arch: Architecture, layout: Layout, stages: list[Stage], batches: Batches
+) -> dict[str, float]:
+    """Bytes that a GPU sends in ring and all-to-all algorithms, by group, on the busiest stage."""
+    dtype = BYTES[recipe.model.params_dtype]
+    again = 1 if recipe.parallel.recompute_granularity == "full" else 0
+    models = 2 if recipe.algorithm.kl_coef > 0 else 1
+    forwards, backwards = models + 1 + again, 1
+    tokens = batches.sequences_per_rank * batches.longest / layout.cp
+    hidden = tokens * arch.hidden_size * dtype
+    busiest = max(stages, key=lambda s: len(s.layers))
+    layers = len(busiest.layers)
+    experts = arch.experts
+    moe = len(set(busiest.layers) & set(experts.layers)) if experts else 0
+    shared = moe if experts and experts.shared_hidden_size else 0
+    # With sequence parallelism a block gathers its input and scatters its output; backward does
+    # the same the other way, and gathers the input once more (arXiv 2205.05198).
+    blocks = layers + (layers - moe) + shared
+    gathers = blocks * (2 * forwards + 3 * backwards)
+    sent = {"tp": hidden * gathers * _others(layout.tp)}
+    # Keys and values once around the ring; backward they come with their gradients.
+    keys = tokens * busiest.cached_per_token * dtype
+    sent["cp"] = keys * (layout.cp - 1) * (forwards + 2 * backwards)
+    # To the experts and back, forward and backward.
+    copies = hidden / layout.tp * (experts.topk if experts else 0) * moe
+    sent["ep"] = copies * 2 * (forwards + backwards) * _others(layout.ep)
+    chunks = layout.vpp if layout.pp > 1 else 0
+    sent["pp"] = hidden / layout.tp * chunks * (models + 1 + backwards)
+    # Gradients scattered, weights gathered, once an optimizer step.
+    each = GRADIENT_BYTES[recipe.model.params_dtype] + dtype
+    reduced = max(
+        s.dense * _others(layout.dp_cp) + s.experts * _others(layout.expert_dp) for s in stages
+    )
+    sent["dp"] = recipe.train.num_mini_batches * reduced * each
+    return sent
+
+
+def _others(size: int) -> float:
+    """The share of a tensor that a ring or an all-to-all over ``size`` ranks sends elsewhere."""
+    return (size - 1) / size

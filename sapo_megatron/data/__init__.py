@@ -1,0 +1,1 @@
+"""Problems -> prompts; groups -> packed micro-batches."""

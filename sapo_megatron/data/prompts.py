@@ -1,0 +1,299 @@
+"""Problems -> prompts: reasoning-gym tasks or a dataset, with a cursor that can be resumed.
+
+The i-th problem of a source is a pure function of its configuration and i, on every rank and after
+every restart, so the cursor is one number. reasoning-gym tasks never end; a dataset is read in
+epochs, each in an order of its own.
+"""
+
+import contextlib
+import dataclasses
+import difflib
+import hashlib
+import logging
+import os
+import random
+from collections.abc import Container, Iterator
+from typing import Any
+
+import numpy as np
+
+from sapo_megatron.data.datasets import Problem, read_problems
+from sapo_megatron.data.tokenizer import Tokenizer
+from sapo_megatron.errors import UserError
+from sapo_megatron.recipe.schema import DataConfig, TaskConfig
+from sapo_megatron.sample import Prompt
+
+logger = logging.getLogger(__name__)
+
+CHUNK = 500
+"""Items of one reasoning-gym dataset; a task goes on with another dataset, under another seed.
+Some tasks prepare all their items at once, so there cannot be one dataset of endless size."""
+PATIENCE = 1000
+"""Draws in a row that reasoning-gym tasks may waste before they count as exhausted."""
+HASH_ORDERED_TASKS = frozenset(
+    {
+        "codeio",
+        "intermediate_integration",
+        "isomorphic_strings",
+        "knight_swap",
+        "polynomial_multiplication",
+        "ransom_note",
+        "word_ladder",
+    }
+)
+"""reasoning-gym tasks whose items depend on the order of Python's sets, hence on the process."""
+
+
+class PromptSource:
+    """The prompts of ``data.train``, in order; the same on every rank.
+
+    ``skipped`` counts what was drawn and not used: prompts that are ``too_long``, problems that are
+    ``held_out``, and items that their task ``failed`` to make. The ``uid`` of a prompt is its index
+    in the source: unique and increasing.
+    """
+
+    def __init__(
+        self,
+        data: DataConfig,
+        tokenizer: Tokenizer,
+        *,
+        max_prompt_length: int,
+        exclude: Container[str] = frozenset(),
+        where: str = "data.train",
+    ) -> None:
+        """``max_prompt_length`` in tokens, template included; a problem whose text is in
+        ``exclude`` is never drawn; ``where`` names the source in messages.
+
+        Raises UserError for an unknown task, bad options, a missing or malformed file.
+        """
+        self._problems = (_Rows if data.train.path else _Tasks)(data, where)
+        self._template = data.template if data.train.template is None else data.train.template
+        self._apply_chat_template = data.apply_chat_template
+        self._tokenizer = tokenizer
+        self._max_prompt_length = max_prompt_length
+        self._exclude = exclude
+        self._where = where
+        self._index = 0
+        self.skipped = {"too_long": 0, "held_out": 0, "failed": 0}
+
+    def next(self, n: int) -> list[Prompt]:
+        """The next ``n`` prompts. Raises UserError when the source has none that can be used."""
+        return [self._draw() for _ in range(n)]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the cursor stands, as plain values."""
+        return {"index": self._index, "skipped": dict(self.skipped)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where the source that gave ``state`` stood."""
+        self._index = state["index"]
+        self.skipped = dict(state["skipped"])
+
+    def digest(self) -> str:
+        """Stands for the dataset as it was read; tasks are what their configuration says."""
+        return self._problems.digest()
+
+    def _draw(self) -> Prompt:
+        before = dict(self.skipped)
+        for _ in range(self._problems.patience):
+            index = self._index
+            self._index += 1
+            problem = self._problems.get(index)
+            if problem is None:
+                self.skipped["failed"] += 1
+            elif problem.text in self._exclude:
+                self.skipped["held_out"] += 1
+            else:
+                tokens = self._tokenize(problem)
+                if len(tokens) <= self._max_prompt_length:
+                    return Prompt(
+                        uid=index,
+                        text=problem.text,
+                        answer=problem.answer,
+                        tokens=tuple(tokens),
+                        task=problem.task,
+                        entry=problem.entry,
+                    )
+                self._skip_long(index, len(tokens))
+        wasted = ", ".join(f"{n - before[why]} {why}" for why, n in self.skipped.items())
+        raise UserError(
+            f"{self._where}: expected prompts of at most rollout.max_prompt_length = "
+            f"{self._max_prompt_length} tokens that are not held out, got none in "
+            f"{self._problems.patience} draws ({wasted}); raise it, or add problems, or lower "
+            f"eval.num_problems"
+        )
+
+    def _tokenize(self, problem: Problem) -> list[int]:
+        text = self._template.replace("{prompt}", problem.text)
+        if not self._apply_chat_template:
+            return self._tokenizer.encode(text)
+        turns = problem.messages or ({"role": "user", "content": text},)
+        return self._tokenizer.encode_chat(turns)
+
+    def _skip_long(self, index: int, length: int) -> None:
+        if not self.skipped["too_long"]:
+            logger.warning(
+                "%s: problem %d has %d tokens, more than rollout.max_prompt_length = %d; it is "
+                "skipped, and so are others like it",
+                self._where,
+                index,
+                length,
+                self._max_prompt_length,
+            )
+        self.skipped["too_long"] += 1
+
+
+def held_out(
+    data: DataConfig, tokenizer: Tokenizer, n: int, *, max_prompt_length: int
+) -> list[Prompt]:
+    """``n`` evaluation problems with different texts; fewer, with a warning, if there are fewer.
+
+    They come from ``data.eval``, or, where that is None, from ``data.train`` under a seed that
+    training cannot have. Give their texts to the training source as ``exclude``. Raises UserError
+    as ``PromptSource`` does.
+    """
+    where = "data.eval" if data.eval else "data.train (for evaluation)"
+    source = data.eval or dataclasses.replace(data.train, seed=-1 - data.train.seed)
+    found: dict[str, Prompt] = {}
+    prompts = PromptSource(
+        dataclasses.replace(data, train=source),
+        tokenizer,
+        max_prompt_length=max_prompt_length,
+        exclude=found,
+        where=where,
+    )
+    while len(found) < n:
+        try:
+            (prompt,) = prompts.next(1)
+        except UserError:
+            if not found:
+                raise
+            logger.warning("%s: expected %d different problems, got %d", where, n, len(found))
+            break
+        found[prompt.text] = prompt
+    return list(found.values())
+
+
+class _Tasks:
+    """A weighted mixture of reasoning-gym tasks."""
+
+    patience = PATIENCE
+
+    def __init__(self, data: DataConfig, where: str) -> None:
+        source = data.train
+        self._source = source
+        self._datasets: dict[int, tuple[int, Any]] = {}
+        self._failed: set[str] = set()
+        for i, task in enumerate(source.tasks):
+            _check_task(task, f"{where}.tasks.{i}")
+            try:
+                self._item(i, 0)
+            except Exception as error:  # whatever the task's own validation raises
+                raise UserError(
+                    f"{where}.tasks.{i}.options: {task.name} refuses {task.options}: "
+                    f"{_one_line(error)}; change them"
+                ) from None
+
+    def get(self, index: int) -> Problem | None:
+        tasks = self._source.tasks
+        rng = random.Random(f"{self._source.seed}/{index}")
+        (i,) = rng.choices(range(len(tasks)), [task.weight for task in tasks])
+        name = tasks[i].name
+        try:
+            item = self._item(i, index)
+        except Exception as error:  # some tasks cannot make some of their items
+            if name not in self._failed:
+                logger.warning("%s made no item %d: %s", name, index, _one_line(error))
+                self._failed.add(name)
+            return None
+        entry = {**item, "options": tasks[i].options}
+        answer = "" if item["answer"] is None else str(item["answer"])
+        return Problem(item["question"], answer, name, entry)
+
+    def digest(self) -> str:
+        return ""
+
+    def _item(self, i: int, index: int) -> dict[str, Any]:
+        import reasoning_gym  # seconds to import
+
+        chunk, offset = divmod(index, CHUNK)
+        seed = f"{self._source.seed}/{i}/{chunk}"
+        if i not in self._datasets or self._datasets[i][0] != chunk:
+            with _global_seed(seed):
+                dataset = reasoning_gym.create_dataset(
+                    self._source.tasks[i].name,
+                    seed=random.Random(seed).getrandbits(31),
+                    size=CHUNK,
+                    **self._source.tasks[i].options,
+                )
+            self._datasets[i] = chunk, dataset
+        with _global_seed(f"{seed}/{offset}"):
+            return self._datasets[i][1][offset]
+
+
+class _Rows:
+    """The problems of a dataset, shuffled anew in each epoch."""
+
+    def __init__(self, data: DataConfig, where: str) -> None:
+        self._rows = read_problems(data, where)
+        self._seed = data.train.seed
+        self._epoch = -1
+        self._order: list[int] = []
+        self.patience = 2 * len(self._rows)  # holds a whole epoch, wherever it starts
+
+    def get(self, index: int) -> Problem:
+        epoch, place = divmod(index, len(self._rows))
+        if epoch != self._epoch:
+            self._epoch, self._order = epoch, list(range(len(self._rows)))
+            random.Random(f"{self._seed}/{epoch}").shuffle(self._order)
+        return self._rows[self._order[place]]
+
+    def digest(self) -> str:
+        content = hashlib.sha256()
+        for problem in self._rows:
+            content.update(repr((problem.messages, problem.text, problem.answer)).encode())
+        return content.hexdigest()
+
+
+def _check_task(task: TaskConfig, where: str) -> None:
+    """Raises UserError for a name or an option that reasoning-gym does not have."""
+    from reasoning_gym.factory import DATASETS  # seconds to import
+
+    tasks = sorted(set(DATASETS) - {"composite"})  # a mixture is written as several tasks
+    if task.name not in tasks:
+        nearest = difflib.get_close_matches(task.name, tasks, n=1, cutoff=0.0)[0]
+        raise UserError(
+            f"{where}.name: expected a reasoning-gym task, got {task.name!r}; the nearest is "
+            f"{nearest}"
+        )
+    fields = {f.name for f in dataclasses.fields(DATASETS[task.name][1])}
+    options = sorted(fields - {"seed", "size"})  # these are the source's
+    for option in task.options:
+        if option not in options:
+            nearest = difflib.get_close_matches(option, options, n=1, cutoff=0.0)
+            raise UserError(
+                f"{where}.options: {task.name} has no option {option!r}; the nearest is "
+                f"{nearest[0] if nearest else 'none: it takes no options'}"
+            )
+    if task.name in HASH_ORDERED_TASKS and os.environ.get("PYTHONHASHSEED", "random") == "random":
+        raise UserError(
+            f"{where}.name: {task.name} makes other problems in every process, unless Python's "
+            f"hash seed is fixed; start with PYTHONHASHSEED=0 in the environment"
+        )
+
+
+@contextlib.contextmanager
+def _global_seed(seed: str) -> Iterator[None]:
+    """Seed the global generators, which some tasks draw from, and put them back."""
+    python, numpy = random.getstate(), np.random.get_state()
+    random.seed(seed)
+    np.random.seed(random.getrandbits(32))
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

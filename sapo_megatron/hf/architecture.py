@@ -1,0 +1,300 @@
+"""A Hugging Face ``config.json`` in one vocabulary, whatever its family calls things.
+
+Families: ``qwen3``, ``qwen3_moe``, ``deepseek_v3`` (also Moonlight) and ``glm4_moe``. What a family
+can express and this package does not compute is refused here, before anything is built.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from sapo_megatron.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupedQueryAttention:
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    qkv_bias: bool
+    qk_norm: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentAttention:
+    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434)."""
+
+    num_heads: int
+    q_lora_rank: int | None
+    """None: queries are projected in one step."""
+    kv_lora_rank: int
+    qk_nope_head_dim: int
+    qk_rope_head_dim: int
+    v_head_dim: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Yarn:
+    """Long-context rotary scaling (arXiv 2309.00071)."""
+
+    factor: float
+    original_max_position_embeddings: int
+    beta_fast: float
+    beta_slow: float
+    mscale: float
+    mscale_all_dim: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rope:
+    theta: float
+    fraction: float = 1.0
+    """Share of a head's dimensions that are rotated."""
+    yarn: Yarn | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experts:
+    """The experts of a layer that has them, and its router."""
+
+    number: int
+    topk: int
+    hidden_size: int
+    """Inner width of one routed expert."""
+    layers: tuple[int, ...]
+    """Numbers, from 0, of the layers with experts."""
+    score_function: Literal["softmax", "sigmoid"]
+    normalised: bool
+    """Whether the scores of the chosen experts are made to add up to 1."""
+    scaling_factor: float = 1.0
+    bias: bool = False
+    """A bias per expert that only chooses (DeepSeek-V3's e_score_correction_bias)."""
+    groups: int = 1
+    group_topk: int = 1
+    shared_hidden_size: int = 0
+    """Inner width of the experts that every token passes; 0: none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Architecture:
+    config: dict[str, Any] = field(repr=False)
+    """The ``config.json`` itself."""
+    model_type: str
+    num_layers: int
+    hidden_size: int
+    ffn_hidden_size: int
+    """Inner width of a layer without experts."""
+    vocab_size: int
+    max_position_embeddings: int
+    norm_eps: float
+    tied_embeddings: bool
+    attention: GroupedQueryAttention | LatentAttention
+    rope: Rope
+    experts: Experts | None
+
+
+def read_architecture(folder: str | Path) -> Architecture:
+    """The architecture of a model folder. Raises UserError, naming file and key."""
+    path = Path(folder) / "config.json"
+    try:
+        config = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(
+            f"model.path: expected a folder with config.json, got {folder}; change it"
+        ) from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}:{error.lineno}: not JSON: {error.msg}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"model.path: cannot read {path}: {error}") from None
+    if not isinstance(config, dict):
+        raise UserError(f"{path}: expected a JSON object, got {type(config).__name__}")
+    return parse_architecture(config, path)
+
+
+def parse_architecture(config: dict[str, Any], path: str | Path = "config.json") -> Architecture:
+    """What ``config`` says; ``path`` is the file that messages name. Raises UserError."""
+    kind = config.get("model_type")
+    if kind not in _FAMILIES:
+        raise UserError(
+            f"{path}: model_type: expected {' or '.join(_FAMILIES)}, got {kind!r}; use a model of "
+            f"such an architecture"
+        )
+    c = _Config(config, path, kind)
+    if (method := (config.get("quantization_config") or {}).get("quant_method")) is not None:
+        raise UserError(
+            f"{path}: quantization_config: expected weights in bf16 or fp32, got {method}; convert "
+            f"the checkpoint to bf16 and remove the key"
+        )
+    c.only("hidden_act", "silu")
+    attention, experts = _FAMILIES[kind]
+    return Architecture(
+        config=config,
+        model_type=kind,
+        num_layers=c.whole("num_hidden_layers"),
+        hidden_size=c.whole("hidden_size"),
+        ffn_hidden_size=c.whole("intermediate_size"),
+        vocab_size=c.whole("vocab_size"),
+        max_position_embeddings=c.whole("max_position_embeddings"),
+        norm_eps=c.number("rms_norm_eps"),
+        tied_embeddings=c.flag("tie_word_embeddings", default=False),
+        attention=attention(c),
+        rope=_rope(c),
+        experts=experts(c) if experts else None,
+    )
+
+
+class _Config:
+    """Typed look-ups in a ``config.json``, with messages that name it."""
+
+    def __init__(self, config: dict[str, Any], path: str | Path, kind: str) -> None:
+        self.config, self.path, self.kind = config, path, kind
+
+    def whole(self, key: str, *, least: int = 1) -> int:
+        return self._get(key, int, f"a whole number >= {least}", lambda x: x >= least)
+
+    def number(self, key: str) -> float:
+        return float(self._get(key, (int, float), "a number > 0", lambda x: x > 0))
+
+    def flag(self, key: str, *, default: bool | None = None) -> bool:
+        if default is not None and self.config.get(key) is None:
+            return default
+        return self._get(key, bool, "true or false", lambda x: True)
+
+    def only(self, key: str, value: Any, *, default: Any = None) -> None:
+        """Refuse any other value of ``key``; None where it may be left out."""
+        got = self.config.get(key, default)
+        if got is not None and got != value:
+            raise UserError(
+                f"{self.path}: {key}: expected {json.dumps(value)} for {self.kind}, got "
+                f"{json.dumps(got)}, which is not supported; use another model"
+            )
+
+    def _get(self, key: str, kind: Any, what: str, holds: Callable[[Any], bool]) -> Any:
+        value = self.config.get(key)
+        if value is None:
+            raise UserError(f"{self.path}: {key}: missing; a {self.kind} model needs it")
+        right = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+        if not (right and holds(value)):
+            raise UserError(f"{self.path}: {key}: expected {what}, got {value!r}; correct it")
+        return value
+
+
+def _grouped_query(c: _Config, *, qkv_bias: bool, qk_norm: bool) -> GroupedQueryAttention:
+    heads = c.whole("num_attention_heads")
+    derived = "head_dim" not in c.config
+    return GroupedQueryAttention(
+        num_heads=heads,
+        num_kv_heads=c.whole("num_key_value_heads"),
+        head_dim=c.whole("hidden_size") // heads if derived else c.whole("head_dim"),
+        qkv_bias=qkv_bias,
+        qk_norm=qk_norm,
+    )
+
+
+def _qwen3_attention(c: _Config) -> GroupedQueryAttention:
+    c.only("attention_bias", False)  # it would put one on the output projection as well
+    c.only("use_sliding_window", False)
+    return _grouped_query(c, qkv_bias=False, qk_norm=True)
+
+
+def _glm4_attention(c: _Config) -> GroupedQueryAttention:
+    bias, norm = c.flag("attention_bias", default=False), c.flag("use_qk_norm", default=False)
+    return _grouped_query(c, qkv_bias=bias, qk_norm=norm)
+
+
+def _latent_attention(c: _Config) -> LatentAttention:
+    c.only("attention_bias", False)
+    c.only("rope_interleave", True)
+    return LatentAttention(
+        num_heads=c.whole("num_attention_heads"),
+        q_lora_rank=None if c.config.get("q_lora_rank") is None else c.whole("q_lora_rank"),
+        kv_lora_rank=c.whole("kv_lora_rank"),
+        qk_nope_head_dim=c.whole("qk_nope_head_dim"),
+        qk_rope_head_dim=c.whole("qk_rope_head_dim"),
+        v_head_dim=c.whole("v_head_dim"),
+    )
+
+
+def _topk(c: _Config, experts: int) -> int:
+    topk = c.whole("num_experts_per_tok")
+    if topk > experts:
+        raise UserError(
+            f"{c.path}: num_experts_per_tok: expected at most the number of experts {experts}, got "
+            f"{topk}; correct it"
+        )
+    return topk
+
+
+def _qwen3_experts(c: _Config) -> Experts:
+    dense, step = c.config.get("mlp_only_layers") or [], c.whole("decoder_sparse_step")
+    layers = range(c.whole("num_hidden_layers"))
+    return Experts(
+        number=c.whole("num_experts"),
+        topk=_topk(c, c.whole("num_experts")),
+        hidden_size=c.whole("moe_intermediate_size"),
+        layers=tuple(i for i in layers if i not in dense and (i + 1) % step == 0),
+        score_function="softmax",
+        normalised=c.flag("norm_topk_prob"),
+    )
+
+
+def _deepseek_experts(c: _Config) -> Experts:
+    c.only("scoring_func", "sigmoid")
+    c.only("topk_method", "noaux_tc")
+    c.only("moe_layer_freq", 1)
+    c.only("norm_topk_prob", True)
+    layers = range(c.whole("first_k_dense_replace", least=0), c.whole("num_hidden_layers"))
+    hidden = c.whole("moe_intermediate_size")
+    return Experts(
+        number=c.whole("n_routed_experts"),
+        topk=_topk(c, c.whole("n_routed_experts")),
+        hidden_size=hidden,
+        layers=tuple(layers),
+        score_function="sigmoid",
+        normalised=True,
+        scaling_factor=c.number("routed_scaling_factor"),
+        bias=True,
+        groups=c.whole("n_group"),
+        group_topk=c.whole("topk_group"),
+        shared_hidden_size=hidden * c.whole("n_shared_experts", least=0),
+    )
+
+
+_FAMILIES: dict[str, tuple[Callable[[_Config], Any], Callable[[_Config], Any] | None]] = {
+    "qwen3": (_qwen3_attention, None),
+    "qwen3_moe": (_qwen3_attention, _qwen3_experts),
+    "deepseek_v3": (_latent_attention, _deepseek_experts),
+    "glm4_moe": (_glm4_attention, _deepseek_experts),
+}
+"""``model_type`` -> what reads its attention and its experts."""
+
+
+def _rope(c: _Config) -> Rope:
+    # transformers 5 moved rope_theta into rope_parameters, beside what rope_scaling was.
+    scaling = c.config.get("rope_parameters") or c.config.get("rope_scaling") or {}
+    nested = _Config({**c.config, **scaling}, c.path, c.kind)
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    yarn = None
+    if kind == "yarn" and c.kind == "deepseek_v3":
+        nested = _Config({"beta_fast": 32, "beta_slow": 1, **nested.config}, c.path, c.kind)
+        yarn = Yarn(
+            factor=nested.number("factor"),
+            original_max_position_embeddings=nested.whole("original_max_position_embeddings"),
+            beta_fast=nested.number("beta_fast"),
+            beta_slow=nested.number("beta_slow"),
+            mscale=nested.number("mscale"),
+            mscale_all_dim=nested.number("mscale_all_dim"),
+        )
+    elif kind != "default":
+        raise UserError(
+            f"{c.path}: rope_scaling: expected none for {c.kind}, got {kind}, which is not "
+            f"supported; remove it"
+        )
+    partial = c.kind == "glm4_moe"
+    return Rope(
+        theta=nested.number("rope_theta"),
+        fraction=nested.number("partial_rotary_factor") if partial else 1.0,
+        yarn=yarn,
+    )

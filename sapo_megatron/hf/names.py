@@ -1,0 +1,210 @@
+"""Which Hugging Face tensors a Megatron weight is made of, and how.
+
+One table for all families. A weight of a GPTModel with Transformer Engine's names is one tensor of
+the Hugging Face model, or gate and up projection one below the other, or query, key and value
+interleaved by group; tensor parallelism cuts each along one dimension.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sapo_megatron.hf.architecture import Architecture, GroupedQueryAttention, LatentAttention
+
+Read = Callable[..., Tensor]
+"""(name, whole shape, *slices) -> that part of a Hugging Face tensor."""
+Named = tuple[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Plain:
+    """One tensor."""
+
+    name: str
+    shape: tuple[int, ...]
+    split: int | None = None
+    """The dimension that tensor parallelism cuts; None: every rank holds the whole."""
+    padded_rows: int = 0
+    """Rows of zeros below it, where the vocabulary does not divide."""
+
+    def load(self, read: Read, rank: int, size: int) -> Tensor:
+        """The piece of ``rank`` of ``size``, reading no more than that."""
+        if self.split is None:
+            return read(self.name, self.shape)
+        total = self.shape[self.split] + self.padded_rows
+        assert total % size == 0, f"{self.name}: {total} over {size} ranks"
+        count = total // size
+        index = [slice(None)] * len(self.shape)
+        index[self.split] = slice(
+            *(min(row, self.shape[self.split]) for row in (rank * count, (rank + 1) * count))
+        )
+        part = read(self.name, self.shape, *index)
+        missing = count - part.shape[self.split]
+        return torch.cat((part, part.new_zeros(missing, *self.shape[1:]))) if missing else part
+
+    def merge(self, pieces: Sequence[Tensor]) -> list[Named]:
+        """The tensor, of the pieces of all ranks; of any one where it is not cut."""
+        whole = pieces[0] if self.split is None else torch.cat(tuple(pieces), dim=self.split)
+        return [(self.name, whole[: self.shape[0]])]
+
+
+@dataclass(frozen=True)
+class GateUp:
+    """Two tensors: each rank holds its rows of the one above its rows of the other."""
+
+    gate: Plain
+    up: Plain
+
+    def load(self, read: Read, rank: int, size: int) -> Tensor:
+        return torch.cat([part.load(read, rank, size) for part in (self.gate, self.up)])
+
+    def merge(self, pieces: Sequence[Tensor]) -> list[Named]:
+        gates, ups = zip(*(piece.chunk(2) for piece in pieces), strict=True)
+        return [*self.gate.merge(gates), *self.up.merge(ups)]
+
+
+@dataclass(frozen=True)
+class QueryKeyValue:
+    """Three tensors, interleaved: a group's query heads, its key head, its value head."""
+
+    names: tuple[str, str, str]
+    shapes: tuple[tuple[int, ...], ...]
+    groups: int
+
+    def load(self, read: Read, rank: int, size: int) -> Tensor:
+        rows = [shape[0] // self.groups for shape in self.shapes]
+        count = sum(rows) * self.groups // size
+        # A rank may have a part of a group: it reads the groups that it touches.
+        first, last = rank * count // sum(rows), -(-(rank + 1) * count // sum(rows))
+        parts = [
+            read(name, shape, slice(first * n, last * n)).unflatten(0, (last - first, n))
+            for name, shape, n in zip(self.names, self.shapes, rows, strict=True)
+        ]
+        start = rank * count - first * sum(rows)
+        return torch.cat(parts, dim=1).flatten(0, 1)[start : start + count]
+
+    def merge(self, pieces: Sequence[Tensor]) -> list[Named]:
+        rows = [shape[0] // self.groups for shape in self.shapes]
+        grouped = torch.cat(tuple(pieces)).unflatten(0, (self.groups, sum(rows)))
+        parts = grouped.split(rows, dim=1)
+        return [(n, part.flatten(0, 1)) for n, part in zip(self.names, parts, strict=True)]
+
+
+Entry = Plain | GateUp | QueryKeyValue
+
+
+def entry(arch: Architecture, name: str, padded_vocab_size: int) -> Entry:
+    """The entry of a Megatron weight.
+
+    ``name`` as in ``GPTModel.named_parameters``, with the layer's number in the whole model and,
+    of an expert's weight, the expert's: ``decoder.layers.5.mlp.experts.linear_fc1.weight17``.
+    """
+    vocabulary, hidden = (arch.vocab_size, arch.hidden_size), (arch.hidden_size,)
+    extra = padded_vocab_size - arch.vocab_size
+    embedding = Plain("model.embed_tokens.weight", vocabulary, 0, extra)
+    head = Plain("lm_head.weight", vocabulary, 0, extra)
+    whole_model = {
+        "embedding.word_embeddings.weight": embedding,
+        "output_layer.weight": embedding if arch.tied_embeddings else head,
+        "decoder.final_layernorm.weight": Plain("model.norm.weight", hidden),
+    }
+    if name in whole_model:
+        return whole_model[name]
+    match = re.fullmatch(r"decoder\.layers\.(\d+)\.(.+?)(\d*)", name)
+    assert match, f"{name}: not a weight of a GPTModel"
+    layer, rest, expert = match.groups()
+    table = {**_norms(arch), **_attention(arch), **_feed_forward(arch, expert)}
+    return _below(f"model.layers.{layer}.", table[rest])
+
+
+def _norms(arch: Architecture) -> dict[str, Entry]:
+    before = Plain("input_layernorm.weight", (arch.hidden_size,))
+    after = Plain("post_attention_layernorm.weight", (arch.hidden_size,))
+    return {
+        "input_layernorm.weight": before,
+        "self_attention.linear_qkv.layer_norm_weight": before,
+        "pre_mlp_layernorm.weight": after,
+        "mlp.linear_fc1.layer_norm_weight": after,
+    }
+
+
+def _attention(arch: Architecture) -> dict[str, Entry]:
+    if isinstance(arch.attention, LatentAttention):
+        table = _latent_attention(arch.hidden_size, arch.attention)
+    else:
+        table = _grouped_query_attention(arch.hidden_size, arch.attention)
+    return {f"self_attention.{name}": _below("self_attn.", e) for name, e in table.items()}
+
+
+def _grouped_query_attention(hidden: int, a: GroupedQueryAttention) -> dict[str, Entry]:
+    heads = (a.num_heads, a.num_kv_heads, a.num_kv_heads)
+
+    def qkv(kind: str, *width: int) -> QueryKeyValue:
+        names = (f"q_proj.{kind}", f"k_proj.{kind}", f"v_proj.{kind}")
+        return QueryKeyValue(names, tuple((n * a.head_dim, *width) for n in heads), a.num_kv_heads)
+
+    return {
+        "linear_qkv.weight": qkv("weight", hidden),
+        "linear_qkv.bias": qkv("bias"),
+        "q_layernorm.weight": Plain("q_norm.weight", (a.head_dim,)),
+        "k_layernorm.weight": Plain("k_norm.weight", (a.head_dim,)),
+        "linear_proj.weight": Plain("o_proj.weight", (hidden, a.num_heads * a.head_dim), 1),
+    }
+
+
+def _latent_attention(hidden: int, a: LatentAttention) -> dict[str, Entry]:
+    query = a.num_heads * (a.qk_nope_head_dim + a.qk_rope_head_dim)
+    key_value = a.num_heads * (a.qk_nope_head_dim + a.v_head_dim)
+    table: dict[str, Entry] = {
+        "linear_kv_down_proj.weight": Plain(
+            "kv_a_proj_with_mqa.weight", (a.kv_lora_rank + a.qk_rope_head_dim, hidden), 0
+        ),
+        "linear_kv_up_proj.layer_norm_weight": Plain("kv_a_layernorm.weight", (a.kv_lora_rank,)),
+        "linear_kv_up_proj.weight": Plain("kv_b_proj.weight", (key_value, a.kv_lora_rank), 0),
+        "linear_proj.weight": Plain("o_proj.weight", (hidden, a.num_heads * a.v_head_dim), 1),
+    }
+    if a.q_lora_rank is None:
+        return table | {"linear_q_proj.weight": Plain("q_proj.weight", (query, hidden), 0)}
+    return table | {
+        "linear_q_down_proj.weight": Plain("q_a_proj.weight", (a.q_lora_rank, hidden), 0),
+        "linear_q_up_proj.layer_norm_weight": Plain("q_a_layernorm.weight", (a.q_lora_rank,)),
+        "linear_q_up_proj.weight": Plain("q_b_proj.weight", (query, a.q_lora_rank), 0),
+    }
+
+
+def _feed_forward(arch: Architecture, expert: str) -> dict[str, Entry]:
+    def mlp(megatron: str, ours: str, width: int) -> dict[str, Entry]:
+        gate, up = (
+            Plain(f"{ours}.{name}_proj.weight", (width, arch.hidden_size), 0)
+            for name in ("gate", "up")
+        )
+        down = Plain(f"{ours}.down_proj.weight", (arch.hidden_size, width), 1)
+        return {
+            f"{megatron}.linear_fc1.weight": GateUp(gate, up),
+            f"{megatron}.linear_fc2.weight": down,
+        }
+
+    table = mlp("mlp", "mlp", arch.ffn_hidden_size)
+    if arch.experts is None:
+        return table
+    e = arch.experts
+    return {
+        **table,
+        **mlp("mlp.experts", f"mlp.experts.{expert}", e.hidden_size),
+        **mlp("mlp.shared_experts", "mlp.shared_experts", e.shared_hidden_size),
+        "mlp.router.weight": Plain("mlp.gate.weight", (e.number, arch.hidden_size)),
+        "mlp.router.expert_bias": Plain("mlp.gate.e_score_correction_bias", (e.number,)),
+    }
+
+
+def _below(prefix: str, e: Entry) -> Entry:
+    """The entry with a prefix before its names."""
+    if isinstance(e, Plain):
+        return Plain(prefix + e.name, e.shape, e.split, e.padded_rows)
+    if isinstance(e, GateUp):
+        return GateUp(_below(prefix, e.gate), _below(prefix, e.up))
+    q, k, v = (prefix + name for name in e.names)
+    return QueryKeyValue((q, k, v), e.shapes, e.groups)

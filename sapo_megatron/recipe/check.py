@@ -1,0 +1,476 @@
+"""The rules a recipe must keep, beyond names and types.
+
+``check`` needs nothing but the recipe, ``check_architecture`` the model's architecture, and
+``check_world`` the number of processes. Each raises :class:`UserError` for the first rule that is
+broken: what, expected, got, how to fix it.
+"""
+
+import dataclasses
+import difflib
+import logging
+import math
+import re
+
+from sapo_megatron.errors import UserError
+from sapo_megatron.hf.architecture import Architecture, GroupedQueryAttention
+from sapo_megatron.recipe.schema import (
+    AlgorithmConfig,
+    CorrectionConfig,
+    ParallelConfig,
+    Recipe,
+    RolloutConfig,
+    SourceConfig,
+)
+
+logger = logging.getLogger(__name__)
+
+REWARD_FUNCTIONS = ("reasoning_gym", "math_verify", "exact_match")
+RECOMPUTE_MODULES = (
+    "core_attn",
+    "layernorm",
+    "mla_up_proj",
+    "mlp",
+    "moe",
+    "moe_act",
+    "shared_experts",
+)
+
+_POSITIVE = (
+    "parallel.tensor_model_parallel_size",
+    "parallel.pipeline_model_parallel_size",
+    "parallel.context_parallel_size",
+    "parallel.expert_model_parallel_size",
+    "parallel.expert_tensor_parallel_size",
+    "parallel.num_layers_in_first_pipeline_stage",
+    "parallel.num_layers_in_last_pipeline_stage",
+    "parallel.recompute_num_layers",
+    "rollout.num_servers",
+    "rollout.server_concurrency",
+    "rollout.server_timeout_s",
+    "rollout.rollout_batch_size",
+    "rollout.temperature",
+    "rollout.max_prompt_length",
+    "rollout.max_response_length",
+    "rollout.generation_batch_size",
+    "rollout.dynamic_sampling_max_rounds",
+    "reward.timeout_s",
+    "algorithm.tau_pos",
+    "algorithm.tau_neg",
+    "algorithm.clip_ratio_low",
+    "algorithm.clip_ratio_high",
+    "correction.tis_cap",
+    "correction.icepop_low",
+    "correction.icepop_high",
+    "correction.sequence_mask_kl",
+    "optimizer.lr",
+    "optimizer.adam_eps",
+    "optimizer.clip_grad",
+    "train.num_mini_batches",
+    "train.max_tokens_per_gpu",
+    "train.logprob_chunk_size",
+    "cold_start.batch_size",
+    "cold_start.lr",
+    "eval.num_problems",
+    "eval.k",
+    "eval.temperature",
+    "checkpoint.keep",
+    "cluster.nodes",
+    "cluster.gpus_per_node",
+)
+_NOT_NEGATIVE = (
+    "model.moe_aux_loss_coeff",
+    "algorithm.kl_coef",
+    "algorithm.entropy_coef",
+    "optimizer.min_lr",
+    "optimizer.lr_warmup_steps",
+    "optimizer.weight_decay",
+    "train.steps",
+    "train.seed",
+    "cold_start.steps",
+    "cold_start.lr_warmup_steps",
+    "eval.every",
+    "checkpoint.every",
+    "routing.decompose_every",
+    "routing.prob_every",
+    "logging.dump_every",
+)
+_RANGES = (
+    (_POSITIVE, "> 0", lambda x: x > 0),
+    (_NOT_NEGATIVE, ">= 0", lambda x: x >= 0),
+    (("algorithm.clip_ratio_c",), "> 1", lambda x: x > 1),
+    (("rollout.top_p", "eval.top_p"), "in (0, 1]", lambda x: 0 < x <= 1),
+    (("optimizer.adam_beta1", "optimizer.adam_beta2"), "in [0, 1)", lambda x: 0 <= x < 1),
+    (("optimizer.optimizer_offload_fraction",), "in [0, 1]", lambda x: 0 <= x <= 1),
+)
+
+
+def check(recipe: Recipe) -> None:
+    """Every rule that needs neither processes nor files. Raises UserError; warns twice at most."""
+    if not re.fullmatch(r"\w[\w.+-]*", recipe.name):
+        raise UserError(
+            f"name: expected letters, digits and . _ + - (it names the run's folder), got "
+            f"{recipe.name!r}; change name or the recipe file's name"
+        )
+    for keys, what, holds in _RANGES:
+        for key in keys:
+            section, name = key.split(".")
+            value = getattr(getattr(recipe, section), name)
+            if value is not None and not (math.isfinite(value) and holds(value)):
+                raise UserError(f"{key}: expected a finite number {what}, got {value}; change it")
+    _check_data(recipe)
+    _check_servers(recipe.rollout)
+    _check_algorithm(recipe.algorithm)
+    _check_correction(recipe.correction)
+    _check_batches(recipe)
+    _check_pipeline(recipe.parallel)
+    _check_recompute(recipe.parallel)
+    _warn(recipe)
+
+
+def check_architecture(recipe: Recipe, arch: Architecture) -> None:
+    """The layout against the model's architecture. Raises UserError."""
+    p = recipe.parallel
+    tp, ep = p.tensor_model_parallel_size, p.expert_model_parallel_size
+    etp = p.expert_tensor_parallel_size
+    attention = arch.attention
+    if attention.num_heads % tp:
+        heads = f"number of attention heads {attention.num_heads}"
+        raise _indivisible("tensor_model_parallel_size", tp, heads)
+    if isinstance(attention, GroupedQueryAttention):
+        kv_heads = attention.num_kv_heads
+        if kv_heads % tp and tp % kv_heads:
+            raise UserError(
+                f"parallel.tensor_model_parallel_size: expected a divisor or a multiple of the "
+                f"model's num_key_value_heads {kv_heads}, got {tp}; change it"
+            )
+    longest = recipe.rollout.max_prompt_length + recipe.rollout.max_response_length
+    if longest > arch.max_position_embeddings:
+        raise UserError(
+            f"rollout.max_response_length: expected max_prompt_length + max_response_length of at "
+            f"most the model's max_position_embeddings {arch.max_position_embeddings}, got "
+            f"{longest}; lower it"
+        )
+    _check_layers(p, arch.num_layers)
+    if arch.experts is None:
+        if ep > 1 or etp > 1:
+            raise UserError(
+                f"parallel.expert_model_parallel_size: expected 1, and expert_tensor_parallel_size "
+                f"1, for a model without experts, got {ep} and {etp}; remove them"
+            )
+        if recipe.routing.router_replay != "disabled":
+            raise UserError(
+                f"routing.router_replay: expected disabled for a model without experts, got "
+                f"{recipe.routing.router_replay}; remove it"
+            )
+        return
+    if arch.experts.number % ep:
+        experts = f"number of experts {arch.experts.number}"
+        raise _indivisible("expert_model_parallel_size", ep, experts)
+    if arch.experts.hidden_size % etp:
+        width = f"expert width {arch.experts.hidden_size}"
+        raise _indivisible("expert_tensor_parallel_size", etp, width)
+
+
+def check_world(recipe: Recipe, world_size: int) -> None:
+    """The rules that depend on the number of processes. Raises UserError."""
+    p = recipe.parallel
+    tp, pp = p.tensor_model_parallel_size, p.pipeline_model_parallel_size
+    cp, ep = p.context_parallel_size, p.expert_model_parallel_size
+    etp = p.expert_tensor_parallel_size
+    dense, moe = tp * pp * cp, etp * ep * pp
+    least = smallest_world(p)
+    for product, names in ((dense, "tp x pp x cp"), (moe, "etp x ep x pp")):
+        if world_size % product:
+            raise UserError(
+                f"parallel: expected a world size that {names} = {product} divides, got "
+                f"{world_size} processes; start a multiple of {least}, e.g. "
+                f"torchrun --nproc-per-node {least} -m sapo_megatron train ..."
+            )
+    sequences = recipe.rollout.rollout_batch_size * recipe.rollout.num_generations
+    generators = world_size // (tp * pp) if recipe.rollout.engine == "in_process" else 1
+    if sequences % generators:
+        raise UserError(
+            f"rollout.rollout_batch_size: expected rollout_batch_size x num_generations = "
+            f"{sequences} to divide by the {generators} ranks that generate "
+            f"(world size / (tp x pp)), got a remainder of {sequences % generators}; change it"
+        )
+
+
+def smallest_world(p: ParallelConfig) -> int:
+    """The least number of processes that the layout divides."""
+    return math.lcm(
+        p.model_parallel_size * p.context_parallel_size,
+        p.pipeline_model_parallel_size
+        * p.expert_model_parallel_size
+        * p.expert_tensor_parallel_size,
+    )
+
+
+def _check_data(recipe: Recipe) -> None:
+    sources = {"data.train": recipe.data.train, "data.eval": recipe.data.eval}
+    for where, source in sources.items():
+        if source:
+            _check_source(where, source)
+            if recipe.reward.function == "reasoning_gym" and source.path:
+                raise UserError(
+                    f"reward.function: expected exact_match, math_verify or module:function for "
+                    f"the data in {where}.path, got reasoning_gym, which scores its own tasks only"
+                )
+    _check_template("data.template", recipe.data.template)
+    function = recipe.reward.function
+    if function not in REWARD_FUNCTIONS and not re.fullmatch(r"[\w.]+:[\w.]+", function):
+        nearest = difflib.get_close_matches(function, REWARD_FUNCTIONS, n=1, cutoff=0.0)[0]
+        raise UserError(
+            f"reward.function: expected {', '.join(REWARD_FUNCTIONS)} or module:function, got "
+            f"{function!r}; the nearest is {nearest}"
+        )
+
+
+def _check_source(where: str, source: SourceConfig) -> None:
+    if bool(source.tasks) == bool(source.path):
+        raise UserError(
+            f"{where}: expected either tasks or path, got "
+            f"{'both' if source.tasks else 'neither'}; keep one of them"
+        )
+    if source.seed < 0:
+        raise UserError(f"{where}.seed: expected a whole number >= 0, got {source.seed}; change it")
+    if source.template is not None:
+        _check_template(f"{where}.template", source.template)
+    for i, task in enumerate(source.tasks):
+        if not (math.isfinite(task.weight) and task.weight > 0):
+            raise UserError(
+                f"{where}.tasks.{i}.weight: expected a finite number > 0, got {task.weight}; "
+                f"change it or remove the task"
+            )
+
+
+def _check_template(key: str, template: str) -> None:
+    if "{prompt}" not in template:
+        raise UserError(f"{key}: expected a text with {{prompt}} in it, got {template!r}; add it")
+
+
+def _check_servers(r: RolloutConfig) -> None:
+    if r.engine == "in_process":
+        for name, value in (("servers", list(r.servers)), ("vllm_python", r.vllm_python)):
+            if value:
+                raise UserError(
+                    f"rollout.{name}: expected none with rollout.engine in_process, got {value}; "
+                    f"remove it or set rollout.engine=vllm"
+                )
+        if r.async_steps:
+            raise UserError(
+                f"rollout.async_steps: expected 0 with rollout.engine in_process, whose model is "
+                f"the one that trains, got {r.async_steps}; remove it or set rollout.engine=vllm"
+            )
+        if r.colocate:
+            raise UserError(
+                "rollout.colocate: expected false with rollout.engine in_process, which has no "
+                "servers, got true; remove it or set rollout.engine=vllm"
+            )
+        if r.weight_transfer != "folder":
+            raise UserError(
+                f"rollout.weight_transfer: expected folder with rollout.engine in_process, which "
+                f"has no servers, got {r.weight_transfer}; remove it or set rollout.engine=vllm"
+            )
+        return
+    if r.colocate and r.async_steps:
+        raise UserError(
+            f"rollout.async_steps: expected 0 with rollout.colocate, whose servers sleep while the "
+            f"model trains, got {r.async_steps}; remove one of the two"
+        )
+    if bool(r.servers) == bool(r.vllm_python):
+        raise UserError(
+            f"rollout.servers: expected either the URLs of running servers, or rollout.vllm_python "
+            f"to start some with, got {'both' if r.servers else 'neither'}; set one of them"
+        )
+    if r.weight_transfer == "nccl" and (r.colocate or r.vllm_python):
+        name = "colocate" if r.colocate else "vllm_python"
+        raise UserError(
+            f"rollout.weight_transfer: expected folder with rollout.{name}, whose servers share "
+            f"the trainer's GPUs (NCCL wants one for each process), got nccl; remove one of the two"
+        )
+    for url in r.servers:
+        if not re.fullmatch(r"https?://[\w.-]+(:\d+)?|https?://\[[\da-fA-F:]+\](:\d+)?", url):
+            raise UserError(
+                f"rollout.servers: expected URLs such as http://node7:8000, got {url!r}; change it"
+            )
+    if len(set(r.servers)) < len(r.servers):
+        twice = next(url for url in r.servers if r.servers.count(url) > 1)
+        raise UserError(
+            f"rollout.servers: expected each server once, got {twice} twice; remove one"
+        )
+
+
+def _check_algorithm(a: AlgorithmConfig) -> None:
+    level = "sequence" if a.loss_type == "gspo" else "token"
+    if a.importance_sampling_level not in (None, level):
+        reason = {
+            "sapo": "SAPO gates each token by its own ratio; sequence ratios are GSPO's",
+            "gspo": "GSPO's ratio is the sequence's; token ratios are those of grpo and sapo",
+        }.get(a.loss_type, f"{a.loss_type} uses token ratios")
+        raise UserError(
+            f"algorithm.importance_sampling_level: expected {level} with loss_type "
+            f"{a.loss_type}, got {a.importance_sampling_level} ({reason}); remove it or change "
+            f"loss_type"
+        )
+    if a.loss_type == "sapo":
+        for name in ("clip_ratio_low", "clip_ratio_high", "clip_ratio_c"):
+            clip = dataclasses.asdict(a)[name]
+            if clip is not None:
+                raise UserError(
+                    f"algorithm.{name}: expected no clip range with loss_type sapo, got {clip} "
+                    f"(its soft gate, tau_pos and tau_neg, takes the place of clipping); remove "
+                    f"it or change loss_type"
+                )
+    if a.clip_ratio_c is not None and a.loss_type != "grpo":
+        raise UserError(
+            f"algorithm.clip_ratio_c: expected none with loss_type {a.loss_type}, got "
+            f"{a.clip_ratio_c} (dual clip belongs to grpo); remove it or change loss_type"
+        )
+
+
+def _check_correction(c: CorrectionConfig) -> None:
+    if c.icepop_low >= c.icepop_high:
+        raise UserError(
+            f"correction.icepop_low: expected less than icepop_high {c.icepop_high:g}, got "
+            f"{c.icepop_low:g}; change one of them"
+        )
+
+
+def _check_batches(recipe: Recipe) -> None:
+    r = recipe.rollout
+    if r.num_generations < 2:
+        raise UserError(
+            f"rollout.num_generations: expected at least 2 (advantages compare the responses of "
+            f"a group), got {r.num_generations}; raise it"
+        )
+    sequences = r.rollout_batch_size * r.num_generations
+    if sequences % recipe.train.num_mini_batches:
+        raise UserError(
+            f"train.num_mini_batches: expected a divisor of rollout_batch_size x num_generations "
+            f"= {sequences}, got {recipe.train.num_mini_batches}; change one of them"
+        )
+    cp = recipe.parallel.context_parallel_size
+    longest = r.max_prompt_length + r.max_response_length
+    room = recipe.train.max_tokens_per_gpu * cp
+    if longest > room:
+        raise UserError(
+            f"train.max_tokens_per_gpu: expected max_tokens_per_gpu x context_parallel_size to "
+            f"hold max_prompt_length + max_response_length = {longest}, got {room}; raise it"
+        )
+    if cp > 1 and recipe.train.max_tokens_per_gpu % 2:
+        raise UserError(
+            f"train.max_tokens_per_gpu: expected an even number with context_parallel_size {cp} "
+            f"(each rank holds two chunks of a sequence), got {recipe.train.max_tokens_per_gpu}; "
+            f"add 1"
+        )
+    if cp > 1 and not recipe.train.packing:
+        raise UserError(
+            f"train.packing: expected true with context_parallel_size {cp} (context parallelism "
+            f"runs on packed sequences), got false; remove it or context_parallel_size"
+        )
+    if recipe.optimizer.min_lr > recipe.optimizer.lr:
+        raise UserError(
+            f"optimizer.min_lr: expected at most lr {recipe.optimizer.lr:g}, got "
+            f"{recipe.optimizer.min_lr:g}; lower it"
+        )
+
+
+def _check_pipeline(p: ParallelConfig) -> None:
+    pp, vpp = p.pipeline_model_parallel_size, p.virtual_pipeline_model_parallel_size
+    if vpp is not None and (vpp < 2 or pp < 2):
+        raise UserError(
+            f"parallel.virtual_pipeline_model_parallel_size: expected at least 2 chunks on at "
+            f"least 2 pipeline stages, got {vpp} on {pp}; remove it or raise "
+            f"pipeline_model_parallel_size"
+        )
+    given = {
+        "num_layers_in_first_pipeline_stage": p.num_layers_in_first_pipeline_stage,
+        "num_layers_in_last_pipeline_stage": p.num_layers_in_last_pipeline_stage,
+    }
+    for name, layers in given.items():
+        if layers is not None and pp == 1:
+            raise UserError(
+                f"parallel.{name}: expected none with one pipeline stage, got {layers}; remove it "
+                f"or raise pipeline_model_parallel_size"
+            )
+
+
+def _check_recompute(p: ParallelConfig) -> None:
+    granularity = p.recompute_granularity
+    only_full = {
+        "recompute_method": p.recompute_method,
+        "recompute_num_layers": p.recompute_num_layers,
+    }
+    for name, value in only_full.items():
+        if granularity == "full" and value is None:
+            raise UserError(
+                f"parallel.{name}: missing; recompute_granularity full needs recompute_method "
+                f"and recompute_num_layers, e.g. uniform and 1"
+            )
+        if granularity != "full" and value is not None:
+            raise UserError(
+                f"parallel.{name}: expected none unless recompute_granularity is full, got "
+                f"{value!r}; remove it or change recompute_granularity"
+            )
+    if p.recompute_modules is None:
+        return
+    if granularity != "selective":
+        raise UserError(
+            f"parallel.recompute_modules: expected none unless recompute_granularity is "
+            f"selective, got {list(p.recompute_modules)}; remove it or change "
+            f"recompute_granularity"
+        )
+    for module in p.recompute_modules:
+        if module not in RECOMPUTE_MODULES:
+            nearest = difflib.get_close_matches(module, RECOMPUTE_MODULES, n=1, cutoff=0.0)[0]
+            raise UserError(
+                f"parallel.recompute_modules: expected any of {', '.join(RECOMPUTE_MODULES)}, got "
+                f"{module!r}; the nearest is {nearest}"
+            )
+
+
+def _check_layers(p: ParallelConfig, layers: int) -> None:
+    """Megatron's split: the outer stages as given, the others equal, each cut into chunks."""
+    pp = p.pipeline_model_parallel_size
+    outer = [
+        n
+        for n in (p.num_layers_in_first_pipeline_stage, p.num_layers_in_last_pipeline_stage)
+        if n is not None
+    ]
+    rest, stages = layers - sum(outer), pp - len(outer)
+    if rest < stages or (rest % stages if stages else rest):
+        split = f" after {' + '.join(map(str, outer))} on the outer stages" if outer else ""
+        raise UserError(
+            f"parallel.pipeline_model_parallel_size: expected the model's {layers} layers to "
+            f"leave an equal number on each of {stages} stages{split}, got {rest} over {stages}; "
+            f"change it or set num_layers_in_first_pipeline_stage / _last_"
+        )
+    chunks = p.virtual_pipeline_model_parallel_size
+    for stage in [*outer, *([rest // stages] if stages else [])]:
+        if chunks is not None and stage % chunks:
+            raise _indivisible(
+                "virtual_pipeline_model_parallel_size", chunks, f"{stage} layers of a stage"
+            )
+
+
+def _warn(recipe: Recipe) -> None:
+    a = recipe.algorithm
+    if a.loss_type != "sapo":
+        return
+    if a.tau_neg < a.tau_pos:
+        logger.warning(
+            "algorithm.tau_neg %g < algorithm.tau_pos %g: negative advantages then decay slower "
+            "than positive ones, which the paper found least stable (arXiv 2511.20347)",
+            a.tau_neg,
+            a.tau_pos,
+        )
+    if recipe.train.num_mini_batches == 1:
+        logger.warning(
+            "train.num_mini_batches is 1: every ratio is 1 and the SAPO gate cannot act; the "
+            "paper uses 4"
+        )
+
+
+def _indivisible(key: str, size: int, of: str) -> UserError:
+    return UserError(f"parallel.{key}: expected a divisor of the model's {of}, got {size}")

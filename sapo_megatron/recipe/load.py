@@ -1,0 +1,299 @@
+"""A recipe: YAML -> the frozen dataclasses of :mod:`sapo_megatron.recipe.schema`.
+
+``load(path, overrides)`` merges ``base:`` recipes, the file and the command line, checks names and
+types, and then the rules of :mod:`sapo_megatron.recipe.check`. User mistakes raise
+:class:`UserError`, in one line.
+"""
+
+import dataclasses
+import difflib
+import json
+import os
+import re
+import textwrap
+import typing
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from sapo_megatron.errors import UserError
+from sapo_megatron.recipe.check import check
+from sapo_megatron.recipe.schema import Recipe
+
+PEER_KEYS = {
+    "sapo_tau_pos": "algorithm.tau_pos",
+    "sapo_tau_neg": "algorithm.tau_neg",
+    "sapo_temperature_pos": "algorithm.tau_pos",
+    "sapo_temperature_neg": "algorithm.tau_neg",
+    "loss_mode": "algorithm.loss_type",
+    "policy_loss": "algorithm.loss_type",
+    "epsilon": "algorithm.clip_ratio_low",
+    "epsilon_high": "algorithm.clip_ratio_high",
+    "eps_clip": "algorithm.clip_ratio_low",
+    "eps_clip_high": "algorithm.clip_ratio_high",
+    "eps_clip_c": "algorithm.clip_ratio_c",
+    "clip_ratio": "algorithm.clip_ratio_low",
+    "delta": "algorithm.clip_ratio_c",
+    "advantage_estimator": "algorithm.adv_estimator",
+    "beta": "algorithm.kl_coef",
+    "kl_loss_coef": "algorithm.kl_coef",
+    "kl_loss_type": "algorithm.kl_type",
+    "n_samples_per_prompt": "rollout.num_generations",
+    "group_size": "rollout.num_generations",
+    "num_iterations": "train.num_mini_batches",
+    "num_steps_per_rollout": "train.num_mini_batches",
+    "steps_per_generation": "train.num_mini_batches",
+    "train_batch_size": "rollout.rollout_batch_size",
+    "max_completion_length": "rollout.max_response_length",
+    "rollout_max_response_len": "rollout.max_response_length",
+    "learning_rate": "optimizer.lr",
+    "use_tis": "correction.rollout_is",
+    "tis_clip": "correction.tis_cap",
+    "rollout_is_threshold": "correction.tis_cap",
+    "rollout_importance_sampling_mode": "correction.rollout_is",
+    "rollout_importance_sampling_threshold": "correction.tis_cap",
+    "off_policy_sequence_mask_delta": "correction.sequence_mask_kl",
+    "routing_replay": "routing.router_replay",
+    "use_routing_replay": "routing.router_replay",
+    "use_rollout_routing_replay": "routing.router_replay",
+    "enable_rollout_routing_replay": "routing.router_replay",
+    "moe_enable_routing_replay": "routing.router_replay",
+    "enable_routing_replay": "routing.router_replay",
+    "router_replay_mode": "routing.router_replay",
+    "tp": "parallel.tensor_model_parallel_size",
+    "pp": "parallel.pipeline_model_parallel_size",
+    "vpp": "parallel.virtual_pipeline_model_parallel_size",
+    "cp": "parallel.context_parallel_size",
+    "ep": "parallel.expert_model_parallel_size",
+    "etp": "parallel.expert_tensor_parallel_size",
+}
+"""Names that peers give to keys of ours (ms-swift, TRL, verl, slime, AReaL)."""
+
+_PATH_KEYS = (
+    "model.path",
+    "model.architecture",
+    "model.tokenizer",
+    "data.train.path",
+    "data.eval.path",
+    "rollout.vllm_python",
+)
+_MODEL = r"(\w[\w.-]*/[\w.-]+)(?<!\.model)"
+_DATASET = r"(\w[\w.-]*/[\w.-]+)(?<!\.jsonl)(?<!\.parquet)(/.*)?"
+_HUB_NAMES = {
+    "model.path": _MODEL,
+    "model.tokenizer": _MODEL,
+    "data.train.path": _DATASET,
+    "data.eval.path": _DATASET,
+}
+"""Keys that may name something on the Hugging Face hub, and how such a name (owner/name) looks."""
+
+
+def load(path: str | Path, overrides: dict[str, str] | None = None) -> Recipe:
+    """Read a recipe and check it.
+
+    ``overrides`` maps ``section.key`` (or a bare key that only one section has) to YAML text.
+    Relative paths mean: beside the recipe that holds them, or, in an override, the working folder.
+    Raises UserError for anything that is wrong with either.
+    """
+    path = Path(path)
+    raw = _read(path)
+    raw.setdefault("name", path.stem)
+    for key, text in (overrides or {}).items():
+        _override(raw, key, text)
+    try:
+        recipe = _ADAPTER.validate_json(json.dumps(raw, default=str), strict=True)
+    except ValidationError as error:
+        raise UserError(_explain(error)) from None
+    check(recipe)
+    return recipe
+
+
+def to_yaml(recipe: Recipe) -> str:
+    """The resolved recipe, as ``load`` reads it back."""
+    return yaml.safe_dump(_ADAPTER.dump_python(recipe, mode="json"), sort_keys=False)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML with 1e-6 as a number and without a key given twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        seen = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in seen:
+                problem = f"{key.value} is given twice"
+                raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
+
+
+def _read(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """A recipe file with its ``base:`` merged below it and its paths made absolute."""
+    if path.resolve() in seen:
+        raise UserError(f"{path}: base: expected a recipe that is not its own base; remove it")
+    try:
+        raw = yaml.load(path.read_text(), _Loader)
+    except FileNotFoundError:
+        of = f" (base of {seen[-1]})" if seen else ""
+        raise UserError(f"recipe: no such file: {path}{of}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"recipe: cannot read {path}: {error}") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}{_yaml_problem(error)}") from None
+    if not isinstance(raw, dict):
+        raise UserError(f"{path}: expected a mapping of sections, got {_show(raw)}")
+    raw = {key: value for key, value in raw.items() if value is not None}
+    for key in _PATH_KEYS:
+        _absolute(raw, key, path.parent)
+    base = raw.pop("base", None)
+    if base is None:
+        return raw
+    low = _read(path.parent / str(base), (*seen, path.resolve()))
+    low.pop("name", None)
+    return _merge(low, raw)
+
+
+def _yaml_problem(error: yaml.YAMLError) -> str:
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark:
+        return f":{error.problem_mark.line + 1}: not YAML as recipes want it: {error.problem}"
+    return f": not YAML: {' '.join(str(error).split())}"
+
+
+def _absolute(raw: dict[str, Any], key: str, folder: Path) -> None:
+    """Make a path of the recipe absolute, unless it is a name on the hub and no folder here."""
+    *sections, name = key.split(".")
+    node: Any = raw
+    for section in sections:
+        node = node.get(section) if isinstance(node, dict) else None
+    if not (isinstance(node, dict) and isinstance(node.get(name), str)):
+        return
+    given = node[name]
+    if key == "rollout.vllm_python" and "/" not in given:  # a program that is looked for
+        return
+    hub = re.fullmatch(_HUB_NAMES[key], given) if key in _HUB_NAMES else None
+    if hub is None or (folder / hub[1]).exists():
+        node[name] = os.path.abspath(folder / Path(given).expanduser())
+
+
+def _merge(low: dict[str, Any], high: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(low)
+    for key, value in high.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+def _override(raw: dict[str, Any], key: str, text: str) -> None:
+    dotted = _find_key(key)
+    *sections, name = dotted.split(".")
+    node = raw
+    for section in sections:
+        if node.get(section) is None:
+            node[section] = {}
+        node = node[section]
+        if not isinstance(node, dict):
+            raise UserError(f"{section}: expected a section (keys and values), got {_show(node)}")
+    try:
+        node[name] = yaml.load(text, _Loader)
+    except yaml.YAMLError:
+        node[name] = text
+    if dotted in _PATH_KEYS:
+        _absolute(raw, dotted, Path.cwd())
+
+
+def _find_key(key: str) -> str:
+    """The full name of a key given on the command line. Raises UserError with the nearest key."""
+    known = _known_keys()
+    key = key.replace("-", "_")
+    if key in known:
+        return key
+    matches = [k for k in known if k.rsplit(".", 1)[-1] == key]
+    if len(matches) == 1:
+        return matches[0]
+    if matches:
+        raise UserError(f"{key}: several sections have it; say one of {', '.join(matches)}")
+    raise UserError(f"{key}: no such key; {_nearest(key)}")
+
+
+def _nearest(key: str) -> str:
+    last = key.rsplit(".", 1)[-1]
+    if last in PEER_KEYS:
+        return f"here it is called {PEER_KEYS[last]}"
+    known = _known_keys()
+    by_name = {k.rsplit(".", 1)[-1]: k for k in reversed(known)}
+    named = difflib.get_close_matches(last, by_name, n=1, cutoff=0.7)
+    if named:
+        return f"the nearest is {by_name[named[0]]}"
+    return f"the nearest is {difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]}"
+
+
+def _known_keys(cls: type = Recipe, prefix: str = "") -> list[str]:
+    """Dotted names of every value, and of the sections that may be null."""
+    keys: list[str] = []
+    for f in dataclasses.fields(cls):
+        section, nullable = _section_of(typing.get_type_hints(cls)[f.name])
+        if section:
+            keys += _known_keys(section, f"{prefix}{f.name}.")
+        if section is None or nullable:
+            keys.append(prefix + f.name)
+    return keys
+
+
+def _section_of(hint: Any) -> tuple[type | None, bool]:
+    """The dataclass that a field holds (None: it holds a value), and whether null may stand."""
+    options = (hint, *typing.get_args(hint)) if typing.get_origin(hint) is not tuple else (hint,)
+    section = next((t for t in options if dataclasses.is_dataclass(t)), None)
+    return section, type(None) in options
+
+
+def _explain(error: ValidationError) -> str:
+    """The most telling problem of a validation, in one line: an unknown key before all others."""
+    problems = error.errors(include_url=False)
+    unknown = [p for p in problems if p["type"] == "unexpected_keyword_argument"]
+    problem = (unknown or problems)[0]
+    key, got = ".".join(str(part) for part in problem["loc"]), problem["input"]
+    if unknown:
+        while isinstance(got, dict) and got:
+            name, got = next(iter(got.items()))
+            key = f"{key}.{name}"
+        return f"{key}: no such key; {_nearest(key)}"
+    if problem["type"] == "missing":
+        return f"{key}: missing; set it in the recipe"
+    wanted = _WANTED.get(problem["type"], problem["msg"].removeprefix("Input should be "))
+    return f"{key}: expected {wanted}, got {_show(got)}; change it"
+
+
+_WANTED = {
+    "int_type": "a whole number",
+    "float_type": "a number",
+    "string_type": "a text (quote it)",
+    "bool_type": "true or false",
+    "tuple_type": "a list",
+    "dict_type": "a mapping (keys and values)",
+    "dataclass_type": "a section (keys and values)",
+}
+"""pydantic's error types in our words."""
+
+
+def _show(value: Any) -> str:
+    return textwrap.shorten(json.dumps(value, default=str), 80, placeholder=" ...")
+
+
+def _sections(cls: type = Recipe) -> list[type]:
+    """``cls`` and every dataclass that its fields name, at any depth."""
+    hints = typing.get_type_hints(cls).values()
+    named = [
+        t for hint in hints for t in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(t)
+    ]
+    return [cls, *(inner for section in named for inner in _sections(section))]
+
+
+for _section in _sections():
+    _section.__pydantic_config__ = ConfigDict(extra="forbid")
+_ADAPTER: TypeAdapter[Recipe] = TypeAdapter(Recipe)

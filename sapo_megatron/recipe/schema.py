@@ -1,0 +1,310 @@
+"""The keys of a recipe, with types, defaults and meanings: the only place with defaults."""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    path: str
+    """Hugging Face model folder, or a name on the hub such as ``Qwen/Qwen3-30B-A3B``."""
+    architecture: str | None = None
+    """A ``config.json`` whose sizes the model must have; ``plan`` reads it where the model is not
+    on this machine."""
+    tokenizer: str | None = None
+    """Folder, sentencepiece ``.model`` file or name on the hub; None: ``path``."""
+    trust_remote_code: bool = False
+    """Whether a tokenizer may run the Python code that comes with it."""
+    init: Literal["pretrained", "random"] = "pretrained"
+    """Start from the weights at ``path``, or from random ones of its architecture."""
+    params_dtype: Literal["float32", "bfloat16", "float64"] = "bfloat16"
+    moe_router_dtype: Literal["fp32", "fp64"] = "fp32"
+    moe_aux_loss_coeff: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """megatron-core's names; data parallelism is what the world size leaves over."""
+
+    tensor_model_parallel_size: int = 1
+    pipeline_model_parallel_size: int = 1
+    virtual_pipeline_model_parallel_size: int | None = None
+    context_parallel_size: int = 1
+    expert_model_parallel_size: int = 1
+    expert_tensor_parallel_size: int = 1
+    num_layers_in_first_pipeline_stage: int | None = None
+    num_layers_in_last_pipeline_stage: int | None = None
+    recompute_granularity: Literal["full", "selective"] | None = None
+    recompute_method: Literal["uniform", "block"] | None = None
+    recompute_num_layers: int | None = None
+    recompute_modules: tuple[str, ...] | None = None
+
+    @property
+    def model_parallel_size(self) -> int:
+        return self.tensor_model_parallel_size * self.pipeline_model_parallel_size
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskConfig:
+    """One reasoning-gym task, e.g. ``{name: chain_sum, options: {min_terms: 2, max_terms: 2}}``."""
+
+    name: str
+    options: dict[str, Any] = field(default_factory=dict)
+    weight: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceConfig:
+    """Where prompts come from: either ``tasks`` or the dataset at ``path``."""
+
+    tasks: tuple[TaskConfig, ...] = ()
+    path: str | None = None
+    """A ``.parquet`` or JSONL file, a folder or a pattern of such files; or ``owner/name`` of a
+    dataset on the Hugging Face hub, and after another slash a file, folder or pattern in it."""
+    prompt_key: str = "prompt"
+    """The column with a text or a list of messages; ``a.b`` is ``b`` inside the object ``a``."""
+    answer_key: str = "answer"
+    template: str | None = None
+    """None: ``data.template``."""
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    train: SourceConfig
+    eval: SourceConfig | None = None
+    """Held-out problems; training never draws a prompt whose text is among them."""
+    template: str = "{prompt}"
+    """Text around a prompt, inside the user's turn where there is a chat template. Prompts that
+    are lists of messages go into the chat template as they are."""
+    apply_chat_template: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutConfig:
+    engine: Literal["in_process", "vllm"] = "in_process"
+    """Who generates: the training processes with the training weights, or vLLM servers."""
+    servers: tuple[str, ...] = ()
+    """URLs of vLLM servers, such as ``http://node7:8000``; none: the trainer starts its own."""
+    vllm_python: str | None = None
+    """The Python of an environment with vLLM, for the servers that the trainer starts."""
+    num_servers: int = 1
+    """Servers that the trainer starts."""
+    async_steps: Literal[0, 1] = 0
+    """1: the servers sample the next step's responses while this step trains, with the weights from
+    before it."""
+    colocate: bool = False
+    """The servers are on the GPUs of the trainer, and asleep while it trains: they give up their
+    weights and memory after every rollout. Not run on a GPU yet."""
+    weight_transfer: Literal["folder", "nccl"] = "folder"
+    """How servers get weights: a folder on a file system that they share, or NCCL, with vLLM's
+    sending side. nccl has not been run on GPUs yet."""
+    server_concurrency: int = 256
+    """Requests that one server works on at once."""
+    server_timeout_s: float = 600.0
+    """Seconds that a server may take to start, to answer one request, or to come back."""
+    rollout_batch_size: int = 32
+    """Prompts per step, over all ranks."""
+    num_generations: int = 8
+    """Responses per prompt (the group size G)."""
+    temperature: float = 1.0
+    top_p: float = 1.0
+    max_prompt_length: int = 1024
+    max_response_length: int = 1024
+    generation_batch_size: int = 256
+    """Sequences that one rank generates at once."""
+    dynamic_sampling: bool = False
+    """Drop groups whose rewards are all equal and draw new prompts in their place."""
+    dynamic_sampling_max_rounds: int = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardConfig:
+    function: str = "exact_match"
+    """``reasoning_gym``, ``math_verify``, ``exact_match`` or ``module:function``."""
+    timeout_s: float = 10.0
+    """Seconds for one response; beyond it the reward is 0 and ``reward/timeouts`` counts it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoutingConfig:
+    """The routers of a model with experts: what they are made to do, and how they are watched."""
+
+    router_replay: Literal["disabled", "R2", "R3"] = "disabled"
+    """Whose experts the training passes use: their own routers' (disabled), those of the old
+    policy in the training engine (R2, from the first update on), or the rollout engine's (R3)."""
+    decompose_every: int = 16
+    """Updates between splits of Var[log r] into weights, router and covariance (two more forward
+    passes of one mini-batch); 0: never."""
+    prob_every: int = 16
+    """Positions between tokens whose router probabilities are kept for ``tv`` and
+    ``shift_factor``; 0: none are."""
+
+
+LossType = Literal["sapo", "grpo", "gspo", "cispo"]
+
+CLIP_DEFAULTS: dict[str, tuple[float, float]] = {
+    "grpo": (0.2, 0.2),
+    "gspo": (3e-4, 4e-4),
+    "cispo": (1.0, 0.28),
+}
+"""(clip_ratio_low, clip_ratio_high) where the recipe leaves them open."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AlgorithmConfig:
+    loss_type: LossType = "sapo"
+    tau_pos: float = 1.0
+    tau_neg: float = 1.05
+    clip_ratio_low: float | None = None
+    clip_ratio_high: float | None = None
+    clip_ratio_c: float | None = None
+    """Dual clip: bound on the ratio of negative advantages (grpo only), > 1."""
+    importance_sampling_level: Literal["token", "sequence"] | None = None
+    """None: what the loss type needs (sequence for gspo, token for the others)."""
+    loss_agg_mode: Literal["seq-mean-token-mean", "token-mean", "seq-mean-token-sum-norm"] = (
+        "seq-mean-token-mean"
+    )
+    adv_estimator: Literal["grpo", "dr_grpo", "rloo"] = "grpo"
+    kl_coef: float = 0.0
+    """Weight of the KL to the frozen initial policy; > 0 keeps a reference model."""
+    kl_type: Literal["k1", "k2", "k3"] = "k3"
+    entropy_coef: float = 0.0
+
+    @property
+    def clip_range(self) -> tuple[float, float]:
+        """(low, high) of the clipped losses, defaults filled in."""
+        low, high = CLIP_DEFAULTS[self.loss_type]
+        return (
+            low if self.clip_ratio_low is None else self.clip_ratio_low,
+            high if self.clip_ratio_high is None else self.clip_ratio_high,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CorrectionConfig:
+    """What is done where the rollout engine and the training engine disagree on a token.
+
+    Each multiplies the policy term; KL and entropy terms stay as they are.
+    """
+
+    rollout_is: Literal["disabled", "tis", "icepop"] = "disabled"
+    """By the ratio of the training engine's probability to the rollout engine's: cut off at
+    ``tis_cap`` (truncated importance sampling), or 0 outside ``icepop_low`` to ``icepop_high``."""
+    tis_cap: float = 2.0
+    icepop_low: float = 0.5
+    icepop_high: float = 5.0
+    sequence_mask_kl: float | None = None
+    """Sequences with a negative advantage whose mean KL from the rollout engine's policy to the
+    current one is above this teach nothing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    lr: float = 1e-6
+    min_lr: float = 0.0
+    lr_warmup_steps: int = 0
+    """Optimizer steps, as are all lengths of the schedule."""
+    lr_decay_style: Literal["constant", "linear", "cosine"] = "constant"
+    weight_decay: float = 0.0
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.98
+    adam_eps: float = 1e-8
+    clip_grad: float = 1.0
+    optimizer_offload_fraction: float = 0.0
+    """Share of Adam's state that is kept, and updated, in host memory (GPUs only)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    steps: int = 100
+    """Rollout batches; each makes ``num_mini_batches`` optimizer steps."""
+    num_mini_batches: int = 4
+    max_tokens_per_gpu: int = 4096
+    """Tokens of a micro-batch on one rank; times context_parallel_size for the whole."""
+    packing: bool = True
+    """Lay the sequences of a micro-batch end to end; False: pad them to one length."""
+    logprob: Literal["inplace", "fused"] = "inplace"
+    logprob_chunk_size: int | None = None
+    """Rows of logits handled at once; None: sized to stay in cache."""
+    on_nonfinite: Literal["skip", "abort"] = "abort"
+    """What a NaN or inf in loss or gradient does to the step."""
+    seed: int = 1234
+    run_dir: str | None = None
+    """None: a new numbered folder under ``runs/<recipe name>``."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ColdStartConfig:
+    """Supervised warm-up on the training source's own answers, before the first rollout.
+
+    The learning rate stays up after its own warm-up: SAPO then starts from weights that have not
+    settled, which leaves it the easy part of the way down.
+    """
+
+    steps: int = 0
+    batch_size: int = 64
+    lr: float = 1e-3
+    lr_warmup_steps: int = 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    every: int = 0
+    """Steps between evaluations; 0: only before and at the end."""
+    num_problems: int = 64
+    k: int = 8
+    """Samples per problem for avg@k."""
+    temperature: float = 1.0
+    top_p: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    every: int = 0
+    """Steps between checkpoints; 0: only at the end."""
+    keep: int = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoggingConfig:
+    tensorboard: bool = False
+    wandb: bool = False
+    wandb_project: str = "sapo-megatron"
+    wandb_name: str | None = None
+    dump_every: int = 0
+    """Updates between dumps of a mini-batch's tokens to ``<run>/dumps``; 0: never."""
+
+
+GpuName = Literal["a100-80gb", "h100-80gb", "h20-96gb", "h200-141gb", "b200-180gb"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClusterConfig:
+    """What ``plan`` plans for; training uses the processes it is started with."""
+
+    gpu: GpuName = "h100-80gb"
+    nodes: int | None = None
+    """None: as few GPUs as the layout takes."""
+    gpus_per_node: int = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    name: str
+    """The file's stem unless the recipe says otherwise."""
+    model: ModelConfig
+    data: DataConfig
+    parallel: ParallelConfig = ParallelConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    reward: RewardConfig = RewardConfig()
+    routing: RoutingConfig = RoutingConfig()
+    algorithm: AlgorithmConfig = AlgorithmConfig()
+    correction: CorrectionConfig = CorrectionConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    train: TrainConfig = TrainConfig()
+    cold_start: ColdStartConfig = ColdStartConfig()
+    eval: EvalConfig = EvalConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    logging: LoggingConfig = LoggingConfig()
+    cluster: ClusterConfig = ClusterConfig()

@@ -1,0 +1,347 @@
+"""Writers of a run's metrics: JSONL always, TensorBoard and Weights & Biases on request.
+
+Only rank 0 builds these. ``metrics.jsonl`` holds one JSON object a step: ``step`` and the flat
+metric names; what is not finite is null. A histogram stands under its name as
+``{"hist": {"edges": [n + 1 numbers], "counts": [n integers]}}``, the points of a scatter plot as
+``{"points": [[x, y], ...]}``; edges and points to six digits.
+
+A tracker that fails is logged once and dropped: bookkeeping never stops training.
+"""
+
+import json
+import logging
+import math
+import os
+import statistics
+import threading
+import time
+import urllib.error
+import urllib.request
+import uuid
+from collections import deque
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol, Self
+
+from sapo_megatron.metrics import Metrics
+from sapo_megatron.recipe.schema import LoggingConfig
+
+logger = logging.getLogger(__name__)
+
+WANDB_REACH_S = 5.0
+"""Seconds to find out whether the W&B server can be reached, before going offline."""
+WANDB_INIT_S = 30.0
+WANDB_FINISH_S = 60.0
+"""Seconds that uploads may take after the last step; what is left stays on disk."""
+
+
+class Tracker(Protocol):
+    """One destination for metrics. Any method may raise; the owner then drops the tracker."""
+
+    def log(self, step: int, metrics: Metrics) -> None: ...
+
+    def close(self, failed: bool) -> None:
+        """Flush and let go; ``failed`` says that the run ended with an error."""
+
+
+class RunTrackers:
+    """Every tracker of one run.
+
+    ``resume_step`` is the first step that this process will log: what an earlier process wrote
+    for it and later steps is dropped. None starts afresh. ``recipe`` is the resolved recipe as
+    plain data; W&B shows it as the run's configuration.
+
+    Raises OSError when ``metrics.jsonl`` cannot be opened, since nothing else in the run folder
+    would then work either.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        config: LoggingConfig,
+        recipe: dict[str, Any],
+        *,
+        resume_step: int | None = None,
+    ) -> None:
+        self._trackers: dict[str, Tracker] = {
+            "metrics.jsonl": JsonlTracker(run_dir / "metrics.jsonl", resume_step=resume_step)
+        }
+        if config.tensorboard:
+            self._start("TensorBoard", lambda: TensorBoardTracker(run_dir, resume_step=resume_step))
+        if config.wandb:
+            self._start(
+                "W&B", lambda: WandbTracker(run_dir, config, recipe, resume_step=resume_step)
+            )
+
+    def log(self, step: int, metrics: Metrics) -> None:
+        """Write one step's metrics, already gathered over the ranks; once for each step."""
+        for name, tracker in list(self._trackers.items()):
+            try:
+                tracker.log(step, metrics)
+            except Exception as error:
+                del self._trackers[name]
+                logger.warning("%s failed at step %d and is dropped: %s", name, step, _line(error))
+
+    def close(self, *, failed: bool = False) -> None:
+        """Flush and close; ``failed`` marks the run as failed where a tracker can show it."""
+        while self._trackers:
+            name, tracker = self._trackers.popitem()
+            try:
+                tracker.close(failed)
+            except Exception as error:
+                logger.warning("%s failed while closing: %s", name, _line(error))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close(failed=kind is not None)
+
+    def _start(self, name: str, build: Callable[[], Tracker]) -> None:
+        try:
+            self._trackers[name] = build()
+        except Exception as error:
+            logger.warning("%s did not start, the run goes on without it: %s", name, _line(error))
+
+
+class JsonlTracker:
+    """One JSON object a step, flushed at once, so that a killed run keeps what it logged."""
+
+    def __init__(self, path: Path, *, resume_step: int | None = None) -> None:
+        _keep_before(path, resume_step)
+        self._file = path.open("a", encoding="ascii")
+
+    def log(self, step: int, metrics: Metrics) -> None:
+        record: dict[str, Any] = {"step": step}
+        record |= {n: v if math.isfinite(v) else None for n, v in metrics.values().items()}
+        for name, h in metrics.histograms().items():
+            record[name] = {"hist": {"edges": _rounded(h.edges), "counts": h.counts.tolist()}}
+        for name, p in metrics.points().items():
+            record[name] = {"points": [_rounded(pair) for pair in p.pairs()]}
+        self._file.write(json.dumps(record, allow_nan=False) + "\n")
+        self._file.flush()
+
+    def close(self, failed: bool) -> None:
+        self._file.close()
+
+
+class TensorBoardTracker:
+    """Scalars and histograms as event files under ``<run>/tensorboard``; it has no scatter plot."""
+
+    def __init__(self, run_dir: Path, *, resume_step: int | None = None) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=resume_step)
+
+    def log(self, step: int, metrics: Metrics) -> None:
+        for name, value in metrics.values().items():
+            self._writer.add_scalar(name, value, step)
+        for name, h in metrics.histograms().items():
+            counts = h.counts.tolist()
+            if not sum(counts):
+                continue
+            # TensorBoard wants moments as well; those of the bins' centres stand in for them.
+            centres = [(a + b) / 2 for a, b in zip(h.edges, h.edges[1:], strict=False)]
+            self._writer.add_histogram_raw(
+                name,
+                min=h.edges[0],
+                max=h.edges[-1],
+                num=sum(counts),
+                sum=sum(n * c for n, c in zip(counts, centres, strict=True)),
+                sum_squares=sum(n * c * c for n, c in zip(counts, centres, strict=True)),
+                bucket_limits=list(h.edges[1:]),
+                bucket_counts=counts,
+                global_step=step,
+            )
+        self._writer.flush()
+
+    def close(self, failed: bool) -> None:
+        self._writer.close()
+
+
+class WandbTracker:
+    """A W&B run; offline, under ``<run>/wandb``, when there is no key or no way to the server.
+
+    The key comes from WANDB_API_KEY and nowhere else; WANDB_MODE=offline and disabled are
+    respected. ``wandb sync`` uploads an offline run later. A resumed run keeps its W&B id.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        config: LoggingConfig,
+        recipe: dict[str, Any],
+        *,
+        resume_step: int | None = None,
+    ) -> None:
+        import wandb
+
+        self._wandb = wandb
+        arguments = {
+            "project": config.wandb_project,
+            "name": config.wandb_name or run_dir.name,
+            "id": _wandb_id(run_dir / "wandb" / "run_id", resuming=resume_step is not None),
+            "dir": str(run_dir),
+            "config": recipe,
+            "reinit": "finish_previous",
+            "settings": wandb.Settings(
+                silent=True,
+                console="off",
+                init_timeout=WANDB_INIT_S,
+                finish_timeout=WANDB_FINISH_S,
+            ),
+        }
+        mode = _wandb_mode()
+        try:
+            resume = "allow" if mode == "online" else None
+            self._run = wandb.init(mode=mode, resume=resume, **arguments)
+        except Exception as error:
+            if mode != "online":
+                raise
+            logger.warning("W&B goes offline: %s", _line(error))
+            wandb.teardown()  # else the service still holds the run's id
+            mode = "offline"
+            self._run = wandb.init(mode=mode, **arguments)
+        where = self._run.url if mode == "online" else Path(self._run.dir).parent
+        logger.info("W&B (%s): %s", mode, where)
+
+    def log(self, step: int, metrics: Metrics) -> None:
+        record: dict[str, Any] = metrics.values()
+        for name, h in metrics.histograms().items():
+            record[name] = self._wandb.Histogram(np_histogram=(h.counts.tolist(), list(h.edges)))
+        for name, p in metrics.points().items():
+            table = self._wandb.Table(columns=["x", "y"], data=p.pairs())
+            record[name] = self._wandb.plot.scatter(table, "x", "y", title=name)
+        self._run.log(record, step=step)
+
+    def close(self, failed: bool) -> None:
+        self._run.finish(exit_code=int(failed))
+
+
+class Progress:
+    """One log line a step: where the run stands and how long it will take.
+
+    The time left is the median of the recent steps times the steps to come, so a slow first step,
+    an evaluation or a checkpoint does not throw it off.
+    """
+
+    SHOWN = (
+        ("reward/mean", "reward {:.3f}"),
+        ("response/length_mean", "length {:.1f}"),
+        ("perf/tokens_per_s", "{:,.0f} tokens/s"),
+        ("actor/pg_loss", "loss {:+.4f}"),
+        ("ratio/log_var", "log_var {:.1e}"),
+    )
+    """Metric and how it is shown; one that a step lacks is left out."""
+
+    def __init__(
+        self, steps: int, *, window: int = 20, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        """``steps`` is the number of the last step; build it right before the first one."""
+        self._steps = steps
+        self._clock = clock
+        self._last = clock()
+        self._durations: deque[float] = deque(maxlen=window)
+
+    def log(self, step: int, metrics: Metrics) -> None:
+        """Log the line of a step that has just ended."""
+        now = self._clock()
+        self._durations.append(now - self._last)
+        self._last = now
+        values = metrics.values()
+        parts = [f"step {step:>{len(str(self._steps))}}/{self._steps}"]
+        parts += [form.format(values[name]) for name, form in self.SHOWN if name in values]
+        parts += [f"{n} {v:.3f}" for n, v in values.items() if n.startswith("eval/")]
+        left = statistics.median(self._durations) * (self._steps - step)
+        logger.info("%s", " | ".join([*parts, f"left {duration(left)}"]))
+
+
+def duration(seconds: float) -> str:
+    """``5s``, ``3m12s``, ``2h05m``, ``3d04h``."""
+    s = round(seconds)
+    if s < 60:
+        return f"{s}s"
+    if s < 3600:
+        return f"{s // 60}m{s % 60:02d}s"
+    if s < 86400:
+        return f"{s // 3600}h{s % 3600 // 60:02d}m"
+    return f"{s // 86400}d{s % 86400 // 3600:02d}h"
+
+
+def _keep_before(path: Path, step: int | None) -> None:
+    """Leave only the lines of steps before ``step`` (none when it is None), in one rename."""
+    if not path.exists():
+        return
+    kept = []
+    for number, line in enumerate(path.read_text().splitlines() if step is not None else [], 1):
+        try:
+            if json.loads(line)["step"] < step:
+                kept.append(line + "\n")
+        except (json.JSONDecodeError, KeyError, TypeError):
+            logger.warning("%s:%d: not a line of metrics (cut off?), dropped", path, number)
+    temporary = path.with_suffix(".tmp")
+    with temporary.open("w") as file:
+        file.writelines(kept)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def _wandb_id(path: Path, *, resuming: bool) -> str:
+    """The W&B id kept in the run folder; a new one unless ``resuming``."""
+    if resuming and path.exists():
+        return path.read_text().strip()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(uuid.uuid4().hex[:8])
+    return path.read_text()
+
+
+def _wandb_mode() -> str:
+    """``online`` where that can work; else ``offline``, or what WANDB_MODE asks for."""
+    asked = os.environ.get("WANDB_MODE", "online")
+    if asked in ("offline", "dryrun", "disabled"):
+        return asked
+    if not os.environ.get("WANDB_API_KEY"):
+        logger.info("W&B goes offline: WANDB_API_KEY is not set")
+        return "offline"
+    server = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
+    if not _reachable(server, WANDB_REACH_S):
+        logger.warning("W&B goes offline: no answer from %s in %g s", server, WANDB_REACH_S)
+        return "offline"
+    return "online"
+
+
+def _reachable(url: str, timeout_s: float) -> bool:
+    """Whether a server answers at all. In a thread, since looking up a name knows no timeout."""
+    answers: list[bool] = []
+
+    def ask() -> None:
+        try:
+            urllib.request.urlopen(url, timeout=timeout_s).close()
+        except urllib.error.HTTPError:  # an answer, if not a friendly one
+            pass
+        except (OSError, ValueError):
+            return
+        answers.append(True)
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(timeout_s)
+    return bool(answers)
+
+
+def _rounded(numbers: Iterable[float]) -> list[float]:
+    """To six significant digits."""
+    return [float(f"{x:.6g}") for x in numbers]
+
+
+def _line(error: Exception) -> str:
+    """An error's type and the start of its message, on one line."""
+    text = f"{type(error).__name__}: {str(error).strip() or 'no message'}".splitlines()[0]
+    return text if len(text) <= 200 else text[:197] + "..."

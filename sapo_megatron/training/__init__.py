@@ -1,0 +1,1 @@
+"""The loop, what it trains with and what it observes."""

@@ -1,0 +1,200 @@
+"""The engine of a run's rollouts: the training model itself, or vLLM servers that follow it.
+
+Servers get the policy's weights as a Hugging Face folder on a file system that they share, or over
+NCCL, and must then give a probe the log-probs that the training engine gives it; a run whose
+servers do not stops.
+"""
+
+import functools
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from sapo_megatron.metrics import Max, Metrics
+from sapo_megatron.policy import parallel
+from sapo_megatron.policy.decode import MegatronDecoder
+from sapo_megatron.policy.step import Policy
+from sapo_megatron.recipe.schema import Recipe
+from sapo_megatron.rollout.collect import Engine
+from sapo_megatron.rollout.generate import InProcess, Request, SamplingParams
+from sapo_megatron.rollout.vllm.engine import Probe, VllmEngine
+from sapo_megatron.rollout.vllm.servers import LocalServers
+from sapo_megatron.rollout.vllm.transfer import Transfer
+from sapo_megatron.sample import Sample
+from sapo_megatron.training.inputs import Inputs
+
+logger = logging.getLogger(__name__)
+
+PROBE_TOKENS = 64
+PROBE_TOLERANCE = {"float64": 1e-3, "float32": 1e-3, "bfloat16": 0.1}
+"""By ``model.params_dtype``: mean absolute difference of log-probs, nats a token. The rounding of
+two engines, with now and then another expert, stays below it; weights that are wrong do not."""
+
+
+@contextmanager
+def open_engine(recipe: Recipe, inputs: Inputs, policy: Policy, run: Path) -> Iterator[Engine]:
+    """The engine that the recipe asks for, while the block lasts. Collective over all ranks.
+
+    Raises UserError for servers that do not serve the model, RunFailed where there are none.
+    """
+    if recipe.rollout.engine == "in_process":
+        batch_size = recipe.rollout.generation_batch_size
+        yield InProcess(MegatronDecoder(policy), batch_size=batch_size)
+        return
+    with ExitStack() as stack:
+        servers: list[VllmEngine] = []
+
+        def connect() -> None:
+            servers.append(_connect(stack, recipe, inputs, run / "servers"))
+
+        parallel.on_first_rank(policy.groups, connect)
+        transfers: list[Transfer] = []
+        if over_nccl := recipe.rollout.weight_transfer == "nccl":
+            listing = policy.checkpoint.listing()
+            urls, timeout_s = recipe.rollout.servers, recipe.rollout.server_timeout_s
+            parallel.on_first_rank(
+                policy.groups,
+                lambda: transfers.append(Transfer(urls, listing, timeout_s=timeout_s)),
+            )
+        yield Following(
+            policy,
+            servers[0] if servers else None,
+            run / "servers" / "weights",
+            probe=_probe_tokens(recipe, inputs),
+            tolerance=PROBE_TOLERANCE[recipe.model.params_dtype],
+            layout=policy.groups.batch_layout(recipe),
+            colocate=recipe.rollout.colocate,
+            over_nccl=over_nccl,
+            transfer=transfers[0] if transfers else None,
+        )
+
+
+def _connect(stack: ExitStack, recipe: Recipe, inputs: Inputs, folder: Path) -> VllmEngine:
+    """On the first rank: the servers of the recipe, or some of the trainer's own."""
+    with_routes = recipe.routing.router_replay == "R3"
+    if recipe.rollout.servers:
+        engine = VllmEngine(
+            recipe.rollout.servers, recipe.rollout, inputs.arch, with_routes=with_routes
+        )
+    else:
+        local = stack.enter_context(LocalServers(recipe, inputs.model, folder))
+        engine = VllmEngine(
+            local.urls,
+            recipe.rollout,
+            inputs.arch,
+            with_routes=with_routes,
+            exited=local.exited,
+        )
+    engine.check()
+    return engine
+
+
+class Following:
+    """vLLM servers whose weights are made the policy's whenever they are to serve.
+
+    The first rank speaks to them, for all.
+    """
+
+    background = True
+
+    def __init__(
+        self,
+        policy: Policy,
+        servers: VllmEngine | None,
+        folder: Path,
+        *,
+        probe: tuple[int, ...],
+        tolerance: float,
+        layout: dict[str, int],
+        colocate: bool = False,
+        over_nccl: bool = False,
+        transfer: Transfer | None = None,
+    ) -> None:
+        """``servers``: on the first rank; ``folder``: where weights are handed over; ``layout``: as
+        ``batch.micro_batches`` takes it; ``colocate``: the servers sleep between rollouts, which
+        costs them their weights; ``over_nccl``: they get weights by the first rank's ``transfer``.
+        """
+        self._policy = policy
+        self._servers = servers
+        self._folder = folder.absolute()
+        self._probe = probe
+        self._tolerance = tolerance
+        self._layout = layout
+        self._colocate = colocate
+        self._over_nccl = over_nccl
+        self._transfer = transfer
+        self._updates: int | None = None
+        """Optimizer steps behind the servers' weights; None: they have none of ours."""
+
+    @property
+    def age(self) -> int:
+        assert self._updates is not None, "serving comes first"
+        return self._policy.updates - self._updates
+
+    @contextmanager
+    def serving(self, *, record: bool) -> Iterator[Metrics]:
+        metrics = Metrics()
+        if self._colocate or self._updates != self._policy.updates:
+            metrics = self._hand_over()
+            self._updates = self._policy.updates
+        yield metrics
+
+    def generate(self, requests: Sequence[Request], params: SamplingParams) -> list[Sample]:
+        if self._servers is None:
+            return []
+        samples = self._servers.sample(requests, params)
+        if self._colocate:
+            self._servers.sleep()  # before any rank has the samples and trains on them
+        return samples
+
+    def _hand_over(self) -> Metrics:
+        began = time.monotonic()
+        logprobs = self._policy.logprobs(self._probe, self._layout)
+        if self._colocate:
+            torch.cuda.empty_cache()  # what training has kept; the servers are about to need it
+        probe = Probe(tokens=self._probe, logprobs=logprobs, tolerance=self._tolerance)
+        difference = self._send(probe) if self._over_nccl else self._share(probe)
+        metrics = Metrics()
+        metrics.add("time/sync", Max(time.monotonic() - began))
+        metrics.add("rollout/probe_diff", Max(difference))
+        if dist.get_rank() == 0:
+            logger.debug("servers have the weights of update %d", self._policy.updates)
+        return metrics
+
+    def _share(self, probe: Probe) -> float:
+        """By a folder; the probe's largest difference."""
+        # No rank is through before all have come, so that their memory is free as well.
+        self._policy.checkpoint.save(self._folder)
+
+        def load() -> float:
+            assert self._servers is not None
+            return max(self._servers.load(self._folder, probe).values())
+
+        return parallel.on_first_rank(self._policy.groups, load)
+
+    def _send(self, probe: Probe) -> float:
+        """Over NCCL; the probe's largest difference."""
+        found: dict[str, float] = {}
+        tensors = self._policy.checkpoint.stream()
+        with parallel.failing_together(self._policy.groups):
+            try:
+                if self._servers is not None:
+                    assert self._transfer is not None
+                    send = functools.partial(self._transfer.send, tensors)
+                    found = self._servers.receive(send, probe)
+            finally:
+                for _ in tensors:  # others wait for the first rank to take their tensors
+                    pass
+        return parallel.on_first_rank(self._policy.groups, lambda: max(found.values()))
+
+
+def _probe_tokens(recipe: Recipe, inputs: Inputs) -> tuple[int, ...]:
+    """Held-out prompts one after the other, as much as the servers take."""
+    room = recipe.rollout.max_prompt_length + recipe.rollout.max_response_length
+    tokens = [token for prompt in inputs.problems for token in prompt.tokens]
+    return tuple(tokens[: min(PROBE_TOKENS, room - 1)])

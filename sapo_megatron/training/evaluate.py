@@ -1,0 +1,35 @@
+"""avg@k and greedy pass@1 on held-out problems."""
+
+from collections.abc import Sequence
+
+from sapo_megatron.recipe.schema import Recipe
+from sapo_megatron.rollout.collect import Collector, rewards
+from sapo_megatron.rollout.generate import SamplingParams
+from sapo_megatron.sample import Prompt
+
+SEED_OFFSET = 1
+"""Evaluations draw the same noise every time, another than training's: they compare in pairs."""
+
+
+def evaluate(collector: Collector, problems: Sequence[Prompt], recipe: Recipe) -> dict[str, float]:
+    """``{"avg@k": mean score of k samples a problem, "pass@1": mean score of greedy answers}``.
+
+    Scores are the recipe's rewards; with rewards of 0 and 1 both are shares of right answers.
+    Collective over all ranks.
+    """
+    config = recipe.eval
+
+    def score(k: int, temperature: float, top_p: float) -> float:
+        params = SamplingParams(
+            temperature=temperature,
+            top_p=top_p,
+            max_new_tokens=recipe.rollout.max_response_length,
+            eos_id=collector.tokenizer.eos_id,
+            seed=recipe.train.seed + SEED_OFFSET,
+        )
+        return float(rewards(collector.respond(problems, k, params).groups).mean())
+
+    return {
+        f"avg@{config.k}": score(config.k, config.temperature, config.top_p),
+        "pass@1": score(1, 0.0, 1.0),
+    }

@@ -1,0 +1,87 @@
+"""What a run reads before it starts; mistakes are found here, before any process is started."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from sapo_megatron.data.prompts import PromptSource, held_out
+from sapo_megatron.data.tokenizer import Tokenizer, load_tokenizer
+from sapo_megatron.errors import UserError
+from sapo_megatron.hf.architecture import Architecture, read_architecture
+from sapo_megatron.hf.folder import Checkpoint, check_same, find_model
+from sapo_megatron.recipe.check import check_architecture, check_world
+from sapo_megatron.recipe.schema import Recipe
+from sapo_megatron.rollout.reward import Scorer
+from sapo_megatron.sample import Prompt, Sample
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inputs:
+    arch: Architecture
+    model: Path
+    """The model's folder."""
+    tokenizer: Tokenizer
+    problems: list[Prompt]
+    """Held-out problems."""
+    source: PromptSource
+
+
+def read_inputs(recipe: Recipe, world_size: int) -> Inputs:
+    """Read them, and check them against the recipe and each other. Raises UserError."""
+    model = find_model(recipe.model.path)
+    arch = check_same(read_architecture(model), recipe.model.path, recipe.model.architecture)
+    check_architecture(recipe, arch)
+    check_world(recipe, world_size)
+    tokenizer = load_tokenizer(
+        recipe.model.tokenizer or str(model),
+        arch.vocab_size,
+        trust_remote_code=recipe.model.trust_remote_code,
+    )
+    longest = recipe.rollout.max_prompt_length
+    excluded: set[str] = set()
+    source = PromptSource(recipe.data, tokenizer, max_prompt_length=longest, exclude=excluded)
+    problems = held_out(recipe.data, tokenizer, recipe.eval.num_problems, max_prompt_length=longest)
+    excluded.update(p.text for p in problems)
+    return Inputs(arch=arch, model=model, tokenizer=tokenizer, problems=problems, source=source)
+
+
+def preflight(recipe: Recipe, world_size: int) -> Inputs:
+    """``read_inputs``, and use each once: what every process would stumble over, one finds."""
+    inputs = read_inputs(recipe, world_size)
+    if recipe.model.init == "pretrained":
+        Checkpoint(inputs.model)
+    beginning = inputs.source.state_dict()
+    inputs.source.next(1)
+    if recipe.cold_start.steps:
+        demonstrations(recipe, inputs)
+    inputs.source.load_state_dict(beginning)
+    Scorer(recipe.reward).close()
+    return inputs
+
+
+def demonstrations(recipe: Recipe, inputs: Inputs) -> list[Sample]:
+    """The source's next problems, answered: a batch of the cold start. Raises UserError."""
+    prompts = inputs.source.next(recipe.cold_start.batch_size)
+    return [_demonstration(p, inputs.tokenizer, recipe) for p in prompts]
+
+
+def _demonstration(prompt: Prompt, tokenizer: Tokenizer, recipe: Recipe) -> Sample:
+    if not prompt.answer:
+        raise UserError(
+            f"cold_start: expected problems with an answer to learn from, got none for "
+            f"{prompt.text!r} of {prompt.task}; use another task or set cold_start.steps=0"
+        )
+    response = [*tokenizer.encode(prompt.answer), tokenizer.eos_id]
+    room = recipe.rollout.max_response_length
+    if len(response) > room:
+        raise UserError(
+            f"cold_start: expected answers of at most rollout.max_response_length = {room} tokens, "
+            f"got {len(response)} for {prompt.text!r} of {prompt.task}; raise it or set "
+            f"cold_start.steps=0"
+        )
+    return Sample(
+        uid=prompt.uid,
+        prompt_tokens=prompt.tokens,
+        response_tokens=response,
+        rollout_logprobs=[0.0] * len(response),
+        truncated=False,
+    )

@@ -1,0 +1,306 @@
+"""Model folders: what is read from them, and what is said about one that is wrong."""
+
+import errno
+import json
+import shutil
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+
+from sapo_megatron.errors import UserError
+from sapo_megatron.hf.architecture import LatentAttention, parse_architecture, read_architecture
+from sapo_megatron.hf.folder import INDEX, Checkpoint, check_same, find_architecture, find_model
+from sapo_megatron.policy import parallel, weights
+from sapo_megatron.policy.step import FrozenPolicy
+from tests.support.families import FAMILIES, Place, make_model
+from tests.support.gloo import run_ranks
+from tests.support.tiny import TOKENIZER, cli, write_recipe
+
+FAMILY = "qwen3-moe"
+TENSOR = "model.layers.1.self_attn.q_proj.weight"
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    make_model(FAMILY, folder)
+    return folder
+
+
+@pytest.fixture
+def model(whole, tmp_path):
+    """A copy to spoil."""
+    return shutil.copytree(whole, tmp_path / "model")
+
+
+def file_of(model, tensor=TENSOR):
+    return model / json.loads((model / INDEX).read_text())["weight_map"][tensor]
+
+
+def rewrite(model, change):
+    """Put other values into the file of ``TENSOR``."""
+    path = file_of(model)
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def truncate(model):
+    data = file_of(model).read_bytes()
+    file_of(model).write_bytes(data[: len(data) // 2])
+
+
+def without_index(model):
+    (model / INDEX).unlink()
+    for path in model.glob("*.safetensors"):
+        path.unlink()
+
+
+def set_nan(tensors):
+    tensors[TENSOR][3, 4] = float("nan")
+
+
+def reshape(tensors):
+    tensors[TENSOR] = tensors[TENSOR][:-1].contiguous()
+
+
+def eighth(tensors):
+    tensors[TENSOR] = tensors[TENSOR].to(torch.float8_e4m3fn)
+
+
+HEADERS = {
+    "missing shard": (lambda m: file_of(m).unlink(), ["no such file", INDEX]),
+    "truncated shard": (truncate, ["cut short or damaged", "download it again"]),
+    "empty file": (lambda m: file_of(m).write_bytes(b""), ["cut short or damaged"]),
+    "tensor not in its shard": (lambda m: rewrite(m, lambda t: t.pop(TENSOR)), [TENSOR]),
+    "fp8": (lambda m: rewrite(m, eighth), [TENSOR, "F8_E4M3", "bf16"]),
+    "no weights": (without_index, ["*.safetensors", "model.init=random"]),
+    "index of nothing": (lambda m: (m / INDEX).write_text("{}"), [INDEX, "weight_map"]),
+    "index that is no JSON": (lambda m: (m / INDEX).write_text("{"), [INDEX, "JSONDecodeError"]),
+}
+VALUES = {
+    "NaN": (lambda m: rewrite(m, set_nan), [TENSOR, "1 that are NaN or infinite"]),
+    "shape": (lambda m: rewrite(m, reshape), [TENSOR, "[64, 32]", "[63, 32]"]),
+    "no such tensor": (
+        lambda m: (m / "config.json").write_text(
+            json.dumps(FAMILIES[FAMILY] | {"num_hidden_layers": 5})
+        ),
+        ["model.layers.4.", "not whole or not those of config.json"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", HEADERS)
+def test_files_that_are_not_whole(model, name):
+    spoil, parts = HEADERS[name]
+    spoil(model)
+    with pytest.raises(UserError) as caught:
+        Checkpoint(model)
+    message = str(caught.value)
+    assert all(part in message for part in [str(model), *parts]), message
+    assert "\n" not in message
+
+
+def messages(folders):
+    """What loading each folder is refused with, on this rank."""
+    found = []
+    for folder in folders:
+        recipe = Place(family=FAMILY, tp=2, ep=2).recipe
+        groups = parallel.setup(recipe.parallel, seed=1, timeout_s=60)
+        try:
+            FrozenPolicy(recipe, read_architecture(folder), groups, folder)
+            found.append("")
+        except UserError as error:
+            found.append(str(error))
+        parallel.teardown()
+    return found
+
+
+def test_values_that_are_not_what_they_should_be(whole, tmp_path):
+    """Every rank is told, also those that do not read the tensor."""
+    folders = []
+    for i, (spoil, _) in enumerate(VALUES.values()):
+        folders.append(shutil.copytree(whole, tmp_path / str(i)))
+        spoil(folders[-1])
+    first, second = run_ranks(2, messages, [whole, *folders])
+    assert first == second
+    assert first[0] == ""
+    for message, (_, parts) in zip(first[1:], VALUES.values(), strict=True):
+        assert all(part in message for part in parts), message
+        assert "\n" not in message
+
+
+def bytes_read(model):
+    """What this rank reads of the files, and what its piece of the model holds."""
+    read = Checkpoint.read
+    sizes = []
+
+    def counted(self, *args):
+        values = read(self, *args)
+        sizes.append(values.nbytes)
+        return values
+
+    Checkpoint.read = counted
+    recipe = Place(family=FAMILY, tp=2, ep=2).recipe
+    groups = parallel.setup(recipe.parallel, seed=1, timeout_s=60)
+    policy = FrozenPolicy(recipe, read_architecture(model), groups, model)
+    held = sum(w.nbytes for chunk in policy.chunks for w in chunk.parameters())
+    parallel.teardown()
+    return sum(sizes), held, max(sizes)
+
+
+def test_a_rank_reads_its_piece_and_no_more(whole):
+    total = sum(t.nbytes for path in whole.glob("*.safetensors") for t in load_file(path).values())
+    for read, held, largest in run_ranks(2, bytes_read, whole):
+        assert read <= held < 0.7 * total  # the vocabulary's padding is held and not read
+        assert held - read < 1000
+        assert largest < 0.1 * total
+
+
+def export_to_a_full_disk(model, out):
+    """What each rank is told when the second cannot write, and then when it can."""
+    recipe = Place(family=FAMILY, ep=2).recipe
+    groups = parallel.setup(recipe.parallel, seed=1, timeout_s=60)
+    policy = FrozenPolicy(recipe, read_architecture(model), groups, model)
+    save_file = weights.save_file
+
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    if dist.get_rank() == 1:
+        weights.save_file = full
+    try:
+        policy.checkpoint.save(out / "full")
+        told = ""
+    except OSError as error:
+        told = str(error)
+    dist.barrier()  # the first rank tidies up
+    left = sorted(path.name for path in out.iterdir())
+    dist.barrier()
+    weights.save_file = save_file
+    policy.checkpoint.save(out / "whole")
+    parallel.teardown()
+    return told, left
+
+
+def test_an_export_that_fails_leaves_nothing(whole, tmp_path):
+    first, second = run_ranks(2, export_to_a_full_disk, whole, tmp_path)
+    assert first == second == ("[Errno 28] No space left on device", [])
+    assert Checkpoint(tmp_path / "whole")
+    assert [path.name for path in tmp_path.iterdir()] == ["whole"]
+
+
+@pytest.mark.parametrize(
+    ("name", "parts"), [("truncated shard", ["cut short"]), ("missing shard", ["no such file"])]
+)
+def test_training_does_not_start(model, tmp_path, name, parts):
+    HEADERS[name][0](model)
+    recipe = write_recipe(tmp_path, model={"path": str(model), "init": "pretrained"})
+    done = cli("train", recipe, cwd=tmp_path)
+    assert done.returncode == 2, done.stderr
+    assert all(part in done.stderr for part in parts), done.stderr
+    assert done.stderr.count("\n") == 1
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_recipe_for_another_model(whole, tmp_path):
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps(FAMILIES[FAMILY] | {"moe_intermediate_size": 24}))
+    with pytest.raises(UserError, match=r"experts\.hidden_size is 16 instead of 24; "):
+        find_architecture(str(whole), str(other))
+    other.write_text(json.dumps(FAMILIES[FAMILY] | {"rope_theta": 5e6}))  # its own affair
+    assert check_same(read_architecture(whole), str(whole), str(other)).rope.theta == 10000.0
+
+
+def test_a_model_that_is_not_here(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    with pytest.raises(UserError, match="hf download Nobody/Nothing"):
+        find_model("Nobody/Nothing")
+    with pytest.raises(UserError, match=r"config\.json, got nowhere"):
+        find_architecture("nowhere", None)
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(FAMILIES["moonlight"]))
+    arch = find_architecture("Nobody/Nothing", str(file))
+    assert isinstance(arch.attention, LatentAttention)
+
+
+@pytest.mark.parametrize(
+    ("family", "change", "parts"),
+    [
+        ("qwen3", {"model_type": "gpt2"}, ["model_type", "qwen3 or qwen3_moe", "'gpt2'"]),
+        ("qwen3", {"num_hidden_layers": None}, ["num_hidden_layers: missing"]),
+        ("qwen3", {"num_hidden_layers": "x"}, ["num_hidden_layers", "'x'"]),
+        ("qwen3", {"hidden_act": "gelu"}, ["hidden_act", '"silu"', '"gelu"']),
+        ("qwen3", {"attention_bias": True}, ["attention_bias", "false", "true"]),
+        ("qwen3", {"use_sliding_window": True}, ["use_sliding_window"]),
+        ("qwen3", {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, ["rope_scaling", "yarn"]),
+        ("qwen3-moe", {"num_experts_per_tok": 9}, ["num_experts_per_tok", "experts 8", "9"]),
+        ("qwen3-moe", {"norm_topk_prob": "yes"}, ["norm_topk_prob", "true or false", "'yes'"]),
+        ("moonlight", {"scoring_func": "softmax"}, ["scoring_func", '"sigmoid"', '"softmax"']),
+        ("moonlight", {"topk_method": "greedy"}, ["topk_method", '"noaux_tc"']),
+        ("moonlight", {"norm_topk_prob": False}, ["norm_topk_prob"]),
+        ("moonlight", {"kv_lora_rank": None}, ["kv_lora_rank: missing", "deepseek_v3"]),
+        ("deepseek-v3", {"quantization_config": {"quant_method": "fp8"}}, ["fp8", "bf16"]),
+        ("glm-4.5", {"n_routed_experts": 0}, ["n_routed_experts", ">= 1", "0"]),
+    ],
+)
+def test_a_config_json_that_is_not_supported(family, change, parts):
+    with pytest.raises(UserError) as caught:
+        parse_architecture(FAMILIES[family] | change, "there/config.json")
+    message = str(caught.value)
+    assert all(part in message for part in ["there/config.json", *parts]), message
+
+
+def test_a_config_json_that_cannot_be_read(tmp_path):
+    for text, part in [(None, "config.json"), ("{", ":1: not JSON"), ("[]", "a JSON object")]:
+        if text is not None:
+            (tmp_path / "config.json").write_text(text)
+        with pytest.raises(UserError, match=part):
+            read_architecture(tmp_path)
+
+
+def test_rope_as_transformers_5_writes_it():
+    moved = {k: v for k, v in FAMILIES["qwen3"].items() if k != "rope_theta"}
+    arch = parse_architecture(
+        moved | {"rope_parameters": {"rope_type": "default", "rope_theta": 7.0}}
+    )
+    assert arch.rope.theta == 7.0
+
+
+def test_in_and_out_again(tmp_path):
+    """A model in Hugging Face format is trained at TP2 x EP2, and transformers goes on with it."""
+    import transformers
+
+    source = tmp_path / "source"
+    make_model("qwen3-moe", source)
+    shutil.copyfile(TOKENIZER, source / "tokenizer.model")
+    recipe = write_recipe(
+        tmp_path,
+        model={"path": "source", "init": "pretrained", "tokenizer": None},
+        parallel={"tensor_model_parallel_size": 2, "expert_model_parallel_size": 2},
+        train={"steps": 2},
+        eval={"num_problems": 2, "k": 1},
+    )
+    done = cli("train", recipe, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    done = cli(
+        "export", recipe, "--checkpoint", "runs/recipe/run-001", "--out", "out", cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out" / "tokenizer.model").exists()
+    before = transformers.AutoModelForCausalLM.from_pretrained(source)
+    after = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    changed = [
+        not torch.equal(a, b) for a, b in zip(before.parameters(), after.parameters(), strict=True)
+    ]
+    assert all(changed[:3])
+    tokens = after.generate(torch.tensor([[3, 4, 5]]), max_new_tokens=8, do_sample=False)
+    assert tokens.shape[1] > 3
+    again = cli(
+        "export", recipe, "--checkpoint", "runs/recipe/run-001", "--out", "out", cwd=tmp_path
+    )
+    assert again.returncode == 2
+    assert "not there yet" in again.stderr

@@ -1,0 +1,31 @@
+"""SAPO in Megatron-LM's own GRPO.
+
+The checks of ``megatron_rl.py`` run on a double with the host's exact signatures, and with
+``SAPO_MEGATRON_LM`` naming a checkout (and what it imports installed) on the host itself.
+"""
+
+import os
+
+import pytest
+
+from tests.hosts.megatron_double import CHECKS, run_checks
+from tests.support.gloo import run_ranks
+
+CHECKOUT = os.environ.get("SAPO_MEGATRON_LM")
+
+
+@pytest.fixture(scope="module", params=["double", "checkout"])
+def found(request):
+    real = request.param == "checkout"
+    if real and not CHECKOUT:
+        pytest.skip("SAPO_MEGATRON_LM names no checkout of Megatron-LM")
+    with pytest.MonkeyPatch.context() as patch:
+        if real:
+            patch.syspath_prepend(CHECKOUT)  # spawned ranks take it over
+        return run_ranks(2, run_checks, real, timeout=240)
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_megatron_rl(found, name):
+    for rank, results in enumerate(found):
+        assert results[name] is None, f"rank {rank}: {results[name]}"

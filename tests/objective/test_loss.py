@@ -1,0 +1,262 @@
+"""The policy loss: one number by hand, and the same numbers however the batch is cut."""
+
+import math
+
+import pytest
+import torch
+
+from sapo_megatron.metrics import Metrics
+from sapo_megatron.objective.loss import policy_loss
+from sapo_megatron.recipe.schema import AlgorithmConfig
+from sapo_megatron.sample import Denominators, PackedBatch
+from tests.support.gloo import run_ranks
+
+PROMPT = 2
+RESPONSES = (3, 1, 0, 5)
+DENOMINATORS = Denominators(sequences=3, tokens=9)
+ADVANTAGES = (1.5, -2.0, 0.7, -0.4)
+
+
+def make_sequences(seed=0):
+    """Per sequence: dict of [PROMPT + R] vectors; masked entries hold NaN."""
+    generator = torch.Generator().manual_seed(seed)
+    sequences = []
+    for response, advantage in zip(RESPONSES, ADVANTAGES, strict=True):
+        length = PROMPT + response
+        mask = torch.arange(length) >= PROMPT
+
+        def draw(mean, spread, mask=mask):
+            noise = torch.randn(len(mask), generator=generator, dtype=torch.float64)
+            return torch.where(mask, mean + spread * noise, math.nan)
+
+        old = draw(-2.0, 0.5)
+        sequences.append(
+            {
+                "mask": mask,
+                "old_logprob": old,
+                "ref_logprob": old + draw(0.0, 0.2),
+                "logprob": old + draw(0.0, 0.3),
+                "entropy": draw(2.0, 0.3),
+                "advantages": torch.full((length,), advantage, dtype=torch.float64),
+                "length": response,
+            }
+        )
+    return sequences
+
+
+def pack(sequences, keep=None):
+    """A micro-batch; ``keep`` picks each sequence's entries on this context-parallel rank."""
+    keep = keep or (lambda x: x)
+
+    def cat(name):
+        return torch.cat([keep(s[name]) for s in sequences])
+
+    ids = [torch.full_like(keep(s["mask"]), i, dtype=torch.int64) for i, s in enumerate(sequences)]
+    tokens = torch.zeros_like(cat("mask"), dtype=torch.int64)
+    sizes = torch.tensor([0] + [len(s["mask"]) for s in sequences])
+    batch = PackedBatch(
+        tokens=tokens,
+        targets=tokens,
+        mask=cat("mask"),
+        position_ids=tokens,
+        sequence_ids=torch.cat(ids),
+        cu_seqlens=sizes.cumsum(0).int(),
+        max_seqlen=int(sizes.max()),
+        lengths=torch.tensor([s["length"] for s in sequences]),
+        advantages=cat("advantages"),
+        rollout_logprob=cat("old_logprob"),
+        sample_uids=tuple(range(len(sequences))),
+        old_logprob=cat("old_logprob"),
+        ref_logprob=cat("ref_logprob"),
+    )
+    return batch, cat("logprob").requires_grad_(), cat("entropy").requires_grad_()
+
+
+def run(algorithm, batch, logprob, entropy, **kwargs):
+    loss, metrics = policy_loss(
+        batch,
+        logprob,
+        entropy,
+        algorithm=algorithm,
+        denominators=DENOMINATORS,
+        max_response_length=8,
+        **kwargs,
+    )
+    gradients = torch.autograd.grad(loss, (logprob, entropy), allow_unused=True)
+    return loss.detach(), gradients, metrics
+
+
+def test_sapo_with_kl_and_entropy_by_hand():
+    old = [-1.0, -2.0, -0.5]
+    new = [-0.7, -2.4, -0.5]
+    ref = [-1.0, -2.0, -1.0]
+    entropy = [1.0, 2.0, 3.0]
+    names = ("old_logprob", "logprob", "ref_logprob", "entropy")
+
+    def sequence(cut, advantage):
+        values = {
+            name: torch.tensor(column[cut], dtype=torch.float64)
+            for name, column in zip(names, (old, new, ref, entropy), strict=True)
+        }
+        count = len(values["logprob"])
+        return values | {
+            "mask": torch.ones(count, dtype=torch.bool),
+            "advantages": torch.full((count,), advantage, dtype=torch.float64),
+            "length": count,
+        }
+
+    batch, logprob, entropies = pack([sequence(slice(0, 2), 2.0), sequence(slice(2, 3), -1.0)])
+    loss, metrics = policy_loss(
+        batch,
+        logprob,
+        entropies,
+        algorithm=AlgorithmConfig(kl_coef=0.1, kl_type="k2", entropy_coef=0.01),
+        denominators=Denominators(sequences=2, tokens=3),
+        max_response_length=8,
+    )
+
+    def gate(log_ratio, tau):
+        return 4 / tau / (1 + math.exp(-tau * (math.exp(log_ratio) - 1)))
+
+    pg = ((-2 * gate(0.3, 1.0) - 2 * gate(-0.4, 1.0)) / 2 + gate(0.0, 1.05)) / 2
+    kl = ((0.3**2 / 2 + 0.4**2 / 2) / 2 + 0.5**2 / 2) / 2
+    mean_entropy = (1.5 + 3.0) / 2
+    assert loss.item() == pytest.approx(pg + 0.1 * kl - 0.01 * mean_entropy, rel=1e-12)
+    values = metrics.values()
+    assert values["actor/pg_loss"] == pytest.approx(pg, rel=1e-12)
+    assert values["actor/kl_loss"] == pytest.approx(kl, rel=1e-12)
+    assert values["actor/entropy"] == pytest.approx(2.0)
+    assert values["actor/ppo_kl"] == pytest.approx((-0.3 + 0.4) / 3)
+    assert values["ratio/max"] == pytest.approx(math.exp(0.3))
+    assert values["sapo/gate_pos_mean"] == pytest.approx((gate(0.3, 1.0) + gate(-0.4, 1.0)) / 2)
+    assert values["sapo/gate_neg_mean"] == pytest.approx(2 / 1.05)
+
+
+ALGORITHMS = {
+    "sapo": AlgorithmConfig(kl_coef=0.1, entropy_coef=0.01),
+    "grpo": AlgorithmConfig(loss_type="grpo", clip_ratio_c=1.2, loss_agg_mode="token-mean"),
+    "gspo": AlgorithmConfig(loss_type="gspo", clip_ratio_low=0.3, clip_ratio_high=0.3),
+    "cispo": AlgorithmConfig(loss_type="cispo", loss_agg_mode="seq-mean-token-sum-norm"),
+}
+NAMES = {
+    "actor/pg_loss",
+    "actor/kl_loss",
+    "actor/entropy",
+    "actor/ppo_kl",
+    "ratio/mean",
+    "ratio/min",
+    "ratio/max",
+    "ratio/log_var",
+    "ratio/ess",
+}
+OWN_NAMES = {
+    "sapo": {"sapo/gate_mean", "sapo/gate_pos_mean", "sapo/gate_neg_mean", "sapo/weight_mean"},
+    "grpo": {"actor/clip_fraction", "actor/dual_clip_fraction"},
+    "gspo": {"actor/clip_fraction"},
+    "cispo": {"actor/clip_fraction"},
+}
+
+
+def merge(pieces):
+    """Loss, gradients by (sequence, entry) order, and metrics of pieces that make up one whole."""
+    metrics = Metrics()
+    for _, _, piece in pieces:
+        metrics.update(piece)
+    gradients = [g[0] for _, g, _ in pieces]
+    return sum(loss for loss, _, _ in pieces), torch.cat(gradients), metrics
+
+
+def assert_same(got, want):
+    torch.testing.assert_close(got[0], want[0], rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(got[1], want[1], rtol=1e-12, atol=1e-14)
+    got_values, want_values = got[2].values(), want[2].values()
+    assert got_values == pytest.approx(want_values, rel=1e-9, abs=1e-12)
+    for name, histogram in want[2].histograms().items():
+        assert torch.equal(got[2].histograms()[name].counts, histogram.counts)
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_loss_gradients_and_metrics_do_not_depend_on_the_split(name):
+    algorithm, sequences = ALGORITHMS[name], make_sequences()
+    whole = merge([run(algorithm, *pack(sequences))])
+    # The third piece has no valid token.
+    cuts = (sequences[:1], sequences[1:2], sequences[2:3], sequences[3:])
+    pieces = [run(algorithm, *pack(cut)) for cut in cuts]
+    assert_same(merge(pieces), whole)
+    assert whole[1].isfinite().all()
+    assert whole[1].any()
+    assert whole[2].values().keys() == NAMES | OWN_NAMES[name]
+    assert {"ratio/hist_pos", "ratio/hist_neg"} <= whole[2].histograms().keys()
+    counts = [whole[2].histograms()[f"ratio/hist_{sign}"].counts.sum() for sign in ("pos", "neg")]
+    assert counts == [3, 6]
+
+
+def _on_a_context_parallel_rank(name):
+    """Entries of each sequence alternate between the two ranks."""
+    rank = torch.distributed.get_rank()
+    batch, logprob, entropy = pack(make_sequences(), keep=lambda x: x[rank::2])
+    group = torch.distributed.group.WORLD
+    loss, gradients, metrics = run(ALGORITHMS[name], batch, logprob, entropy, cp_group=group)
+    return loss, gradients, metrics.to_host()
+
+
+@pytest.mark.parametrize("name", ["sapo", "gspo"])
+def test_context_parallel_ranks_add_up(name):
+    sequences = make_sequences()
+    whole = merge([run(ALGORITHMS[name], *pack(sequences))])
+    loss, gradient, metrics = merge(run_ranks(2, _on_a_context_parallel_rank, name))
+    order = [
+        entry
+        for rank in range(2)
+        for s, start in zip(sequences, pack(sequences)[0].cu_seqlens.tolist(), strict=False)
+        for entry in range(start + rank, start + len(s["mask"]), 2)
+    ]
+    assert_same((loss, gradient, metrics), (whole[0], whole[1][order], whole[2]))
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_without_a_valid_token_it_is_zero_with_a_gradient(name):
+    loss, (gradient, _), metrics = run(ALGORITHMS[name], *pack(make_sequences()[2:3]))
+    assert loss == 0
+    assert gradient.tolist() == [0.0] * PROMPT
+    assert metrics.values()["actor/pg_loss"] == 0
+
+
+def test_terms_without_a_coefficient_have_no_gradient():
+    batch, logprob, entropy = pack(make_sequences())
+    _, (with_ref, entropy_gradient), metrics = run(AlgorithmConfig(), batch, logprob, entropy)
+    assert entropy_gradient is None
+    assert "actor/kl_loss" in metrics
+    batch.ref_logprob = None
+    _, (without_ref, _), metrics = run(AlgorithmConfig(), batch, logprob, entropy)
+    assert "actor/kl_loss" not in metrics
+    assert torch.equal(with_ref, without_ref)
+
+
+def test_fp32_stays_fp32():
+    batch, logprob, entropy = pack(make_sequences())
+    batch.old_logprob, batch.ref_logprob = batch.old_logprob.float(), batch.ref_logprob.float()
+    loss, _ = policy_loss(
+        batch,
+        logprob.float(),
+        entropy.float(),
+        algorithm=ALGORITHMS["sapo"],
+        denominators=DENOMINATORS,
+        max_response_length=8,
+    )
+    assert loss.dtype is torch.float32
+
+
+def test_gspo_counts_the_tokens_of_clipped_sequences():
+    sequences = make_sequences()
+    outside = sum(
+        s["length"]
+        for s in sequences
+        if s["length"] > 0
+        for ratio in [(s["logprob"] - s["old_logprob"])[s["mask"]].mean().exp()]
+        if (ratio > 1.001 if s["advantages"][0] > 0 else ratio < 0.999)
+    )
+    assert 0 < outside < DENOMINATORS.tokens
+    algorithm = AlgorithmConfig(loss_type="gspo", clip_ratio_low=1e-3, clip_ratio_high=1e-3)
+    _, _, metrics = run(algorithm, *pack(sequences))
+    assert metrics.values()["actor/clip_fraction"] == pytest.approx(outside / DENOMINATORS.tokens)

@@ -1,0 +1,125 @@
+"""Interrupted runs: what is left of them, and that they go on as if nothing had happened."""
+
+import json
+
+import pytest
+
+from tests.support.gloo import run_ranks
+from tests.support.tiny import cli, read_metrics, write_recipe
+from tests.support.whole_runs import resuming
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """(folder, what each rank found)."""
+    folder = tmp_path_factory.mktemp("runs")
+    return folder, run_ranks(2, resuming, folder, timeout=280)
+
+
+def lines(run):
+    """What training computed, which a clock does not change."""
+    return [
+        {k: v for k, v in line.items() if not k.startswith(("time/", "perf/"))}
+        for line in read_metrics(run)
+    ]
+
+
+def test_a_run_that_is_asked_to_stop(runs):
+    _, (found, other) = runs
+    assert found["stopped"]["first"] is None
+    assert other["stopped"]["first"] is None
+    assert found["stopped"]["left"] == ["checkpoints/step-000002"]
+
+
+@pytest.mark.parametrize("name", ["halves", "crashed", "stopped"])
+def test_an_interrupted_run_computes_what_a_whole_one_does(runs, name):
+    folder, (found, _) = runs
+    straight = lines(folder / "straight")
+    assert [line["step"] for line in straight] == [1, 2, 3, 4]
+    assert len({line["actor/pg_loss"] for line in straight}) == 4
+    interrupted = lines(folder / name)
+    if name == "halves":  # it thought that step 2 was its last, and evaluated
+        for score in ("eval/avg@2", "eval/pass@1"):
+            interrupted[1].pop(score)
+    assert interrupted == straight
+    assert found[name]["eval"] == found["straight"]["eval"]
+    written = json.loads((folder / name / "summary.json").read_text())
+    assert written["eval"] == found["straight"]["eval"]
+    assert written["steps"] == 4
+
+
+def test_a_crash_while_writing_leaves_the_checkpoint_before(runs):
+    _, (found, _) = runs
+    assert found["left behind"] == [".step-000003.tmp", "step-000001", "step-000002"]
+    assert found["kept"] == ["step-000003", "step-000004"]
+
+
+@pytest.mark.parametrize(
+    ("mistake", "expected"),
+    [
+        ("layout", ["parallel.expert_model_parallel_size", "expected 2", "got 1"]),
+        ("fewer steps", ["train.steps", "at least 4", "got 3"]),
+        ("model", ["model.path", "hidden_size is 64 instead of 32"]),
+        ("no run", ["--resume", "wide"]),
+        ("taken", ["train.run_dir", "--resume auto"]),
+    ],
+)
+def test_what_does_not_fit_is_refused_on_every_rank(runs, mistake, expected):
+    for found in runs[1]:
+        for text in expected:
+            assert text in found[mistake]
+
+
+def test_a_refused_run_leaves_everything_as_it_was(runs):
+    assert all(found["untouched"] for found in runs[1])
+
+
+def test_a_finished_run_only_tells_its_scores_again(runs):
+    folder, (found, _) = runs
+    assert found["finished"]["eval"] == found["straight"]["eval"]
+    assert [line["step"] for line in read_metrics(folder / "straight")] == [1, 2, 3, 4]
+
+
+KILLED = """
+import os, signal, sys
+import sapo_megatron.policy
+from megatron.core import dist_checkpointing
+save = dist_checkpointing.save
+def killed(state, folder, **kwargs):
+    save(state, folder, **kwargs)
+    if "step-000002" in folder:
+        os.kill(os.getpid(), signal.SIGKILL)
+dist_checkpointing.save = killed
+from sapo_megatron.__main__ import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_a_killed_run_goes_on_from_its_last_checkpoint(tmp_path):
+    write_recipe(tmp_path, checkpoint={"every": 1}, train={"steps": 3})
+    killed = cli("train", "recipe.yaml", cwd=tmp_path, program=("-c", KILLED))
+    assert killed.returncode == -9
+    run = tmp_path / "runs" / "recipe" / "run-001"
+    assert not (run / "summary.json").exists()
+    assert [line["step"] for line in read_metrics(run)] == [1]
+    resumed = cli("train", "recipe.yaml", "--resume", "auto", cwd=tmp_path)
+    assert resumed.returncode == 0, resumed.stderr
+    assert "run-001/checkpoints/step-000001" in resumed.stderr
+    assert [line["step"] for line in read_metrics(run)] == [1, 2, 3]
+    assert json.loads((run / "summary.json").read_text())["steps"] == 3
+    assert [p.name for p in run.parent.glob("run-*")] == ["run-001"]
+
+
+def test_a_finished_run_that_is_resumed_keeps_its_summary(tmp_path):
+    often = {"decompose_every": 1}
+    write_recipe(tmp_path, checkpoint={"every": 1}, train={"steps": 1}, routing=often)
+    summaries = []
+    for _ in range(2):
+        done = cli("train", "recipe.yaml", "--resume", "auto", cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        run = tmp_path / "runs" / "recipe" / "run-001"
+        summaries.append(json.loads((run / "summary.json").read_text()))
+    first, again = summaries
+    assert "variance/total" in first["router"]
+    assert again["router"] == first["router"]
+    assert again["eval"]["before"] == first["eval"]["before"]

@@ -1,0 +1,32 @@
+"""Every process that the tests start runs on one release of megatron-core."""
+
+from importlib.metadata import version
+
+from tests.support.gloo import run_ranks
+from tests.support.tiny import cli
+
+RELEASE = version("megatron-core")
+PROGRAM = """
+import sapo_megatron.policy
+from megatron.core import package_info
+print(package_info.__version__)
+"""
+
+
+def imported():
+    from megatron.core import package_info
+
+    return package_info.__version__.partition("+")[0]
+
+
+def test_here():
+    assert imported() == RELEASE
+
+
+def test_on_ranks():
+    assert run_ranks(2, imported) == [RELEASE, RELEASE]
+
+
+def test_in_programs(tmp_path):
+    done = cli(cwd=tmp_path, program=("-c", PROGRAM))
+    assert done.stdout.strip().partition("+")[0] == RELEASE, done.stderr

@@ -1,0 +1,79 @@
+"""All tensors of a model, one after the other, on the first rank."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+
+from sapo_megatron.hf.architecture import read_architecture
+from sapo_megatron.policy import parallel
+from sapo_megatron.policy.step import Policy
+from tests.support.families import TIMEOUT_S, Place, make_model
+from tests.support.gloo import run_ranks
+
+PLACES = [
+    Place(family="qwen3-moe", world=2, tp=2, ep=2),
+    Place(family="moonlight", world=2, tp=2, ep=2, dtype="bfloat16"),  # with biases in float32
+    Place(family="glm-4.5", world=2, pp=2),
+    Place(family="qwen3", world=2, pp=2),  # whose embedding both stages have
+    Place(family="qwen3-moe", world=2),
+]
+
+
+def streamed(cases):
+    """What a rank got of two streams, and what was listed before; the model is saved as well."""
+    found = []
+    for place, source, out in cases:
+        groups = parallel.setup(place.recipe.parallel, seed=1, timeout_s=TIMEOUT_S)
+        policy = Policy(
+            place.recipe,
+            read_architecture(source),
+            groups,
+            source,
+            optimizer=place.recipe.optimizer,
+            total_updates=1,
+        )
+        listed = policy.checkpoint.listing()
+        policy.checkpoint.save(out)
+        first = {name: tensor.clone() for name, tensor in policy.checkpoint.stream()}
+        with torch.no_grad():
+            for weight in policy.chunks[0].parameters():
+                weight.mul_(2)
+        found.append((listed, first, list(policy.checkpoint.stream())))
+        policy.close()
+        parallel.teardown()
+        dist.barrier()
+    return found
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("stream")
+    cases = []
+    for place in PLACES:
+        make_model(place.family, folder / place.name, getattr(torch, place.dtype))
+        cases.append((place, folder / place.name, folder / f"out-{place.name}"))
+    first, second = run_ranks(2, streamed, cases)
+    return {case[0]: (case[2], *found) for case, *found in zip(cases, first, second, strict=True)}
+
+
+@pytest.mark.parametrize("place", PLACES, ids=lambda place: place.name)
+def test_the_stream_is_what_is_saved(results, place):
+    out, (listed, got, _), (same, nothing, _) = results[place]
+    expected = {}
+    for file in out.glob("*.safetensors"):
+        expected |= load_file(file)
+    assert got.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert got[name].dtype == tensor.dtype, name
+        assert torch.equal(got[name], tensor), name
+    assert listed == same == [(name, t.dtype, t.shape) for name, t in got.items()]
+    assert nothing == {}
+
+
+@pytest.mark.parametrize("place", PLACES, ids=lambda place: place.name)
+def test_a_second_stream_has_the_weights_of_then(results, place):
+    _, (listed, before, after), _ = results[place]
+    assert [name for name, _ in after] == [name for name, _, _ in listed]
+    changed = {name for name, tensor in after if not torch.equal(tensor, before[name])}
+    assert "model.embed_tokens.weight" in changed

@@ -1,0 +1,256 @@
+"""Groups: who belongs together, who is dropped and drawn again, what is counted."""
+
+import contextlib
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from sapo_megatron.errors import RunFailed
+from sapo_megatron.metrics import Metrics, Sum
+from sapo_megatron.recipe.schema import RolloutConfig
+from sapo_megatron.rollout.collect import Collector, describe, rewards
+from sapo_megatron.rollout.generate import InProcess, SamplingParams
+from sapo_megatron.sample import Group, Prompt, Sample
+from tests.support.gloo import run_ranks
+
+EOS = 1
+
+
+class Echo:
+    """A model that says eos at once, unless it says one other token first."""
+
+    device = torch.device("cpu")
+
+    def generating(self, *, record):
+        return contextlib.nullcontext()
+
+    def start(self, batch_size, max_length):
+        pass
+
+    def logits(self, tokens):
+        logits = torch.full((len(tokens), 4), -50.0)
+        logits[:, 2] = logits[:, EOS] = 0.0
+        logits[tokens[:, -1] == 2] = torch.tensor([-50.0, 50.0, -50.0, -50.0])
+        return logits
+
+    def agree(self, tokens, logprobs):
+        return tokens, logprobs
+
+    def any(self, flag):
+        return flag
+
+    def routes(self):
+        return None
+
+
+class Words:
+    """A tokenizer."""
+
+    eos_id = EOS
+
+    def decode(self, ids):
+        return " ".join(map(str, ids))
+
+
+class Rule:
+    """A scorer: ``reward(prompt uid, index in the group)``; None fails."""
+
+    def __init__(self, reward):
+        self.reward = reward
+        self.texts = []
+
+    def score(self, groups):
+        metrics = Metrics()
+        for group in groups:
+            for s in group.samples:
+                self.texts.append(s.text)
+                reward = self.reward(group.prompt.uid, s.uid)
+                s.reward = reward or 0.0
+                metrics.add("reward/errors", Sum(float(reward is None)))
+        return metrics
+
+
+class Numbers:
+    """A source of prompts 0, 1, 2, ..., and how many were asked for each time."""
+
+    def __init__(self):
+        self.drawn = []
+
+    def next(self, n):
+        first = sum(self.drawn)
+        self.drawn.append(n)
+        return [prompt(uid) for uid in range(first, first + n)]
+
+
+def prompt(uid):
+    return Prompt(uid=uid, text=f"p{uid}", answer="", tokens=(3,) * (uid % 3 + 1))
+
+
+def collector(reward, *, shares=1, **config):
+    values = {"rollout_batch_size": 4, "num_generations": 3, "max_response_length": 5}
+    return Collector(
+        engine=InProcess(Echo(), batch_size=256),
+        tokenizer=Words(),
+        scorer=Rule(reward) if reward else None,
+        config=RolloutConfig(**(values | config)),
+        share_rank=dist.get_rank() % shares,
+        shares=shares,
+        world=dist.group.WORLD,
+    )
+
+
+@pytest.fixture
+def world(tmp_path):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+PARAMS = SamplingParams(temperature=1.0, top_p=1.0, max_new_tokens=5, eos_id=EOS, seed=3)
+
+
+def test_groups_are_in_the_order_of_their_prompts(world):
+    prompts = [prompt(uid) for uid in (7, 2, 5)]  # of unequal lengths: generated in another order
+    c = collector(lambda prompt_uid, uid: uid / 100)
+    groups = c.respond(prompts, 3, PARAMS).groups
+    assert [g.prompt for g in groups] == prompts
+    assert [[s.uid for s in g.samples] for g in groups] == [[21, 22, 23], [6, 7, 8], [15, 16, 17]]
+    assert rewards(groups).tolist() == [[s.uid / 100 for s in g.samples] for g in groups]
+    assert all(s.prompt_tokens == g.prompt.tokens for g in groups for s in g.samples)
+    assert {s.text for g in groups for s in g.samples} == {"1", "2 1"}
+    assert all(s.text == Words().decode(s.response_tokens) for g in groups for s in g.samples)
+
+
+def on_two_ranks():
+    """Two shares of 15 responses; each leader scores what it generated."""
+    c = collector(lambda prompt_uid, uid: uid / 100, shares=2)
+    responses = c.respond([prompt(uid) for uid in range(5)], 3, PARAMS)
+    return responses.groups, len(c._scorer.texts), responses.metrics.gather().values()
+
+
+def two_ranks_of_one_model():
+    """One share; rank 0 has no scorer, as on an early pipeline stage."""
+    c = collector((lambda prompt_uid, uid: None) if dist.get_rank() else None)
+    responses = c.respond([prompt(uid) for uid in range(5)], 3, PARAMS)
+    return responses.groups, 0, responses.metrics.gather().values()
+
+
+def test_two_ranks_share_the_work_and_both_get_all(tmp_path):
+    (groups, first, _), (same, second, failures) = run_ranks(2, on_two_ranks)
+    assert groups == same
+    assert [[s.uid for s in g.samples] for g in groups] == [
+        [3 * p, 3 * p + 1, 3 * p + 2] for p in range(5)
+    ]
+    assert (first, second) == (8, 7)  # the filler of the second is not scored
+    assert failures["reward/errors"] == 0
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        c = collector(lambda prompt_uid, uid: uid / 100)
+        assert c.respond([prompt(uid) for uid in range(5)], 3, PARAMS).groups == groups
+    finally:
+        dist.destroy_process_group()
+
+
+def test_the_leader_alone_scores_and_its_failures_are_counted_once():
+    (groups, _, failures), (same, _, _) = run_ranks(2, two_ranks_of_one_model)
+    assert groups == same
+    assert len(groups) == 5
+    assert failures["reward/errors"] == 15
+
+
+def test_without_dynamic_sampling_every_group_stays(world):
+    source = Numbers()
+    groups, metrics = collector(lambda prompt_uid, uid: 1.0).collect(source, seed=3)
+    assert source.drawn == [4]
+    assert len(groups) == 4
+    values = metrics.values()
+    assert values["reward/zero_std_groups"] == values["reward/groups"] == 4
+    assert {"time/rollout", "time/reward"} <= set(values)
+
+
+def test_dynamic_sampling_draws_again_what_it_dropped(world):
+    source = Numbers()
+    # Of every four prompts, only the last tells its responses apart.
+    c = collector(lambda p, uid: float(p % 4 == 3 and uid % 3 == 0), dynamic_sampling=True)
+    groups, metrics = c.collect(source, seed=3)
+    assert source.drawn == [4, 3, 3, 2, 1, 1, 1, 1]
+    assert [g.prompt.uid for g in groups] == [3, 7, 11, 15]
+    values = metrics.values()
+    assert values["reward/groups"] == 16
+    assert values["reward/zero_std_groups"] == 12
+    assert values["reward/mean"] == pytest.approx(4 / 48)  # of all that was generated
+
+
+def test_dynamic_sampling_ends_with_what_there_is(world):
+    source = Numbers()
+    c = collector(
+        lambda p, uid: float(p == 2 and uid % 3 == 0),
+        dynamic_sampling=True,
+        dynamic_sampling_max_rounds=3,
+    )
+    groups, _ = c.collect(source, seed=3)
+    assert source.drawn == [4, 3, 3]
+    assert [g.prompt.uid for g in groups] == [2]
+
+
+def test_dynamic_sampling_that_finds_nothing_fails(world):
+    source = Numbers()
+    c = collector(lambda p, uid: 1.0, dynamic_sampling=True, dynamic_sampling_max_rounds=2)
+    with pytest.raises(RunFailed, match="no group with different rewards in 2 rounds"):
+        c.collect(source, seed=3)
+    assert source.drawn == [4, 4]
+
+
+def test_failed_rewards_score_zero_and_are_counted(world):
+    c = collector(lambda p, uid: None if uid % 3 == 0 else 1.0)
+    groups, metrics = c.collect(Numbers(), seed=3)
+    assert rewards(groups).tolist() == [[0.0, 1.0, 1.0]] * 4
+    assert metrics.values()["reward/errors"] == 4
+
+
+def test_describe(caplog):
+    def group(uid, *scored):
+        samples = [
+            Sample(
+                uid=uid,
+                prompt_tokens=(3,),
+                response_tokens=[2] * length,
+                rollout_logprobs=[0.0] * length,
+                truncated=length == 5,
+                reward=reward,
+            )
+            for reward, length in scored
+        ]
+        return Group(prompt=prompt(uid), samples=samples)
+
+    groups = [group(0, (1.0, 5), (0.0, 1)), group(1, (0.5, 2), (0.5, 4))]
+    values = describe(groups).values()
+    assert values == {
+        "reward/mean": 0.5,
+        "reward/std": pytest.approx(0.125**0.5),
+        "reward/zero_std_groups": 1,
+        "reward/groups": 2,
+        "response/length_mean": 3,
+        "response/truncated": 0.25,
+    }
+    assert not caplog.records
+    describe(groups[1:])
+    assert "all 1 groups have equal rewards" in caplog.text
+
+
+def test_rewards_keep_their_precision():
+    samples = [
+        Sample(
+            uid=i,
+            prompt_tokens=(3,),
+            response_tokens=[EOS],
+            rollout_logprobs=[0.0],
+            truncated=False,
+            reward=0.1 + i * 1e-12,
+        )
+        for i in range(2)
+    ]
+    scores = rewards([Group(prompt=prompt(0), samples=samples)])
+    assert scores.dtype == torch.float64
+    assert scores[0, 0] != scores[0, 1]

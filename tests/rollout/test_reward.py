@@ -1,0 +1,291 @@
+"""Rewards: right scores, and no verifier that stops the run."""
+
+import contextlib
+import os
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import reasoning_gym
+
+from sapo_megatron.errors import UserError
+from sapo_megatron.recipe.schema import RewardConfig
+from sapo_megatron.rollout.reward import Scorer
+from sapo_megatron.rollout.verifiers import math_verify
+from sapo_megatron.sample import Group, Prompt, Sample
+
+VERIFIERS = """
+import os, re, time
+import numpy as np
+
+def length(prompt, response):
+    return len(response) + len(prompt.text) / 100
+
+def numpy_number(prompt, response):
+    return np.float32(0.5)
+
+def boolean(prompt, response):
+    return response == prompt.answer
+
+def naughty(prompt, response):
+    if response == "loop":
+        while True:
+            try:
+                pass
+            except:
+                pass
+    if response == "C loop":
+        re.match("(a+)+$", "a" * 40 + "b")
+    if response == "power":
+        len(str(10 ** 10 ** 9))
+    if response == "swallow":
+        while True:
+            try:
+                time.sleep(100)
+            except BaseException:
+                pass
+    if response == "raise":
+        raise KeyError("no\\nsuch")
+    if response == "exit":
+        raise SystemExit(0)
+    if response == "die":
+        os._exit(3)
+    if response == "text":
+        return "1.0"
+    if response == "none":
+        return None
+    if response == "nan":
+        return float("nan")
+    return 1.0
+
+class Holder:
+    not_callable = 3
+    length = staticmethod(length)
+
+pid = os.getpid()
+def worker(prompt, response):
+    return os.getpid()
+"""
+
+
+@pytest.fixture
+def verifiers(tmp_path, monkeypatch):
+    (tmp_path / "verifiers_of_the_user.py").write_text(VERIFIERS)
+    monkeypatch.chdir(tmp_path)
+    return "verifiers_of_the_user"
+
+
+def group(*texts, prompt=None):
+    prompt = prompt or Prompt(uid=3, text="1 + 1", answer="2", tokens=(1,), task="sums")
+    made = [
+        Sample(uid=i, prompt_tokens=(1,), response_tokens=[], rollout_logprobs=[], truncated=False)
+        for i in range(len(texts))
+    ]
+    for sample, text in zip(made, texts, strict=True):
+        sample.text = text
+    return Group(prompt=prompt, samples=made)
+
+
+def score(function, *groups, timeout_s=10.0):
+    with Scorer(RewardConfig(function=function, timeout_s=timeout_s)) as scorer:
+        metrics = scorer.score(groups).values()
+    return [[s.reward for s in g.samples] for g in groups], metrics
+
+
+def alive(pid):
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, 0)
+        return True
+    return False
+
+
+def test_exact_match_ignores_only_the_white_space_around():
+    rewards, metrics = score("exact_match", group("2", " 2\n", "2 2", "22", "", "3"))
+    assert rewards == [[1.0, 1.0, 0.0, 0.0, 0.0, 0.0]]
+    assert metrics == {"reward/errors": 0.0, "reward/timeouts": 0.0}
+
+
+def test_a_prompt_without_answer_is_an_error_not_a_score():
+    prompt = Prompt(uid=0, text="", answer="", tokens=(1,), task="rush_hour")
+    rewards, metrics = score("exact_match", group("", prompt=prompt))
+    assert rewards == [[0.0]]
+    assert metrics["reward/errors"] == 1
+
+
+def test_reasoning_gym_gives_the_tasks_own_score():
+    def prompt_of(task, **options):
+        item = reasoning_gym.create_dataset(task, seed=1, size=1, **options)[0]
+        return Prompt(
+            uid=0,
+            text=item["question"],
+            answer=str(item["answer"]),
+            tokens=(1,),
+            task=task,
+            entry={**item, "options": options},
+        )
+
+    arithmetic = prompt_of("basic_arithmetic", operators=["+"], max_terms=2)
+    right = arithmetic.answer
+    puzzle = prompt_of("decimal_arithmetic", min_num_decimal_places=2, max_num_decimal_places=2)
+    rewards, metrics = score(
+        "reasoning_gym",
+        group(
+            f" {right}\n",
+            f"so <answer>0</answer> or <answer> {right} </answer> it is",
+            f"{right}{'0' * len(right)}",
+            "no",
+            "",
+            prompt=arithmetic,
+        ),
+        group(puzzle.answer, "x", prompt=puzzle),
+    )
+    assert rewards == [[1.0, 1.0, 0.5, 0.0, 0.0], [1.0, pytest.approx(0.0, abs=0.02)]]
+    assert metrics["reward/errors"] == 0
+
+
+def test_math_verify_compares_values():
+    half = Prompt(uid=0, text="", answer="\\frac{1}{2}", tokens=(1,))
+    linear = Prompt(uid=0, text="", answer="2x + 3", tokens=(1,))
+    rewards, metrics = score(
+        "math_verify",
+        group("so it is $\\boxed{0.5}$", "1/2", "2/4", "0.51", "", prompt=half),
+        group("$\\boxed{3 + 2x}$", "2", "3", prompt=linear),
+    )
+    assert rewards == [[1.0, 1.0, 1.0, 0.0, 0.0], [1.0, 0.0, 0.0]]
+    assert metrics["reward/errors"] == 0
+
+
+LEMMA = "First $\\boxed{7}$ is a lemma, with x = 12.\n\n"
+
+
+@pytest.mark.parametrize(
+    ("answer", "right", "wrong"),
+    [
+        (
+            "34",
+            [
+                "Answer: 34",
+                "Answer: $34$",
+                "Answer: \\boxed{34}.",
+                "**Answer:** 34",
+                "### Final Answer: $x = 34$",
+                "Answer:\n\n$$34$$",
+                f"{LEMMA}Answer: 34",
+                f"{LEMMA}**Answer:** 34\n",
+                f"{LEMMA}Answer: 12\n\nNo.\n\nAnswer: 34",
+                f"{LEMMA}so it is $\\boxed{{34}}$",
+                "\\boxed{34}\n\nAnswer: see above",
+            ],
+            [
+                "Answer: 35",
+                "It is 34.\nAnswer: 35",
+                "\\boxed{34}\nAnswer: 35",
+                "Answer: 34\nAnswer: 35",
+                "so it is \\boxed{35}",
+                LEMMA,
+            ],
+        ),
+        ("033", ["\\boxed{33}", "\\boxed{033}", "Answer: 33"], ["\\boxed{330}", "Answer: 3"]),
+        ("33", ["\\boxed{033}", "Answer: 033", "33.0"], ["\\boxed{0}", "Answer: 0.33"]),
+        ("009", ["\\boxed{9}", "Answer: 09"], ["\\boxed{90}"]),
+        ("000", ["\\boxed{0}"], ["\\boxed{1}"]),
+        ("336^\\circ", ["\\boxed{336}", "Answer: $336^\\circ$"], ["\\boxed{337}"]),
+    ],
+)
+def test_math_verify_on_the_formats_of_competition_sets(answer, right, wrong):
+    prompt = Prompt(uid=0, text="", answer=answer, tokens=(1,))
+    assert {text: math_verify(prompt, text) for text in right} == dict.fromkeys(right, 1.0)
+    assert {text: math_verify(prompt, text) for text in wrong} == dict.fromkeys(wrong, 0.0)
+
+
+def test_math_verify_says_that_an_answer_cannot_be_parsed():
+    prompt = Prompt(uid=0, text="", answer="$ $", tokens=(1,))
+    with pytest.raises(ValueError, match="cannot parse the answer"):
+        math_verify(prompt, "1")
+
+
+def test_a_users_function(verifiers):
+    rewards, metrics = score(f"{verifiers}:length", group("ab", "abcd"), group("a"))
+    assert rewards == [[2.05, 4.05], [1.05]]
+    assert metrics == {"reward/errors": 0.0, "reward/timeouts": 0.0}
+    assert score(f"{verifiers}:Holder.length", group("a"))[0] == [[1.05]]
+    assert score(f"{verifiers}:numpy_number", group("a"))[0] == [[0.5]]
+    assert score(f"{verifiers}:boolean", group("2", "3"))[0] == [[1.0, 0.0]]
+
+
+def test_whatever_a_function_does_the_rest_is_scored(verifiers, caplog):
+    texts = ["raise", "exit", "die", "text", "none", "nan", "loop", "C loop", "raise", "swallow"]
+    mixed = [text for pair in zip(texts, ["fine"] * len(texts), strict=True) for text in pair]
+    rewards, metrics = score(f"{verifiers}:naughty", group(*mixed), group("fine"), timeout_s=0.5)
+    assert rewards == [[0.0, 1.0] * len(texts), [1.0]]
+    assert metrics == {"reward/errors": 7.0, "reward/timeouts": 3.0}
+    assert len([m for m in caplog.messages if "KeyError: 'no" in m]) == 1
+    assert len([m for m in caplog.messages if "longer than reward.timeout_s" in m]) == 1
+    assert len([m for m in caplog.messages if "exit status 3" in m]) == 1
+    assert len(caplog.messages) == 7
+    assert all("problem 3 (sums)" in m and "\n" not in m for m in caplog.messages)
+
+
+def test_time_is_measured_for_each_response(verifiers):
+    begin = time.monotonic()
+    rewards, metrics = score(f"{verifiers}:naughty", group("power", "fine"), timeout_s=0.3)
+    assert rewards == [[0.0, 1.0]]
+    assert metrics["reward/timeouts"] == 1
+    assert 0.3 < time.monotonic() - begin < 5.0
+
+
+def test_no_process_is_left_behind(verifiers):
+    scorer = Scorer(RewardConfig(function=f"{verifiers}:worker", timeout_s=5.0))
+    asked = group("", "")
+    scorer.score([asked])
+    pid = int(asked.samples[0].reward)
+    assert asked.samples[1].reward == pid != os.getpid()
+    assert alive(pid)
+    scorer.close()
+    assert not alive(pid)
+    scorer.close()
+    with pytest.raises(AssertionError):
+        scorer.score([asked])
+
+
+def test_the_worker_ends_with_a_parent_that_is_killed(verifiers, tmp_path):
+    program = (
+        "import os, signal\n"
+        "from sapo_megatron.recipe.schema import RewardConfig\n"
+        "from sapo_megatron.rollout.reward import Scorer\n"
+        f"scorer = Scorer(RewardConfig(function='{verifiers}:length'))\n"
+        "print(scorer._worker._process.pid, flush=True)\n"
+        "os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    import sys
+
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=env, capture_output=True, text=True, check=False
+    )
+    pid = int(done.stdout)
+    deadline = time.monotonic() + 10.0
+    while alive(pid) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not alive(pid)
+
+
+@pytest.mark.parametrize(
+    ("function", "parts"),
+    [
+        ("no_such_module_at_all:f", ["cannot import 'no_such_module_at_all'", "ModuleNotFound"]),
+        ("{}:lenght", ["no 'lenght'", "nearest is length"]),
+        ("{}:Holder.missing", ["no 'Holder.missing'"]),
+        ("{}:Holder.not_callable", ["expected a function, got int"]),
+        ("broken_of_the_user:f", ["cannot import 'broken_of_the_user'", "SyntaxError"]),
+        ("leaves_of_the_user:f", ["ended", "exit status 4"]),
+    ],
+)
+def test_a_function_that_cannot_be_had(verifiers, tmp_path, function, parts):
+    (tmp_path / "broken_of_the_user.py").write_text("def f(:")
+    (tmp_path / "leaves_of_the_user.py").write_text("import os; os._exit(4)")
+    with pytest.raises(UserError) as caught:
+        Scorer(RewardConfig(function=function.format(verifiers)))
+    assert all(part in str(caught.value) for part in ["reward.function", *parts]), caught.value
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,504 @@
+"""The client of vLLM servers against servers that misbehave; tests/on_vllm has real ones."""
+
+import base64
+import io
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
+import numpy as np
+import pytest
+
+from sapo_megatron.errors import RunFailed, UserError
+from sapo_megatron.hf.architecture import parse_architecture
+from sapo_megatron.recipe.load import load
+from sapo_megatron.recipe.schema import RolloutConfig
+from sapo_megatron.rollout.generate import Request, SamplingParams
+from sapo_megatron.rollout.vllm import engine as engine_module
+from sapo_megatron.rollout.vllm import servers as servers_module
+from sapo_megatron.rollout.vllm.answers import read_routes
+from sapo_megatron.rollout.vllm.engine import Probe, VllmEngine
+from sapo_megatron.rollout.vllm.servers import LocalServers
+from tests.support import fakevllm
+from tests.support.fakevllm import EOS, HANG_UP, FakeVllm, completion, logprob
+from tests.support.tiny import ARCH, TESTS, write_recipe
+
+MODEL = parse_architecture(ARCH)
+PARAMS = SamplingParams(temperature=0.7, top_p=0.9, max_new_tokens=6, eos_id=EOS, seed=3)
+REQUESTS = [Request(uid=10 + i, prompt_tokens=(5, 9, 2 + i)) for i in range(24)]
+TOKENS = (5, 9, 2, 7)
+PROBE = Probe(tokens=TOKENS, logprobs=tuple(map(logprob, TOKENS[1:])), tolerance=1e-3)
+
+
+@pytest.fixture
+def servers():
+    with FakeVllm() as one, FakeVllm() as two:
+        yield one, two
+
+
+@pytest.fixture
+def server(servers):
+    return servers[0]
+
+
+def engine(*urls, timeout_s=5.0, **changes):
+    config = RolloutConfig(
+        engine="vllm",
+        servers=urls,
+        max_prompt_length=16,
+        max_response_length=6,
+        server_timeout_s=timeout_s,
+        server_concurrency=4,
+    )
+    return VllmEngine(urls, config, MODEL, **changes)
+
+
+def loaded(*servers, **changes):
+    found = engine(*(s.url for s in servers), **changes)
+    found.load(TESTS, PROBE)
+    return found
+
+
+def completions(fault):
+    """``fault``, for completions alone."""
+    return lambda path, body, own: fault() if "seed" in body else own()
+
+
+def test_every_request_is_answered_once_in_order_and_by_seed(servers):
+    for each in servers:
+        each.fault = fakevllm.after(0.02)
+    client = loaded(*servers)
+    samples = client.sample(REQUESTS, PARAMS)
+    assert [s.uid for s in samples] == [r.uid for r in REQUESTS]
+    assert [s.prompt_tokens for s in samples] == [r.prompt_tokens for r in REQUESTS]
+    asked = servers[0].prompts() + servers[1].prompts()
+    assert sorted(asked) == sorted(r.prompt_tokens for r in REQUESTS)
+    assert min(len(each.prompts()) for each in servers) >= 4
+    assert any(s.truncated for s in samples)
+    assert any(not s.truncated for s in samples)
+    for s in samples:
+        assert s.rollout_logprobs == [logprob(t) for t in s.response_tokens]
+        assert s.truncated == (s.response_tokens[-1] != EOS)
+    seeds = [body["seed"] for each in servers for _, body in each.calls if "seed" in body]
+    assert len(set(seeds)) == len(REQUESTS)
+    again = loaded(servers[1]).sample(REQUESTS, PARAMS)
+    assert [s.response_tokens for s in again] == [s.response_tokens for s in samples]
+
+
+def test_what_a_request_says(server):
+    loaded(server).sample(REQUESTS[:1], PARAMS)
+    (body,) = (body for _, body in server.calls if "seed" in body)
+    said = ("prompt", "max_tokens", "temperature", "top_p", "stop_token_ids", "top_k")
+    assert [body[key] for key in said] == [[5, 9, 2], 6, 0.7, 0.9, [EOS], -1]
+
+
+def test_a_server_that_dies_leaves_its_work_to_the_other(servers, caplog):
+    dying, other = servers
+
+    def fault(path, body, own):
+        return HANG_UP if len(dying.prompts()) > 5 else own()
+
+    dying.fault = fault
+    samples = loaded(*servers).sample(REQUESTS, PARAMS)
+    assert [s.uid for s in samples] == [r.uid for r in REQUESTS]
+    assert len(dying.prompts()) >= 5
+    assert len(set(other.prompts())) == len(other.prompts())
+    assert f"{dying.url} is away" in caplog.text
+
+
+def test_a_server_that_gives_up_on_a_request_is_asked_again(server):
+    first = []
+
+    def fault(path, body, own):
+        if "seed" in body and not first:
+            first.append(body)
+            return 200, completion([], finish_reason="abort", logprobs=None)
+        return own()
+
+    server.fault = fault
+    assert len(loaded(server).sample(REQUESTS, PARAMS)) == len(REQUESTS)
+
+
+def test_a_server_that_answers_nothing_leaves_its_work_to_the_other(servers):
+    hung, _ = servers
+    hung.fault = fakevllm.after(30.0)
+    began = time.monotonic()
+    samples = loaded(*servers, timeout_s=1.0).sample(REQUESTS[:8], PARAMS)
+    assert len(samples) == 8
+    assert time.monotonic() - began < 10
+
+
+def test_a_slow_server_is_waited_for(server, caplog, monkeypatch):
+    monkeypatch.setattr(engine_module, "PROGRESS_S", 0.1)
+    server.fault = fakevllm.after(0.3)
+    with caplog.at_level("INFO"):
+        assert len(loaded(server).sample(REQUESTS[:8], PARAMS)) == 8
+    assert f"4 of 8 responses; 4 in flight at {server.url}" in caplog.text
+
+
+def test_a_server_that_stays_away_ends_the_run(server):
+    client = loaded(server, timeout_s=1.0)
+    server.die()
+    with pytest.raises(RunFailed, match=f"got none .{server.url}: away for 1 s: ConnectError"):
+        client.sample(REQUESTS, PARAMS)
+
+
+def test_a_server_whose_process_has_ended_is_not_waited_for(server):
+    client = engine(server.url, timeout_s=60.0, exited=lambda url: "it has ended with status 1")
+    server.die()
+    with pytest.raises(RunFailed, match=f"{server.url}: it has ended with status 1"):
+        client.check()
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (b"<html>busy</html>", "answer: Invalid JSON"),
+        (b'{"choices": [', "answer: Invalid JSON"),
+        ([], "answer: Input should be an object"),
+        ({}, "choices: Field required"),
+        ({"choices": []}, "choices: List should have at least 1 item"),
+        (completion([7, EOS], token_ids=None), "choices.0.token_ids: .* got None"),
+        (completion([7, EOS], token_ids=[7.5, 1]), "choices.0.token_ids.0: .* got 7.5"),
+        (completion([7, EOS], token_ids=[]), "token_ids: expected at least one token"),
+        (completion([7, EOS], logprobs=None), "token_logprobs: expected one of each of 2 tokens"),
+        (completion([7, EOS], logprobs={"token_logprobs": [-1.0]}), "of each of 2 tokens, got 1"),
+        (completion([7], logprobs={"token_logprobs": [float("nan")]}), "finite number, got nan"),
+        (completion([7], logprobs={"token_logprobs": [0.5]}), "less than or equal to 0, got 0.5"),
+        (completion([7], logprobs={"token_logprobs": [-9999.0]}), "greater than -9999"),
+        (completion([7], logprobs={"token_logprobs": [None]}), "a valid number, got None"),
+        (completion([7, EOS], finish_reason="error"), "finish_reason: .* got 'error'"),
+        (completion([104, EOS]), "token_ids: expected ids from 0 to 103, got 104"),
+        (completion([-1, EOS]), "token_ids: expected ids from 0 to 103, got -1"),
+        (completion([7, EOS, 7, EOS]), "token_ids: expected no token after eos 1"),
+        (completion([7, 8]), "token_ids: expected eos 1 or 6 tokens, got 2 that end with 8"),
+        (completion([7] * 7), "token_ids: expected eos 1 or 6 tokens, got 7"),
+    ],
+)
+def test_answers_that_are_wrong(server, answer, message):
+    server.fault = completions(lambda: (200, answer))
+    with pytest.raises(RunFailed, match=f"^{server.url}: .*{message}") as error:
+        loaded(server).sample(REQUESTS[:1], PARAMS)
+    assert "\n" not in str(error.value)
+    assert len(server.prompts()) == 1
+
+
+def test_a_request_that_is_refused_is_not_sent_again(server):
+    server.fault = completions(lambda: (400, {"error": {"message": "prompt is\ntoo long"}}))
+    with pytest.raises(RunFailed, match=f"{server.url}: .*HTTP 400: prompt is too long;"):
+        loaded(server).sample(REQUESTS[:1], PARAMS)
+    assert len(server.prompts()) == 1
+
+
+def test_a_request_that_keeps_failing_ends_the_run(server):
+    server.fault = completions(lambda: (500, b"out of memory"))
+    with pytest.raises(RunFailed, match="request 10, got its failure number 3: HTTP 500: out of"):
+        loaded(server).sample(REQUESTS[:1], PARAMS)
+    assert len(server.prompts()) == 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "llama"}, "model_type: expected qwen3_moe, .* got llama"),
+        ({"num_layers": 3}, "num_layers: expected 2, .* got 3"),
+        ({"vocab_size": 105}, "vocab_size: expected 104, .* got 105"),
+        ({"max_model_len": 21}, "max_model_len: expected at least .* = 22, got 21"),
+        ({"generation_config": "auto"}, "generation_config: expected vllm .* got auto"),
+        ({}, "routed_experts: .* --enable-return-routed-experts"),
+    ],
+)
+def test_servers_that_do_not_fit(server, changes, message):
+    server.description.update(changes)
+    with pytest.raises(UserError, match=f"^{server.url}: {message}"):
+        engine(server.url, with_routes=True).check()
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        ((404, {"detail": "Not Found"}), "VLLM_SERVER_DEV_MODE=1"),
+        (
+            (500, {"error": {"message": "'CPUWorker' object has no attribute 'sapo_describe'"}}),
+            "--worker-extension-cls sapo_megatron.rollout.vllm.worker.Worker",
+        ),
+    ],
+)
+def test_servers_that_were_started_without_what_is_needed(server, answer, message):
+    server.fault = lambda path, body, own: answer
+    with pytest.raises(UserError, match=message):
+        engine(server.url).check()
+
+
+def test_check_waits_for_a_server_that_is_still_starting(server):
+    began = time.monotonic()
+    late = 0.6
+    server.fault = lambda path, body, own: HANG_UP if time.monotonic() < began + late else own()
+    engine(server.url).check()
+    assert time.monotonic() > began + late
+
+
+def test_load_returns_the_difference_of_the_probe(servers):
+    client = engine(*(s.url for s in servers))
+    probe = Probe(tokens=TOKENS, logprobs=tuple(x + 1e-4 for x in PROBE.logprobs), tolerance=1e-3)
+    differences = client.load(TESTS, probe)
+    assert differences == {s.url: pytest.approx(1e-4) for s in servers}
+    assert [path for path, _ in servers[0].calls if "reset" in path] == ["/reset_prefix_cache"]
+    assert client.logprobs(TOKENS) == {s.url: list(PROBE.logprobs) for s in servers}
+
+
+def test_load_stops_where_a_server_does_not_compute_the_same(servers):
+    bad = servers[1]
+    client = engine(*(s.url for s in servers))
+
+    def fault(path, body, own):
+        scores = {
+            "choices": [{"prompt_logprobs": [None, *({t: {"logprob": -2.0}} for t in TOKENS[1:])]}]
+        }
+        return (200, scores) if "prompt_logprobs" in body else own()
+
+    bad.fault = fault
+    with pytest.raises(RunFailed, match=f"{bad.url}: .* 0.001 nats a token .* difference of 1.44"):
+        client.load(TESTS, PROBE)
+
+
+def test_a_server_that_was_away_gets_the_weights_before_it_gets_work(servers, caplog):
+    first, away = servers
+    client = loaded(*servers)
+    away.die()
+    assert list(client.load(TESTS.parent, PROBE)) == [first.url]
+    assert f"{away.url} is left out" in caplog.text
+    first.fault = fakevllm.after(0.1)
+    with FakeVllm(away.port) as back:
+        assert len(client.sample(REQUESTS, PARAMS)) == len(REQUESTS)
+        assert back.folders == [str(TESTS.parent)]
+        assert back.prompts()
+        paths = [path for path, body in back.calls if "seed" in body or "folder" in str(body)]
+        assert paths
+
+
+def test_a_server_that_was_restarted_gets_the_weights_again(server):
+    client = loaded(server)
+    client.sample(REQUESTS[:1], PARAMS)
+    assert len(server.folders) == 1
+    server.weights = "initial"
+    client.sample(REQUESTS[:1], PARAMS)
+    assert len(server.folders) == 2
+
+
+def test_a_prefix_cache_in_use_ends_the_run(server, monkeypatch):
+    monkeypatch.setattr(engine_module, "RESET_S", 0.3)
+    server.fault = lambda path, body, own: (
+        (200, {"success": False}) if path == "/reset_prefix_cache" else own()
+    )
+    with pytest.raises(RunFailed, match=f"{server.url}: expected its prefix cache to be free"):
+        loaded(server)
+
+
+def test_a_server_that_does_not_see_the_folder(server):
+    server.fault = lambda path, body, own: (
+        (200, {"results": [{"found": False}]}) if body.get("method") == "sapo_load" else own()
+    )
+    with pytest.raises(RunFailed, match=f"{server.url}: expected the weights in {TESTS}, got no"):
+        loaded(server)
+
+
+def encoded(array):
+    file = io.BytesIO()
+    np.save(file, array)
+    return base64.b64encode(file.getvalue()).decode()
+
+
+def chosen(tokens, layers, dtype="uint8"):
+    return np.random.default_rng(0).integers(0, 4, (tokens, layers, 2)).astype(dtype)
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "int32"])
+def test_routes_come_with_the_sample(server, dtype):
+    sent = chosen(3 + 4 - 1, 2, dtype)
+    answer = completion([7, 8, 9, EOS], routed_experts=encoded(sent))
+    server.description["routed_experts"] = True
+    server.fault = completions(lambda: (200, answer))
+    (sample,) = loaded(server, with_routes=True).sample(REQUESTS[:1], PARAMS)
+    assert sample.routes.experts.dtype == np.int16
+    assert sample.routes.probs is None
+    np.testing.assert_array_equal(sample.routes.experts, sent)
+
+
+def test_layers_without_experts_are_left_out():
+    arch = parse_architecture({**ARCH, "num_hidden_layers": 3, "mlp_only_layers": [0]})
+    sent = chosen(5, 3)
+    found = read_routes(encoded(sent), "http://a", 5, arch)
+    np.testing.assert_array_equal(found.experts, sent[:, 1:])
+
+
+def archive(*_):
+    file = io.BytesIO()
+    np.savez(file, chosen(5, 2))
+    return base64.b64encode(file.getvalue()).decode()
+
+
+@pytest.mark.parametrize(
+    ("text", "error", "message"),
+    [
+        (None, UserError, "got none; start the server with --enable-return-routed-experts"),
+        ("{}", RunFailed, "expected an .npy array in base64"),
+        (base64.b64encode(b"nothing").decode(), RunFailed, "expected an .npy array in base64"),
+        (encoded(np.array([{}], dtype=object)), RunFailed, "expected an .npy array in base64"),
+        (archive(), RunFailed, "got an archive"),
+        (encoded(chosen(4, 2)), RunFailed, r"numbers \[5, 2, 2\], got uint8 \[4, 2, 2\]"),
+        (encoded(chosen(5, 3)), RunFailed, r"numbers \[5, 2, 2\], got uint8 \[5, 3, 2\]"),
+        (encoded(chosen(5, 2, "float32")), RunFailed, "got float32"),
+        (encoded(chosen(5, 2) + 4), RunFailed, "expected experts 0 to 3, got 4 to 7"),
+    ],
+)
+def test_routes_that_are_wrong(text, error, message):
+    with pytest.raises(error, match=f"^http://a: routed_experts: .*{message}"):
+        read_routes(text, "http://a", 5, MODEL)
+
+
+def recipe(folder, python, **changes):
+    rollout = {"engine": "vllm", "vllm_python": str(python), "server_timeout_s": 10.0, **changes}
+    return load(write_recipe(folder, rollout=rollout))
+
+
+def program(folder, text):
+    path = folder / "python"
+    path.write_text("#!/bin/sh\n" + textwrap.dedent(text))
+    path.chmod(0o755)
+    return path
+
+
+def test_a_server_that_does_not_start(tmp_path):
+    python = program(tmp_path, "echo one; echo two; echo three; echo 'ValueError: no' >&2; exit 3")
+    with pytest.raises(RunFailed, match=r"status 3; .*0.log are: two \| three \| ValueError: no"):
+        LocalServers(recipe(tmp_path, python), tmp_path, tmp_path / "servers")
+
+
+def test_a_server_that_is_not_up_in_time_is_ended(tmp_path, monkeypatch):
+    python = program(tmp_path, "echo $$ > pid; exec sleep 100")
+    config = recipe(tmp_path, python, server_timeout_s=1.0)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(RunFailed, match=r"within rollout\.server_timeout_s 1 s, got none yet"):
+        LocalServers(config, tmp_path, tmp_path / "servers")
+    assert not alive(int((tmp_path / "pid").read_text()))
+
+
+def test_a_python_that_is_none(tmp_path):
+    with pytest.raises(UserError, match=r"rollout\.vllm_python: expected the Python of an"):
+        LocalServers(recipe(tmp_path, tmp_path / "no"), tmp_path, tmp_path / "servers")
+
+
+def test_servers_on_the_gpus_of_the_trainer(tmp_path, monkeypatch):
+    said = tmp_path / "said"
+    python = program(tmp_path, f'echo "$CUDA_VISIBLE_DEVICES $@" >> {said}; exec sleep 100')
+    config = recipe(tmp_path, python, colocate=True, num_servers=2, server_timeout_s=2.0)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
+    monkeypatch.setattr(servers_module.torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(RunFailed, match="got none yet"):
+        LocalServers(config, tmp_path, tmp_path / "servers")
+    lines = sorted(said.read_text().splitlines())
+    assert [line.split()[0] for line in lines] == ["4", "7"]
+    assert all("--enable-sleep-mode --gpu-memory-utilization 0.4" in line for line in lines)
+
+
+def test_more_servers_than_gpus_of_the_trainer(tmp_path, monkeypatch):
+    config = recipe(tmp_path, program(tmp_path, "exit 3"), colocate=True, num_servers=2)
+    monkeypatch.setattr(servers_module.torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(UserError, match=r"rollout\.num_servers: .* the 1 GPUs .* got 2"):
+        LocalServers(config, tmp_path, tmp_path / "servers")
+
+
+def alive(pid):
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def test_servers_end_when_the_trainer_is_killed(tmp_path):
+    python = program(tmp_path, "echo $$ > pid; sleep 100 & wait")
+    script = f"""
+        from pathlib import Path
+        from sapo_megatron.rollout.vllm import guard, servers
+        from sapo_megatron.recipe.schema import load
+        here = Path({str(tmp_path)!r})
+        servers.LocalServers(load(here / "recipe.yaml"), here, here / "servers")
+    """
+    recipe(tmp_path, python)
+    trainer = subprocess.Popen([sys.executable, "-c", textwrap.dedent(script)], cwd=tmp_path)
+    pid = tmp_path / "pid"
+    wait_until(lambda: pid.exists() and pid.read_text().strip())
+    trainer.send_signal(signal.SIGKILL)
+    trainer.wait()
+    wait_until(lambda: not alive(int(pid.read_text())))
+
+
+def test_a_server_that_does_not_end_when_asked_is_killed(tmp_path):
+    command = program(tmp_path, "trap '' TERM; echo $$ > pid; sleep 100; sleep 100")
+    script = f"""
+        import sys
+        from sapo_megatron.rollout.vllm import guard
+        guard.GRACE_S = 0.2
+        sys.argv = ["guard", {str(command)!r}]
+        sys.exit(guard.main())
+    """
+    process = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(script)], stdin=subprocess.PIPE, cwd=tmp_path
+    )
+    pid = tmp_path / "pid"
+    wait_until(lambda: pid.exists() and pid.read_text().strip())
+    process.stdin.close()
+    process.wait(10)
+    assert not alive(int(pid.read_text()))
+
+
+def wait_until(holds):
+    until = time.monotonic() + 15.0
+    while not holds():
+        assert time.monotonic() < until
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize(
+    ("rollout", "message"),
+    [
+        ({"servers": ["http://a:1"]}, "rollout.servers: expected none with .* in_process"),
+        ({"vllm_python": "python"}, "rollout.vllm_python: expected none with .* in_process"),
+        ({"engine": "vllm"}, "rollout.servers: expected either .* got neither"),
+        (
+            {"engine": "vllm", "servers": ["http://a:1"], "vllm_python": "python"},
+            "rollout.servers: expected either .* got both",
+        ),
+        ({"engine": "vllm", "servers": ["node7:8000"]}, "expected URLs .* got 'node7:8000'"),
+        ({"engine": "vllm", "servers": ["http://a/v1"]}, "expected URLs .* got 'http://a/v1'"),
+        ({"engine": "vllm", "servers": ["http://a", "http://a"]}, "got http://a twice"),
+        ({"engine": "vllm", "vllm_python": "python", "num_servers": 0}, "rollout.num_servers"),
+        ({"weight_transfer": "nccl"}, "rollout.weight_transfer: expected folder .* in_process"),
+        (
+            {"engine": "vllm", "vllm_python": "python", "weight_transfer": "nccl"},
+            "rollout.weight_transfer: expected folder with rollout.vllm_python",
+        ),
+        (
+            {
+                "engine": "vllm",
+                "servers": ["http://a"],
+                "colocate": True,
+                "weight_transfer": "nccl",
+            },
+            "rollout.weight_transfer: expected folder with rollout.colocate",
+        ),
+        ({"colocate": True}, "rollout.colocate: expected false with .* in_process"),
+        (
+            {"engine": "vllm", "servers": ["http://a"], "colocate": True, "async_steps": 1},
+            "rollout.async_steps: expected 0 with rollout.colocate",
+        ),
+    ],
+)
+def test_recipes_that_are_wrong(tmp_path, rollout, message):
+    with pytest.raises(UserError, match=message):
+        load(write_recipe(tmp_path, rollout=rollout))

@@ -1,0 +1,168 @@
+"""A model and recipes so small that whole runs fit into a test, and the command line."""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import uuid
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from sapo_megatron.sample import Prompt
+
+ROOT = Path(__file__).parents[2]
+TESTS = ROOT / "tests"
+TOKENIZER = ROOT / "recipes" / "tiny-moe" / "tokenizer.model"
+ARCH: dict[str, Any] = {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "model_type": "qwen3_moe",
+    "attention_bias": False,
+    "decoder_sparse_step": 1,
+    "head_dim": 8,
+    "hidden_act": "silu",
+    "hidden_size": 32,
+    "initializer_range": 0.2,  # far from uniform, so that sampled tokens mean something
+    "intermediate_size": 64,
+    "max_position_embeddings": 128,
+    "mlp_only_layers": [],
+    "moe_intermediate_size": 32,
+    "norm_topk_prob": True,
+    "num_attention_heads": 4,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "num_hidden_layers": 2,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": False,
+    "torch_dtype": "float32",
+    "vocab_size": 104,
+}
+
+
+def even(prompt: Prompt, response: str) -> float:
+    """A reward that differs within nearly every group, also of an untrained model."""
+    return sum(c in "02468" for c in response) / max(len(response), 1)
+
+
+def varied(prompt: Prompt, response: str) -> float:
+    """A reward that differs between nearly any two responses."""
+    return zlib.crc32(response.encode()) % 16 / 15
+
+
+def starts_even(prompt: Prompt, response: str) -> float:
+    """A reward of 0 or 1 that some groups agree on."""
+    return float(response[:1] in "02468")
+
+
+def never(prompt: Prompt, response: str) -> float:
+    """A reward that no group has anything to learn from."""
+    return 0.0
+
+
+def fails_on_short(prompt: Prompt, response: str) -> float:
+    """A reward that breaks on responses of fewer than four characters."""
+    return float(response[3] in "02468")
+
+
+def write_recipe(folder: Path, *, arch: dict[str, Any] | None = None, **sections: Any) -> Path:
+    """A recipe, its model and its data below ``folder``; ``sections`` are merged into it."""
+    model = folder / "model"
+    model.mkdir(parents=True, exist_ok=True)
+    (model / "config.json").write_text(json.dumps({**ARCH, **(arch or {})}))
+    rows = [
+        {"prompt": f"Calculate {a} + {b}.", "answer": a + b} for a in range(12) for b in (3, 45)
+    ]
+    (folder / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipe: dict[str, Any] = {
+        "model": {
+            "path": "model",
+            "tokenizer": str(TOKENIZER),
+            "init": "random",
+            "params_dtype": "float32",
+        },
+        "data": {"train": {"path": "sums.jsonl"}},
+        "rollout": {
+            "rollout_batch_size": 4,
+            "num_generations": 4,
+            "max_prompt_length": 16,
+            "max_response_length": 6,
+        },
+        "reward": {"function": "tests.support.tiny:even"},
+        "optimizer": {"lr": 1e-2},
+        "train": {"steps": 1, "num_mini_batches": 2, "max_tokens_per_gpu": 128},
+        "eval": {"num_problems": 4, "k": 2},
+    }
+    for name, values in sections.items():
+        recipe[name] = {**recipe.get(name, {}), **values}
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    return path
+
+
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+@dataclass(frozen=True)
+class Done:
+    """What a program left."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+    processes: int
+    """Processes that were still there when it had ended; they were killed."""
+
+
+def cli(
+    *words: Any,
+    cwd: Path,
+    env: dict[str, str] | None = None,
+    program: tuple[str, ...] = ("-m", "sapo_megatron"),
+    timeout: float = 280.0,
+) -> Done:
+    """``sapo-megatron words`` as a program; whatever it starts is gone afterwards."""
+    mark = f"SAPO_MEGATRON_TEST={uuid.uuid4().hex}"
+    kept = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    inherited = filter(None, [os.environ.get("PYTHONPATH")])
+    paths = {"PYTHONPATH": os.pathsep.join([str(ROOT), *inherited])}
+    marked = dict([mark.split("=")])
+    # Into files: what a killed process leaves behind would keep a pipe open.
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        process = subprocess.Popen(
+            [sys.executable, *program, *map(str, words)],
+            cwd=cwd,
+            env={**kept, **paths, **marked, "OMP_NUM_THREADS": "1", **(env or {})},
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=err,
+        )
+        left: list[int] = []
+        try:
+            process.wait(timeout)
+        finally:
+            left = _bearing(mark)
+            for pid in left:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+        out.seek(0)
+        err.seek(0)
+        return Done(process.returncode, out.read(), err.read(), len(left))
+
+
+def _bearing(mark: str) -> list[int]:
+    """Processes with this in their environment: a program and all that came of it."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):
+            if mark.encode() in path.read_bytes():
+                found.append(int(path.parent.name))
+    return found

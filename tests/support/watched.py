@@ -1,0 +1,149 @@
+"""What ``test_routing`` runs on ranks: whole steps whose routers are watched and told."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from sapo_megatron.data.batch import denominators, micro_batches
+from sapo_megatron.metrics import Metrics
+from sapo_megatron.objective.loss import policy_loss
+from sapo_megatron.policy import parallel
+from sapo_megatron.policy.decode import MegatronDecoder
+from sapo_megatron.policy.step import Policy
+from sapo_megatron.recipe.load import load
+from sapo_megatron.rollout.generate import Request, SamplingParams, generate
+from sapo_megatron.sample import Group
+from sapo_megatron.training import loop as train
+from sapo_megatron.training.coldstart import initial_weights
+from sapo_megatron.training.inputs import read_inputs
+from sapo_megatron.training.observe import RouterWatch
+from tests.support.tiny import read_metrics, varied, write_recipe
+from tests.support.whole_runs import run, without_reports_and_checkpoints
+
+MIXED = {"num_hidden_layers": 4, "mlp_only_layers": [1], "intermediate_size": 64}
+EVERY_UPDATE = {"decompose_every": 1, "prob_every": 2}
+
+
+class Varied:
+    """A scorer without a process of its own, of which many would have to start."""
+
+    def __init__(self, config: Any) -> None: ...
+
+    def __enter__(self) -> "Varied":
+        return self
+
+    def __exit__(self, *args: object) -> None: ...
+
+    def score(self, groups: list[Group]) -> Metrics:
+        for group in groups:
+            for s in group.samples:
+                s.reward = varied(group.prompt, s.text)
+        return Metrics()
+
+
+def steps(folder: Path, cases: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The metrics of one step of each case, in fp64; a case changes the recipe."""
+    without_reports_and_checkpoints()
+    train.Scorer = Varied
+    if dist.get_rank() == 0:
+        write_recipe(
+            folder,
+            arch=MIXED,
+            model={"path": "model", "params_dtype": "float64"},
+            routing=EVERY_UPDATE,
+            eval={"num_problems": 1, "k": 1},
+        )
+    dist.barrier()
+    found = {}
+    for name, changes in cases.items():
+        run(folder, train__run_dir=folder / name, **changes)
+        found[name] = read_metrics(folder / name)[-1]
+    return found
+
+
+def constructed(folder: Path) -> dict[str, dict[str, float]]:
+    """The split of updates whose old and current weights differ in one known place."""
+    found = {}
+    for name, dense, perturb in (
+        ("nothing", False, _nothing),
+        ("expert bias", False, _bias),
+        ("lm head", False, _head),
+        ("attention", False, _attention),
+        ("dense", True, _attention),
+    ):
+        for mode in ("disabled", "R2") if not dense else ("disabled",):
+            found[f"{name}, {mode}"] = _perturbed(folder / f"{name} {mode}", mode, dense, perturb)
+    return found
+
+
+def _perturbed(folder: Path, mode: str, dense: bool, perturb: Any) -> dict[str, float]:
+    arch = {"model_type": "qwen3", "num_experts": None} if dense else MIXED
+    write_recipe(folder, arch=arch, routing={**EVERY_UPDATE, "router_replay": mode})
+    recipe = load(folder / "recipe.yaml")
+    inputs = read_inputs(recipe, 1)
+    groups = parallel.setup(recipe.parallel, seed=1)
+    start = initial_weights(recipe, inputs, groups, folder)
+    policy = Policy(recipe, inputs.arch, groups, start, optimizer=recipe.optimizer, total_updates=1)
+    for module in _routers(policy):
+        # A router that chooses by scores and bias, and weighs by scores alone.
+        module.score_function = module.config.moe_router_score_function = "sigmoid"
+        module.expert_bias = torch.zeros(module.config.num_moe_experts)
+    samples = _samples(policy)
+    watch = RouterWatch(recipe, policy, folder / "dumps")
+    batches = micro_batches(samples, **groups.batch_layout(recipe))
+    watch.set_old_logprobs(batches)
+    with torch.no_grad():
+        perturb(policy, torch.Generator().manual_seed(0))
+
+    def loss(batch: Any, logprob: Any, entropy: Any) -> Any:
+        return policy_loss(
+            batch,
+            logprob,
+            entropy,
+            algorithm=recipe.algorithm,
+            denominators=denominators(samples),
+            max_response_length=8,
+        )
+
+    metrics = watch.update(batches, loss, step=1, mini_batch=0, where="here")
+    values = metrics.gather(groups.world).values()
+    parallel.teardown()
+    return values
+
+
+def _samples(policy: Policy) -> Any:
+    decoder = MegatronDecoder(policy)
+    requests = [Request(uid=i, prompt_tokens=(7 + i, 20, 3 + 2 * i)) for i in range(12)]
+    params = SamplingParams(temperature=1.0, top_p=1.0, max_new_tokens=8, eos_id=1, seed=3)
+    with decoder.generating(record=True):
+        samples = generate(decoder, requests, params, batch_size=12)
+    for s in samples:
+        s.advantage = 1.0 if s.uid % 2 else -0.5
+    return samples
+
+
+def _routers(policy: Policy) -> list[Any]:
+    return [m for c in policy.chunks for m in c.modules() if type(m).__name__ == "TopKRouter"]
+
+
+def _nothing(policy: Policy, generator: torch.Generator) -> None: ...
+
+
+def _bias(policy: Policy, generator: torch.Generator) -> None:
+    for module in _routers(policy):
+        module.expert_bias += torch.randn(len(module.expert_bias), generator=generator)
+
+
+def _head(policy: Policy, generator: torch.Generator) -> None:
+    _shake(policy.chunks[-1].output_layer.weight, generator)
+
+
+def _attention(policy: Policy, generator: torch.Generator) -> None:
+    for layer in policy.chunks[0].decoder.layers:
+        _shake(layer.self_attention.linear_proj.weight, generator)
+
+
+def _shake(weight: torch.Tensor, generator: torch.Generator) -> None:
+    weight += 0.2 * weight.std() * torch.randn(weight.shape, generator=generator)

@@ -1,0 +1,227 @@
+"""What the tests of whole runs do on ranks: several runs, one after the other, in one world."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+
+from sapo_megatron.errors import RunFailed, UserError
+from sapo_megatron.policy import checkpoint, parallel
+from sapo_megatron.recipe.load import load
+from sapo_megatron.training import loop as train
+from sapo_megatron.training.inputs import read_inputs
+from tests.support.tiny import write_recipe
+
+EP2 = {"expert_model_parallel_size": 2}
+
+
+def run(folder: Path, resume: str | None = None, **overrides: Any) -> dict[str, Any]:
+    """Train the recipe in ``folder``; ``section__key=value`` changes it. Returns the summary."""
+    recipe = load(
+        folder / "recipe.yaml", {k.replace("__", "."): str(v) for k, v in overrides.items()}
+    )
+    inputs = read_inputs(recipe, dist.get_world_size())
+    try:
+        return train.train(recipe, inputs, resume)
+    finally:
+        parallel.teardown()
+        dist.barrier()
+
+
+def message_of(error: type[Exception], folder: Path, resume: str | None, **overrides: Any) -> str:
+    """The message of the error that a run must end with."""
+    try:
+        run(folder, resume, **overrides)
+    except error as raised:
+        return str(raised)
+    raise AssertionError(f"expected {error.__name__}")
+
+
+def without_reports_and_checkpoints() -> None:
+    checkpoint.save = lambda *args, **kwargs: None
+
+
+# Resuming
+
+
+class Crash(Exception):
+    """Stands for whatever ends a run."""
+
+
+def _stopped(folder: Path) -> dict[str, Any]:
+    """A run that is asked to stop in its second step, and goes on."""
+    where = folder / "stopped"
+    step = train.Trainer._step
+
+    def asked_to_stop(trainer: train.Trainer, number: int, *args: Any) -> Any:
+        if number == 2 and dist.get_rank() == 0:
+            (where / "stop").touch()
+        return step(trainer, number, *args)
+
+    train.Trainer._step = asked_to_stop
+    at_the_end = {"checkpoint__every": 0, "train__steps": 4, "train__run_dir": str(where)}
+    first = run(folder, **at_the_end)
+    train.Trainer._step = step
+    left = sorted(p.relative_to(where).as_posix() for p in where.glob("*/step*"))
+    left += [name for name in ("stop", "summary.json") if (where / name).exists()]
+    dist.barrier()
+    if dist.get_rank() == 0:
+        (where / "stop").touch()  # came too late for the run that it was meant for
+    dist.barrier()
+    return {"first": first, "left": left, **run(folder, "auto", **at_the_end)}
+
+
+def resuming(folder: Path) -> dict[str, Any]:
+    """Runs of four steps that were interrupted in several ways, below ``folder``."""
+    if dist.get_rank() == 0:
+        write_recipe(
+            folder,
+            parallel=EP2,
+            cold_start={"steps": 3, "batch_size": 8},
+            checkpoint={"every": 1},
+        )
+        write_recipe(folder / "wide", arch={"hidden_size": 64}, parallel=EP2)
+    dist.barrier()
+    found: dict[str, Any] = {}
+    straight, halves, crashed = (str(folder / n) for n in ("straight", "halves", "crashed"))
+
+    at_the_end = {"checkpoint__every": 0}
+    found["straight"] = run(folder, train__run_dir=straight, train__steps=4, **at_the_end)
+    run(folder, train__run_dir=halves, train__steps=2, **at_the_end)
+    found["halves"] = run(folder, "auto", train__run_dir=halves, train__steps=4)
+
+    _crash_while_saving(step=3)
+    message_of(Crash, folder, None, train__run_dir=crashed, train__steps=4)
+    dist_checkpointing.save = _save
+    found["left behind"] = sorted(p.name for p in (folder / "crashed/checkpoints").iterdir())
+    dist.barrier()
+    found["crashed"] = run(folder, "auto", train__run_dir=crashed, train__steps=4)
+    found["stopped"] = _stopped(folder)
+    found["kept"] = sorted(p.name for p in (folder / "crashed/checkpoints").iterdir())
+
+    finished = Path(straight)
+    before = {p: p.read_bytes() for p in finished.glob("*.*")}
+    found["layout"] = message_of(
+        UserError,
+        folder,
+        straight,
+        parallel__expert_model_parallel_size=1,
+        train__steps=5,
+    )
+    found["fewer steps"] = message_of(UserError, folder, straight, train__steps=3)
+    found["model"] = message_of(UserError, folder / "wide", straight, train__steps=5)
+    found["no run"] = message_of(UserError, folder, str(folder / "wide"))
+    found["taken"] = message_of(UserError, folder, None, train__run_dir=straight)
+    found["untouched"] = before == {p: p.read_bytes() for p in finished.glob("*.*")}
+    found["finished"] = run(folder, straight, train__steps=4)
+    return found
+
+
+_save = dist_checkpointing.save
+
+
+def _crash_while_saving(step: int) -> None:
+    """The next save of this step ends when the tensors are written and nothing else is."""
+
+    def save(state: Any, folder: str, **kwargs: Any) -> None:
+        _save(state, folder, **kwargs)
+        if f"step-{step:06d}" in folder:
+            raise Crash
+
+    dist_checkpointing.save = save
+
+
+# Losses and options
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "grpo": {"loss_type": "grpo", "clip_ratio_high": 0.28, "clip_ratio_c": 3, "kl_coef": 0.1},
+    "gspo": {"loss_type": "gspo", "adv_estimator": "rloo", "kl_coef": 0.1, "kl_type": "k1"},
+    "cispo": {"loss_type": "cispo", "adv_estimator": "dr_grpo", "kl_coef": 0.1, "kl_type": "k2"},
+    "sapo": {"loss_type": "sapo", "entropy_coef": 0.01, "loss_agg_mode": "token-mean"},
+}
+
+
+def variants(folder: Path) -> dict[str, Any]:
+    """A step of each, one rank; and runs whose numbers are not finite."""
+    without_reports_and_checkpoints()
+    write_recipe(folder)
+    found: dict[str, Any] = {}
+    for name, algorithm in VARIANTS.items():
+        changes = {f"algorithm__{key}": value for key, value in algorithm.items()}
+        found[name] = run(folder, train__run_dir=folder / name, **changes)
+    found["dynamic"] = run(
+        folder,
+        train__run_dir=folder / "dynamic",
+        rollout__dynamic_sampling=True,
+        reward__function="tests.support.tiny:starts_even",
+        reward__timeout_s=60,
+    )
+    found["nothing to learn"] = message_of(
+        RunFailed,
+        folder,
+        None,
+        train__run_dir=folder / "never",
+        rollout__dynamic_sampling=True,
+        reward__function="tests.support.tiny:never",
+    )
+    run(
+        folder,
+        train__run_dir=folder / "errors",
+        reward__function="tests.support.tiny:fails_on_short",
+    )
+    found["only evaluation"] = run(folder, train__run_dir=folder / "none", train__steps=0)
+    for mode in ("abort", "skip"):
+        for poison in ("loss", "gradient"):
+            found[f"{mode} {poison}"] = _poisoned(folder, mode, poison)
+    return found
+
+
+def _poisoned(folder: Path, mode: str, poison: str) -> tuple[str, bool]:
+    """A run whose second mini-batch goes wrong: its message, and whether that changed weights."""
+    weights: list[list[torch.Tensor]] = []
+    update, policy_loss = train.Policy.update, train.policy_loss
+    calls = 0
+
+    def watched_update(self: Any, *args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        state = [p.detach().clone() for chunk in self.chunks for p in chunk.parameters()]
+        weights.append(state)
+        try:
+            return update(self, *args, **kwargs)
+        finally:
+            weights.append([p.detach().clone() for c in self.chunks for p in c.parameters()])
+
+    def poisoned_loss(*args: Any, **kwargs: Any) -> Any:
+        loss, metrics = policy_loss(*args, **kwargs)
+        if calls != 2:
+            return loss, metrics
+        if poison == "gradient":  # finite itself: the root's slope at zero is not
+            return loss + (0 * loss).sqrt(), metrics
+        bad = train.Metrics()
+        bad.add("actor/pg_loss", train.Mean(math.nan, 1.0))
+        return loss * math.nan, bad
+
+    train.Policy.update, train.policy_loss = watched_update, poisoned_loss
+    target = folder / f"{mode}-{poison}"
+    arguments = {
+        "train__run_dir": target,
+        "train__on_nonfinite": mode,
+        "train__num_mini_batches": 4,
+    }
+    try:
+        message = (
+            message_of(RunFailed, folder, None, **arguments)
+            if mode == "abort"
+            else str(run(folder, **arguments)["steps"])
+        )
+    finally:
+        train.Policy.update, train.policy_loss = update, policy_loss
+    before, after = weights[2:4]
+    changed = any(not torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    assert any(not torch.equal(a, b) for a, b in zip(*weights[:2], strict=True))
+    return message, changed

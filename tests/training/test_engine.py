@@ -1,0 +1,315 @@
+"""Servers that follow the policy, against servers without a model; tests/on_vllm has real ones."""
+
+import sys
+from concurrent.futures import ThreadPoolExecutor, wait
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from sapo_megatron.errors import RunFailed, UserError
+from sapo_megatron.hf.architecture import parse_architecture
+from sapo_megatron.hf.folder import Listed
+from sapo_megatron.recipe.schema import RolloutConfig
+from sapo_megatron.rollout.generate import Request, SamplingParams
+from sapo_megatron.rollout.vllm import transfer
+from sapo_megatron.rollout.vllm.engine import VllmEngine
+from sapo_megatron.rollout.vllm.transfer import Transfer
+from sapo_megatron.training.engine import Following
+from tests.support import fakevllm
+from tests.support.fakevllm import EOS, FakeVllm, logprob
+from tests.support.gloo import run_ranks
+from tests.support.tiny import ARCH
+
+PROBE = (5, 9, 2, 7)
+PARAMS = SamplingParams(temperature=0.7, top_p=0.9, max_new_tokens=6, eos_id=EOS, seed=3)
+REQUESTS = [Request(uid=uid, prompt_tokens=(5, 9, 2 + uid)) for uid in range(4)]
+ROUND = ["wake_up", "load", "forget", "probe", "sample", "sleep"]
+
+
+@pytest.fixture(autouse=True)
+def world(tmp_path):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.fixture
+def server():
+    with FakeVllm() as one:
+        one.description["sleep_mode"] = True
+        yield one
+
+
+WEIGHTS = [("a", torch.ones(2, 3)), ("b", torch.zeros(4, dtype=torch.bfloat16))]
+LISTING = [Listed(name, tensor.dtype, tensor.shape) for name, tensor in WEIGHTS]
+
+
+class Sender:
+    """Does what vLLM's sender does, but for NCCL."""
+
+    def __init__(self, group, client, source):
+        self.group, self.client, self.source = group, client, source
+        self.sent = []
+        self.aborted = False
+        client.init_weight_transfer_engine({"rank_offset": 1, **group})
+
+    def send_weights(self):
+        listing = self.source.metadata()
+        self.client.start_weight_update()
+        with ThreadPoolExecutor(1) as executor:
+            update = {"names": [listed.name for listed in listing]}
+            future = executor.submit(self.client.update_weights, update)
+            self.sent.append([Listed(n, t.dtype, t.shape) for n, t in self.source])
+            assert self.sent[-1] == listing
+            wait([future])
+            if self.aborted:
+                raise RuntimeError("NCCL error: unhandled\nsystem error")
+        self.client.finish_weight_update()
+
+    def shutdown(self):
+        self.aborted = True
+
+
+@pytest.fixture
+def sender(monkeypatch):
+    """Stands in for vLLM's, which needs GPUs."""
+    made = []
+
+    def trainer_init(group, *, client, source):
+        made.append(Sender(group, client, source))
+        return made[0]
+
+    monkeypatch.setattr(transfer, "_vllm", lambda: (dict, trainer_init))
+    return made
+
+
+def over_nccl(folder, *servers, **changes):
+    for server in servers:
+        server.description["weight_transfer"] = "nccl"
+    return following(folder, *servers, weight_transfer="nccl", **changes)
+
+
+def following(folder, *servers, timeout_s=5.0, **changes):
+    """A policy that never trains unless told to, and servers that follow it."""
+    policy = SimpleNamespace(
+        updates=0,
+        groups=SimpleNamespace(world=dist.group.WORLD),
+        checkpoint=SimpleNamespace(
+            save=lambda folder: folder.mkdir(exist_ok=True), stream=lambda: iter(WEIGHTS)
+        ),
+        logprobs=lambda tokens, layout: tuple(map(logprob, tokens[1:])),
+    )
+    config = RolloutConfig(
+        engine="vllm",
+        servers=tuple(s.url for s in servers),
+        max_prompt_length=16,
+        max_response_length=6,
+        server_timeout_s=timeout_s,
+        **changes,
+    )
+    engine = VllmEngine(config.servers, config, parse_architecture(ARCH))
+    engine.check()
+    nccl = config.weight_transfer == "nccl"
+    return policy, Following(
+        policy,
+        engine,
+        folder / "weights",
+        probe=PROBE,
+        tolerance=1e-3,
+        layout={},
+        colocate=config.colocate,
+        over_nccl=nccl,
+        transfer=Transfer(config.servers, LISTING, timeout_s=timeout_s) if nccl else None,
+    )
+
+
+def rollout(engine):
+    with engine.serving(record=True) as metrics:
+        samples = engine.generate(REQUESTS, PARAMS)
+    assert [s.uid for s in samples] == [r.uid for r in REQUESTS]
+    return metrics.values()
+
+
+def calls(server):
+    """What the server was asked to do, one after the other and each once."""
+    found = []
+    for path, body in server.calls:
+        name = {"/sleep?level=2": "sleep", "/wake_up": "wake_up", "/reset_prefix_cache": "forget"}
+        name |= {path: path[1:].split("_weight")[0] for path in fakevllm.TRANSFER}
+        if body.get("method") == "sapo_load":
+            found.append("load")
+        elif body.get("method") == "sapo_label":
+            found.append("part" if body["args"][0].startswith("part of") else "label")
+        elif "prompt_logprobs" in body:
+            found.append("probe")
+        elif "seed" in body:
+            found += [] if found[-1] == "sample" else ["sample"]
+        elif path in name:
+            found.append(name[path])
+    return found
+
+
+def test_servers_elsewhere_get_weights_that_have_changed_and_stay_awake(tmp_path, server):
+    policy, engine = following(tmp_path, server)
+    assert "time/sync" in rollout(engine)
+    assert rollout(engine) == {}
+    policy.updates += 1
+    rollout(engine)
+    assert calls(server) == ROUND[1:5] * 2  # the same weights twice
+
+
+def test_colocated_servers_sleep_after_every_rollout_and_get_weights_before(tmp_path, server):
+    policy, engine = following(tmp_path, server, colocate=True)
+    for _ in range(2):  # an evaluation, whose weights are the same
+        assert "rollout/probe_diff" in rollout(engine)
+        assert server.asleep
+    policy.updates += 1
+    rollout(engine)
+    assert calls(server) == ROUND * 3
+    assert engine.age == 0
+
+
+def test_a_colocated_server_that_is_back_is_woken_before_it_gets_weights(tmp_path, server):
+    with FakeVllm() as away:
+        away.description["sleep_mode"] = True
+        _, engine = following(tmp_path, server, away, colocate=True)
+        rollout(engine)
+    server.fault = fakevllm.after(0.1)
+    with engine.serving(record=True), FakeVllm(away.port) as back:
+        back.description["sleep_mode"] = back.asleep = True
+        engine.generate(REQUESTS * 4, PARAMS)
+        assert calls(back)[:4] == ROUND[:4]
+        assert back.asleep
+    assert server.asleep
+
+
+def test_a_colocated_server_that_cannot_sleep(tmp_path, server):
+    server.description["sleep_mode"] = False
+    with pytest.raises(UserError, match=f"^{server.url}: sleep_mode: .* --enable-sleep-mode$"):
+        following(tmp_path, server, colocate=True)
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        ((404, {"detail": "Not Found"}), "got HTTP 404; .* --enable-sleep-mode"),
+        ((500, b"used more memory"), "got HTTP 500: used more memory; .* --enable-sleep-mode"),
+        (fakevllm.HANG_UP, "got RemoteProtocolError .* --enable-sleep-mode"),
+    ],
+)
+def test_a_colocated_server_that_does_not_sleep_ends_the_run(tmp_path, server, answer, message):
+    _, engine = following(tmp_path, server, colocate=True)
+    server.fault = lambda path, body, own: answer if "/sleep" in path else own()
+    with pytest.raises(RunFailed, match=f"^{server.url}: /sleep: expected .* {message}"):
+        rollout(engine)
+
+
+def test_a_colocated_server_that_does_not_wake_ends_the_run(tmp_path, server):
+    _, engine = following(tmp_path, server, colocate=True)
+    server.fault = lambda path, body, own: (500, b"CUDA OOM") if path == "/wake_up" else own()
+    with pytest.raises(RunFailed, match=r"got HTTP 500: CUDA OOM; .* --gpu-memory-utilization"):
+        rollout(engine)
+
+
+SENT = ["part", "start", "update", "finish", "label", "forget", "probe", "sample"]
+
+
+def test_weights_over_nccl(tmp_path, server, sender):
+    with FakeVllm() as other:
+        policy, engine = over_nccl(tmp_path, server, other)
+        assert rollout(engine)["rollout/probe_diff"] == pytest.approx(0, abs=1e-9)
+        assert rollout(engine) == {}
+        policy.updates += 1
+        rollout(engine)
+        assert calls(server) == calls(other) == ["init", *SENT * 2]
+        first, second = (
+            next(body["init_info"] for _, body in each.calls if "init_info" in body)
+            for each in (server, other)
+        )
+    assert sender[0].sent == [LISTING, LISTING]
+    assert (first["rank_offset"], second["rank_offset"]) == (1, 3)
+    assert (first["world_size"], first["rank"]) == (5, 0)
+    assert first["master_address"] == "127.0.0.1"
+    assert not (tmp_path / "weights").exists()
+
+
+def test_a_server_that_does_not_take_weights_over_nccl_ends_the_run(tmp_path, server, sender):
+    _, engine = over_nccl(tmp_path, server)
+    server.fault = lambda path, body, own: (500, b"no") if path == "/update_weights" else own()
+    with pytest.raises(RunFailed, match=f"^{server.url}: /update_weights: .* got HTTP 500: no; "):
+        rollout(engine)
+    assert sender[0].aborted
+
+
+def test_a_server_that_is_away_when_weights_are_sent_ends_the_run(tmp_path, server, sender):
+    with FakeVllm() as away:
+        _, engine = over_nccl(tmp_path, server, away)
+    with pytest.raises(RunFailed, match=f"^{away.url}: expected every server .* got ConnectError"):
+        rollout(engine)
+
+
+def test_a_server_that_is_restarted_after_weights_were_sent_gets_no_work(tmp_path, server, sender):
+    with FakeVllm() as other:
+        _, engine = over_nccl(tmp_path, server, other, timeout_s=1.5)
+        rollout(engine)
+        other.weights = "initial"
+        before = len(other.prompts())
+        server.fault = fakevllm.after(0.1)
+        rollout(engine)
+        assert len(other.prompts()) == before
+        server.weights = "initial"
+        with pytest.raises(RunFailed, match=f"{server.url}: away for 1.5 s: it has not got the"):
+            rollout(engine)
+
+
+def test_a_server_that_takes_no_weights_over_nccl(tmp_path, server, sender):
+    with pytest.raises(UserError, match=f'^{server.url}: weight_transfer: .* \'{{"backend": '):
+        following(tmp_path, server, weight_transfer="nccl")
+
+
+def test_weights_over_nccl_need_vllm_beside_megatron(server, monkeypatch):
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    with pytest.raises(UserError, match=r"rollout\.weight_transfer: expected vLLM beside Megatron"):
+        Transfer([server.url], LISTING, timeout_s=1.0)
+
+
+def failing_on_two_ranks(url):
+    """Where the second rank, too, has to bring its part of every tensor."""
+
+    def stream():
+        for name, tensor in WEIGHTS:
+            dist.broadcast(tensor.clone(), src=1)
+            if dist.get_rank() == 0:
+                yield name, tensor
+
+    def receive(send, probe):
+        raise RunFailed(f"{url}: gone")
+
+    first = dist.get_rank() == 0
+    engine = Following(
+        SimpleNamespace(
+            updates=0,
+            groups=SimpleNamespace(world=dist.group.WORLD),
+            checkpoint=SimpleNamespace(stream=stream),
+            logprobs=lambda tokens, layout: (),
+        ),
+        SimpleNamespace(receive=receive) if first else None,
+        Path(),
+        probe=PROBE,
+        tolerance=1e-3,
+        layout={},
+        over_nccl=True,
+        transfer=SimpleNamespace(send=list) if first else None,
+    )
+    try:
+        with engine.serving(record=True):
+            return None
+    except RunFailed as error:
+        return str(error)
+
+
+def test_all_ranks_end_where_weights_cannot_be_sent():
+    assert run_ranks(2, failing_on_two_ranks, "http://a") == ["http://a: gone"] * 2

@@ -1,0 +1,33 @@
+"""New weights in models that vLLM packs in other ways than that of test_servers.py."""
+
+import os
+
+import pytest
+from test_servers import changed, make_engine, probe_of
+
+from sapo_megatron.recipe.load import load
+from sapo_megatron.rollout.vllm.servers import LocalServers
+from tests.support.families import make_model
+from tests.support.tiny import write_recipe
+
+
+@pytest.mark.parametrize("family", ["qwen3", "glm-4.5"])  # tied embeddings; shared experts, biases
+def test_weights_are_right_after_every_load(family, tmp_path):
+    sizes = {"head_dim": 32, "hidden_size": 64, "moe_intermediate_size": 32, "vocab_size": 104}
+    sizes["max_position_embeddings"] = 256
+    first = make_model(family, tmp_path / "0", **sizes)
+    models = [first, changed(first, tmp_path / "1", seed=1)]
+    rollout = {
+        "engine": "vllm",
+        "vllm_python": os.environ["SAPO_VLLM_PYTHON"],
+        "max_prompt_length": 192,
+        "max_response_length": 64,
+        "server_timeout_s": 240.0,
+    }
+    recipe = load(write_recipe(tmp_path, rollout=rollout, train={"max_tokens_per_gpu": 256}))
+    with LocalServers(recipe, tmp_path / "0", tmp_path / "servers") as servers:
+        engine = make_engine(recipe, tmp_path / "0", servers)
+        engine.check()
+        for number in (0, 1, 0):
+            found = engine.load(tmp_path / str(number), probe_of(models[number]))
+            assert max(found.values()) < 1e-5
