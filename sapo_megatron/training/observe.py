@@ -16,6 +16,7 @@ from torch import Tensor
 from sapo_megatron.metrics import Max, Metrics
 from sapo_megatron.objective.bound import bound_metrics
 from sapo_megatron.objective.correction import mismatch_metrics
+from sapo_megatron.objective.ratio import Ratio
 from sapo_megatron.policy.step import Forward, LossFunction, Policy
 from sapo_megatron.recipe.schema import Recipe
 from sapo_megatron.routing.divergence import compare, load_metrics, token_metrics
@@ -181,9 +182,7 @@ class RouterWatch:
 
     def _bound(self, batch: PackedBatch, forward: Forward) -> Metrics:
         return bound_metrics(
-            forward.logprob - batch.old_logprob,
-            batch.advantages,
-            batch.mask,
+            Ratio.of(forward.logprob - batch.old_logprob, batch.advantages, batch.mask),
             batch.sequence_ids,
             batch.lengths,
             tau_pos=self.recipe.algorithm.tau_pos,

@@ -1,9 +1,11 @@
 """The policy loss: one number by hand, and the same numbers however the batch is cut."""
 
 import math
+from collections import Counter
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sapo_megatron.metrics import Metrics
 from sapo_megatron.objective.loss import policy_loss
@@ -212,6 +214,26 @@ def test_context_parallel_ranks_add_up(name):
         for entry in range(start + rank, start + len(s["mask"]), 2)
     ]
     assert_same((loss, gradient, metrics), (whole[0], whole[1][order], whole[2]))
+
+
+class Counting(TorchDispatchMode):
+    """How often each operation runs."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = Counter()
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        self.calls[operation.overloadpacket.__name__] += 1
+        return operation(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_a_ratio_is_computed_once(name):
+    with Counting() as counting:
+        run(ALGORITHMS[name], *pack(make_sequences()))
+    # gspo takes the ratio of the sequences too.
+    assert counting.calls["exp"] == (2 if name == "gspo" else 1)
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)
