@@ -1,5 +1,8 @@
 """The policy loss of one micro-batch, and what it says about itself."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -20,7 +23,7 @@ from sapo_megatron.objective.kl import kl_penalty
 from sapo_megatron.objective.ratio import Ratio, masked
 from sapo_megatron.objective.reduce import sequence_mean, token_weights
 from sapo_megatron.objective.sapo import sapo_gate, sapo_loss, sapo_weight, token_temperature
-from sapo_megatron.recipe.schema import AlgorithmConfig, CorrectionConfig
+from sapo_megatron.recipe.schema import AlgorithmConfig, CorrectionConfig, LossType
 from sapo_megatron.sample import Denominators, PackedBatch
 
 RATIO_EDGES = tuple(i / 20 for i in range(61))
@@ -46,20 +49,21 @@ def policy_loss(
     loss + kl_coef * KL - entropy_coef * entropy)`` with the weights of
     :func:`~sapo_megatron.objective.reduce.token_weights`; shares of all pieces add up to the loss
     of the global mini-batch. Without a valid token it is zero and still has a gradient (of zero),
-    so a backward pass runs on every rank. Collective over ``cp_group`` for gspo and for masking by
-    sequence.
+    so a backward pass runs on every rank. Collective over ``cp_group`` for a loss of sequences and
+    for masking by sequence.
     """
     assert batch.old_logprob is not None, "old_logprob is set before the first update"
     assert algorithm.kl_coef == 0 or batch.ref_logprob is not None, "kl_coef needs ref_logprob"
     assert algorithm.entropy_coef == 0 or entropy is not None, "entropy_coef needs entropy"
     mask = batch.mask
     log_ratio = logprob - batch.old_logprob
+    kind = LOSSES[algorithm.loss_type]
     own = r = Ratio.of(log_ratio, batch.advantages, mask, logprob)
-    if algorithm.loss_type == "gspo":
+    if kind.of_sequences:
         means = sequence_mean(log_ratio, mask, batch.sequence_ids, batch.lengths, cp_group)
         own = r.of_sequences(means[batch.sequence_ids])
 
-    token_loss = _token_loss(own, algorithm)
+    token_loss = kind.of_tokens(own, algorithm)
     metrics = Metrics()
     if correction is not None:
         multiplier, metrics = correction_weights(batch, logprob, correction, cp_group)
@@ -86,25 +90,8 @@ def policy_loss(
         if algorithm.entropy_coef > 0:
             loss = loss - algorithm.entropy_coef * (weights * masked(entropy, mask)).sum()
     metrics.update(ratio_metrics(r))
-    if algorithm.loss_type == "sapo":
-        metrics.update(gate_metrics(r, algorithm.tau_pos, algorithm.tau_neg))
-    else:
-        metrics.update(_clip_metrics(own, algorithm))
+    metrics.update(kind.metrics(own, algorithm))
     return loss, metrics
-
-
-def _token_loss(r: Ratio, algorithm: AlgorithmConfig) -> Tensor:
-    match algorithm.loss_type:
-        case "sapo":
-            return sapo_loss(r, algorithm.tau_pos, algorithm.tau_neg)
-        case "grpo":
-            return clipped_loss(r, *algorithm.clip_range, algorithm.clip_ratio_c)
-        case "gspo":
-            return clipped_loss(r, *algorithm.clip_range)
-        case "cispo":
-            return cispo_loss(r, *algorithm.clip_range)
-        case _:
-            raise ValueError(f"loss_type: expected a known loss, got {algorithm.loss_type!r}")
 
 
 @torch.no_grad()
@@ -141,16 +128,47 @@ def gate_metrics(r: Ratio, tau_pos: float, tau_neg: float) -> Metrics:
 
 
 @torch.no_grad()
-def _clip_metrics(r: Ratio, algorithm: AlgorithmConfig) -> Metrics:
-    """Which share of the tokens a clipped loss silences."""
-    low, high = algorithm.clip_range
-    if algorithm.loss_type == "cispo":
-        clipped = (r.ratio < 1 - low) | (r.ratio > 1 + high)
-    else:
-        clipped = outside_clip(r.ratio, r.advantages, low, high)
+def clip_metrics(r: Ratio, algorithm: AlgorithmConfig) -> Metrics:
+    """``actor/clip_fraction``, the share of the tokens that clipping silences; with dual clip its
+    share too."""
     metrics = Metrics()
-    metrics.add("actor/clip_fraction", Mean.of(clipped, r.mask))
+    outside = outside_clip(r.ratio, r.advantages, *algorithm.clip_range)
+    metrics.add("actor/clip_fraction", Mean.of(outside, r.mask))
     if algorithm.clip_ratio_c is not None:
         dual = (r.advantages < 0) & (r.ratio > algorithm.clip_ratio_c)
         metrics.add("actor/dual_clip_fraction", Mean.of(dual, r.mask))
     return metrics
+
+
+@torch.no_grad()
+def cispo_metrics(r: Ratio, algorithm: AlgorithmConfig) -> Metrics:
+    """``actor/clip_fraction``, the share of the tokens whose weight is clipped."""
+    metrics = Metrics()
+    low, high = algorithm.clip_range
+    metrics.add("actor/clip_fraction", Mean.of((r.ratio < 1 - low) | (r.ratio > 1 + high), r.mask))
+    return metrics
+
+
+@dataclass(frozen=True)
+class PolicyLoss:
+    """What a loss makes of a ratio."""
+
+    of_tokens: Callable[[Ratio, AlgorithmConfig], Tensor]
+    """The loss of each token, of the ratio's shape, not reduced."""
+    metrics: Callable[[Ratio, AlgorithmConfig], Metrics]
+    of_sequences: bool = False
+    """Whether the ratio is :meth:`~sapo_megatron.objective.ratio.Ratio.of_sequences`."""
+
+
+LOSSES: dict[LossType, PolicyLoss] = {
+    "sapo": PolicyLoss(
+        lambda r, a: sapo_loss(r, a.tau_pos, a.tau_neg),
+        lambda r, a: gate_metrics(r, a.tau_pos, a.tau_neg),
+    ),
+    "grpo": PolicyLoss(lambda r, a: clipped_loss(r, *a.clip_range, a.clip_ratio_c), clip_metrics),
+    "gspo": PolicyLoss(
+        lambda r, a: clipped_loss(r, *a.clip_range), clip_metrics, of_sequences=True
+    ),
+    "cispo": PolicyLoss(lambda r, a: cispo_loss(r, *a.clip_range), cispo_metrics),
+}
+"""Which loss goes by which name; everything else that names losses looks here."""
