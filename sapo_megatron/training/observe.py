@@ -183,11 +183,10 @@ class RouterWatch:
     def _bound(self, batch: PackedBatch, forward: Forward) -> Metrics:
         return bound_metrics(
             Ratio.of(forward.logprob - batch.old_logprob, batch.advantages, batch.mask),
+            self.recipe.algorithm.temperatures,
             batch.sequence_ids,
             batch.lengths,
-            tau_pos=self.recipe.algorithm.tau_pos,
-            tau_neg=self.recipe.algorithm.tau_neg,
-            cp_group=self.groups.cp,
+            self.groups.cp,
         )
 
     def _probe(
