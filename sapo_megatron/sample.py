@@ -167,7 +167,10 @@ class PackedBatch:
     rollout_probs_row: Tensor | None = None
     """Row of ``rollout_probs`` that belongs to each token; -1 where none was kept."""
     old_routes: Routes | None = None
-    """What this rank's routers chose in the pass that computed ``old_logprob``."""
+    """What this rank's routers chose, or under replay would have chosen, in the pass that computed
+    ``old_logprob``."""
+    old_experts: Tensor | None = None
+    """int16 [M, N, k]: the experts of this rank that ``old_logprob`` was computed with."""
 
     def to(self, device: torch.device) -> PackedBatch:
         """The same batch with its tensors on ``device``."""

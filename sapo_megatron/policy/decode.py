@@ -10,7 +10,7 @@ from megatron.core.inference.contexts import StaticInferenceContext
 from megatron.core.models.common.embeddings import RotaryEmbedding
 from torch import Tensor, nn
 
-from sapo_megatron.policy.step import FrozenPolicy
+from sapo_megatron.policy.model import Model
 from sapo_megatron.sample import DecodedRoutes
 
 
@@ -25,17 +25,17 @@ class _Alone:
 
 
 class MegatronDecoder:
-    """Implements ``rollout.generate.Decoder`` on this rank's chunks of the policy.
+    """Implements ``rollout.generate.Decoder`` on this rank's chunks of a model.
 
     Context-parallel ranks hold the same weights and decode as if they were data parallel.
     """
 
-    def __init__(self, policy: FrozenPolicy) -> None:
-        self.chunks = policy.chunks
-        self.groups = policy.groups
-        self.device = policy.groups.device
-        self._routers = policy.routers
-        self._prob_every = policy.view.prob_every
+    def __init__(self, model: Model) -> None:
+        self.chunks = model.chunks
+        self.groups = model.groups
+        self.device = model.groups.device
+        self._routers = model.routers
+        self._prob_every = model.view.prob_every
         self._recording = False
         self._fed: list[tuple[int, int]] = []
         self._contexts: list[StaticInferenceContext] = []

@@ -26,7 +26,7 @@ from sapo_megatron.hf.architecture import Architecture
 from sapo_megatron.hf.folder import INDEX, NOT_WEIGHTS, Checkpoint, Listed
 from sapo_megatron.hf.names import Entry, Named, Plain, entry
 from sapo_megatron.policy import parallel
-from sapo_megatron.policy.model import PolicyModel
+from sapo_megatron.policy.gpt import LogprobGPT
 from sapo_megatron.policy.parallel import ParallelGroups
 from sapo_megatron.policy.spec import DTYPES
 from sapo_megatron.recipe.schema import ModelConfig
@@ -72,7 +72,7 @@ class HuggingFaceWeights:
     """The chunks' weights as a Hugging Face folder: read here, written in the same format."""
 
     def __init__(
-        self, chunks: list[PolicyModel], arch: Architecture, groups: ParallelGroups, folder: Path
+        self, chunks: list[LogprobGPT], arch: Architecture, groups: ParallelGroups, folder: Path
     ) -> None:
         self._chunks = chunks
         self._arch = arch
@@ -199,7 +199,7 @@ class HuggingFaceWeights:
                 else:
                     yield _Weight(found, tensor, self._groups.tp, self._groups.dp_cp)
 
-    def _name_in_whole_model(self, name: str, chunk: PolicyModel) -> str:
+    def _name_in_whole_model(self, name: str, chunk: LogprobGPT) -> str:
         words = name.split(".")
         if words[:2] != ["decoder", "layers"]:
             return name
