@@ -59,12 +59,6 @@ class LogprobGPT(GPTModel):
             if self.share_embeddings_and_output_weights
             else self.output_layer.weight
         )
-        options = {
-            "temperature": self.temperature,
-            "with_entropy": True,
-            "chunk_size": self.chunk_size,
-            "vocab_size": self.true_vocab_size,
-        }
         # [B, S] -> [S, B], the order of the hidden states.
         targets = labels.transpose(0, 1).contiguous()
         if self.fused:
@@ -74,17 +68,26 @@ class LogprobGPT(GPTModel):
                 targets.flatten(),
                 self.pg_collection.tp,
                 sequence_parallel=self.config.sequence_parallel,
-                **options,
+                temperature=self.temperature,
+                with_entropy=True,
+                chunk_size=self.chunk_size,
+                vocab_size=self.true_vocab_size,
             )
-            logprob, entropy = logprob.view_as(targets), entropy.view_as(targets)
         else:
             logits, _ = self.output_layer(hidden_states, weight=weight)
             logprob, entropy = vocab_parallel_logprobs(
-                logits, targets, self.pg_collection.tp, **options
+                logits,
+                targets,
+                self.pg_collection.tp,
+                temperature=self.temperature,
+                with_entropy=True,
+                chunk_size=self.chunk_size,
+                vocab_size=self.true_vocab_size,
             )
+        assert entropy is not None, "asked for"
         if not self.entropy_has_gradient:
             entropy = entropy.detach()
-        return torch.stack((logprob, entropy)).transpose(1, 2)
+        return torch.stack((logprob, entropy)).view(2, *targets.shape).transpose(1, 2)
 
 
 def build_model(

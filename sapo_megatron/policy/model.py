@@ -59,7 +59,7 @@ class Model:
     ) -> list[Forward]:
         """Each micro-batch's log-probs and, with ``record``, routes. Collective over all ranks.
 
-        ``replay`` has each micro-batch's experts ``[M, N, k]``, as in ``sample.Routes``.
+        ``replay`` has each micro-batch's experts ``[N, M, k]``, as in ``sample.Routes``.
         """
 
         def loss_function(batch: PackedBatch) -> Callable[..., Tensor]:

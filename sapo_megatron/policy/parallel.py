@@ -119,7 +119,7 @@ def pretended(parallel: ParallelConfig, *, rank: int, world_size: int) -> Iterat
         _lay_out(parallel, create_gloo_process_groups=False)
         meta = torch.device("meta")
         with meta:
-            yield _groups(dist.group.WORLD, meta)
+            yield _groups(dist.distributed_c10d._get_default_group(), meta)
     finally:
         teardown()
         shutdown()
@@ -193,9 +193,9 @@ def failing_together(groups: ParallelGroups) -> Iterator[None]:
     errors: list[Any] = [None] * dist.get_world_size()
     # Over the world: every rank comes here, whatever happened in its block.
     dist.all_gather_object(errors, mine, group=groups.world)
-    for error in errors:
-        if error is not None:
-            raise error from None
+    first = next((error for error in errors if error is not None), None)
+    if first is not None:
+        raise first from None
 
 
 def shutdown() -> None:

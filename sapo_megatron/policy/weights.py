@@ -127,7 +127,7 @@ class HuggingFaceWeights:
         """
         rank = dist.get_rank()
         weights = enumerate(self._weights())
-        position, tensors = -1, iter([])
+        position, tensors = -1, iter(list[Named]())
         for turn, owner, listed in self._schedule():
             while position < turn:  # every rank of a weight's group comes to it in the same turn
                 position, weight = next(weights, (turn, None))
@@ -205,6 +205,7 @@ class HuggingFaceWeights:
             return name
         words[2] = str(chunk.decoder.layers[int(words[2])].layer_number - 1)
         if ".mlp.experts." in name:
+            assert self._arch.experts, "only a model with experts has such weights"
             local = self._arch.experts.number // self._groups.ep.size()
             expert = self._groups.ep.rank() * local + int(words[-1].removeprefix("weight"))
             words[-1] = f"weight{expert}"

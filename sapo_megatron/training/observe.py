@@ -247,8 +247,10 @@ class Observer:
 
 
 def old_experts(batch: PackedBatch) -> Tensor:
-    """``[M, N, k]`` that ``old_logprob`` was computed with; a stage without experts has none."""
-    return batch.tokens.new_empty(0) if batch.old_experts is None else batch.old_experts
+    """``[N, M, k]`` that ``old_logprob`` was computed with; a stage without experts has M = 0."""
+    if batch.old_experts is None:
+        return batch.tokens.new_empty(len(batch.tokens), 0, 0)
+    return batch.old_experts
 
 
 def due(number: int, every: int) -> bool:

@@ -70,12 +70,12 @@ class Updater:
                 dataclasses.replace(
                     batch,
                     old_logprob=forward.logprob,
-                    ref_logprob=reference and reference.logprob,
+                    ref_logprob=reference.logprob if reference else None,
                     old_routes=forward.routes,
                     old_experts=replay[i] if replay else own,
                 )
             )
-            if self._policy.groups.is_leader:
+            if forward.logprob is not None and self._policy.groups.is_leader:
                 metrics.update(mismatch_metrics(forward.logprob, batch.rollout_logprob, batch.mask))
         if self._observer:
             metrics.update(self._observer.rollout(filled))
