@@ -1,5 +1,6 @@
 """Random weights; and all tensors of a model, one after the other, on the first rank."""
 
+import dataclasses
 import json
 
 import pytest
@@ -30,7 +31,9 @@ def streamed(cases):
     """What a rank got of two streams, and what was listed before; the model is saved as well."""
     found = []
     for place, source, out in cases:
-        groups = parallel.setup(place.recipe.parallel, seed=1, timeout_s=TIMEOUT_S)
+        groups = parallel.setup(
+            dataclasses.replace(place.recipe.parallel, distributed_timeout_s=TIMEOUT_S), seed=1
+        )
         policy = Policy(
             place.recipe,
             read_architecture(source),

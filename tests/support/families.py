@@ -1,5 +1,6 @@
 """Tiny models of every family as transformers makes them, and what a rank makes of them."""
 
+import dataclasses
 import gc
 import random
 import traceback
@@ -241,7 +242,9 @@ def walk(cases: list[tuple[Place, Path, Path]]) -> list[Any]:
 def _measure(place: Place, model: Path, out: Path) -> dict[str, Any] | None:
     """Logits of the first sample and the loss, on the rank that has them; writes two folders."""
     recipe = place.recipe
-    groups = parallel.setup(recipe.parallel, seed=1, timeout_s=TIMEOUT_S)
+    groups = parallel.setup(
+        dataclasses.replace(recipe.parallel, distributed_timeout_s=TIMEOUT_S), seed=1
+    )
     arch = read_architecture(model)
     policy = Policy(recipe, arch, groups, model, optimizer=recipe.optimizer, total_updates=1)
     policy.model.weights.save(out / "weights")

@@ -438,7 +438,9 @@ def measure(layout: Layout, dtype: str, folder: Path, gradients: Path) -> Measur
     """
     began = time.perf_counter()
     recipe = make_recipe(layout, folder, dtype)
-    groups = parallel.setup(recipe.parallel, seed=1, timeout_s=TIMEOUT_S)
+    groups = parallel.setup(
+        dataclasses.replace(recipe.parallel, distributed_timeout_s=TIMEOUT_S), seed=1
+    )
     policy = _policy(recipe, layout, groups, folder)
     batch_samples = samples(layout)
     batches = [
