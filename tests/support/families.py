@@ -1,5 +1,6 @@
 """Tiny models of every family as transformers makes them, and what a rank makes of them."""
 
+import dataclasses
 import gc
 import random
 import traceback
@@ -241,21 +242,23 @@ def walk(cases: list[tuple[Place, Path, Path]]) -> list[Any]:
 def _measure(place: Place, model: Path, out: Path) -> dict[str, Any] | None:
     """Logits of the first sample and the loss, on the rank that has them; writes two folders."""
     recipe = place.recipe
-    groups = parallel.setup(recipe.parallel, seed=1, timeout_s=TIMEOUT_S)
+    groups = parallel.setup(
+        dataclasses.replace(recipe.parallel, distributed_timeout_s=TIMEOUT_S), seed=1
+    )
     arch = read_architecture(model)
     policy = Policy(recipe, arch, groups, model, optimizer=recipe.optimizer, total_updates=1)
-    policy.checkpoint.save(out / "weights")
+    policy.model.weights.save(out / "weights")
     logits = _logits(policy, sequences()[1])
     samples = sequences()
     sizes = denominators(samples)
     policy.backward(
-        micro_batches(samples, **groups.batch_layout(recipe)),
+        micro_batches(samples, groups.micro_batching(recipe)),
         lambda batch, logprob, entropy: supervised_loss(
             batch, logprob, entropy, denominators=sizes
         ),
     )
     gradients_as_weights(policy)
-    policy.checkpoint.save(out / "gradients")
+    policy.model.weights.save(out / "gradients")
     policy.close()
     parallel.teardown()
     return {"logits": logits} if groups.is_leader else None
@@ -264,7 +267,7 @@ def _measure(place: Place, model: Path, out: Path) -> dict[str, Any] | None:
 def _logits(policy: Policy, sample: Sample) -> Any:
     """``[S, V]`` of a sequence: a prompt, then token by token through the KV cache."""
     tokens = torch.tensor([[*sample.prompt_tokens, *sample.response_tokens]])
-    decoder = MegatronDecoder(policy)
+    decoder = MegatronDecoder(policy.model)
     start, length = len(sample.prompt_tokens), tokens.shape[1]
     with torch.no_grad(), decoder.generating():
         decoder.start(1, length)
