@@ -116,7 +116,7 @@ def _safe_loss(original: Callable[..., Any]) -> Callable[..., Any]:
             Ratio.of((logprob - old_logprob).detach(), batch.advantages, mask),
             Temperatures(self.tau_pos, self.tau_neg),
         )
-        pairs = {name: torch.stack(part) for name, part in measured.means.items()}
+        pairs = {name: part.pair() for name, part in measured.means.items()}
         violations = measured.violations
         pairs["sapo/bound_violations"] = torch.stack([violations, torch.zeros_like(violations)])
         # Data-parallel group, ms-swift's default here: all ranks of the last pipeline stage are at
