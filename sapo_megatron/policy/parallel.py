@@ -155,6 +155,20 @@ def _groups(world: ProcessGroup, device: torch.device) -> ParallelGroups:
     )
 
 
+def data_parallel_blocks(groups: ParallelGroups) -> list[list[int]]:
+    """The global ranks that have the sequences of each data-parallel rank, in its order.
+
+    Collective over all ranks.
+    """
+    places: list[Any] = [None] * dist.get_world_size()
+    # Over the world: each rank says its own place.
+    dist.all_gather_object(places, groups.dp.rank(), group=groups.world)
+    return [
+        [rank for rank, found in enumerate(places) if found == place]
+        for place in range(groups.dp.size())
+    ]
+
+
 def on_first_rank(groups: ParallelGroups, function: Callable[[], T]) -> T:
     """``function()`` of global rank 0, on every rank; so is an error that it raises."""
     box: list[Any] = [None, None]
