@@ -1,5 +1,6 @@
-"""Run a function in fresh processes that are joined by gloo."""
+"""Run a function in processes of their own that are joined by gloo."""
 
+import multiprocessing
 import os
 import pickle
 import tempfile
@@ -11,9 +12,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
-import sapo_megatron.policy  # noqa: F401  before a rank's function names Megatron
+from tests.support import forked
 
 
 def run_ranks(
@@ -25,19 +25,14 @@ def run_ranks(
     is a file, so no port is taken. A rank that raises fails the call with its traceback; a world
     that takes longer than ``timeout`` seconds is killed and fails it too.
     """
-    context = mp.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
-        pipes = [context.Pipe(duplex=False) for _ in range(world_size)]
+        pipes = [multiprocessing.Pipe(duplex=False) for _ in range(world_size)]
         ranks = [
-            context.Process(
-                target=_rank_main,
-                args=(rank, world_size, f"{folder}/store", sender, function, args, timeout),
-                daemon=False,  # writing a checkpoint starts processes, which a daemon may not
+            forked.start(
+                _rank_main, rank, world_size, f"{folder}/store", sender, function, args, timeout
             )
             for rank, (_, sender) in enumerate(pipes)
         ]
-        for process in ranks:
-            process.start()
         for _, sender in pipes:
             sender.close()
         deadline = time.monotonic() + timeout

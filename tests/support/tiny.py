@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 
 from sapo_megatron.sample import Prompt
+from tests.support import forked
 
 ROOT = Path(__file__).parents[2]
 TESTS = ROOT / "tests"
@@ -127,42 +128,55 @@ def cli(
     cwd: Path,
     env: dict[str, str] | None = None,
     program: tuple[str, ...] = ("-m", "sapo_megatron"),
+    fresh: bool = False,
     timeout: float = 280.0,
 ) -> Done:
-    """``sapo-megatron words`` as a program; whatever it starts is gone afterwards."""
+    """``sapo-megatron words`` as a program; whatever it starts is gone afterwards.
+
+    ``fresh``: in a Python that has imported nothing yet, which takes seconds.
+    """
     mark = f"SAPO_MEGATRON_TEST={uuid.uuid4().hex}"
     kept = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     inherited = filter(None, [os.environ.get("PYTHONPATH")])
     paths = {"PYTHONPATH": os.pathsep.join([str(ROOT), *inherited])}
-    marked = dict([mark.split("=")])
+    env = {**kept, **paths, **dict([mark.split("=")]), "OMP_NUM_THREADS": "1", **(env or {})}
+    words = (*program, *map(str, words))
     # Into files: what a killed process leaves behind would keep a pipe open.
-    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
-        process = subprocess.Popen(
-            [sys.executable, *program, *map(str, words)],
-            cwd=cwd,
-            env={**kept, **paths, **marked, "OMP_NUM_THREADS": "1", **(env or {})},
-            stdin=subprocess.DEVNULL,
-            stdout=out,
-            stderr=err,
-        )
-        left: list[int] = []
+    with tempfile.NamedTemporaryFile("w+") as out, tempfile.NamedTemporaryFile("w+") as err:
+        if fresh:
+            process = subprocess.Popen(
+                [sys.executable, *words],
+                cwd=cwd,
+                env=env,
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=err,
+                start_new_session=True,
+            )
+            wait = process.wait
+        else:
+            process = forked.start(forked.program, words, cwd, env, out.name, err.name)
+            wait = process.join
         try:
-            process.wait(timeout)
+            wait(timeout)
         finally:
-            left = _bearing(mark)
+            left = _bearing(mark, process.pid)
             for pid in left:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
+        status = process.returncode if fresh else process.exitcode
+        assert status is not None, f"it took longer than {timeout} s: {words}"
         out.seek(0)
         err.seek(0)
-        return Done(process.returncode, out.read(), err.read(), len(left))
+        return Done(status, out.read(), err.read(), len(left))
 
 
-def _bearing(mark: str) -> list[int]:
-    """Processes with this in their environment: a program and all that came of it."""
+def _bearing(mark: str, session: int | None = None) -> list[int]:
+    """Processes with this in their environment or of this session: a program and all of it."""
     found = []
-    for path in Path("/proc").glob("[0-9]*/environ"):
+    for path in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
-            if mark.encode() in path.read_bytes():
-                found.append(int(path.parent.name))
+            mine = int((path / "stat").read_text().rpartition(")")[2].split()[3]) == session
+            if mine or mark.encode() in (path / "environ").read_bytes():
+                found.append(int(path.name))
     return found
