@@ -5,6 +5,7 @@ them once; what it forks has them, and nothing else that a test has done.
 """
 
 import atexit
+import gc
 import multiprocessing
 import os
 import runpy
@@ -36,6 +37,7 @@ def start(function: Callable[..., Any], *args: Any) -> BaseProcess:
 
 
 def _here(env: dict[str, str], function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    gc.freeze()  # a collection need not walk through what was imported
     os.environ.clear()  # the fork server's, of the time when it was started
     os.environ.update(env)
     function(*args)

@@ -175,7 +175,14 @@ REPRESENTATIVE = (
     Layout(world=4, tp=2, pp=2, ep=2, replay=True, recompute="uniform"),
     Layout(world=4, cp=2, pp=2, vpp=2, replay=True, max_tokens=24, recompute="moe"),
 )
-"""What an ordinary test run walks through."""
+"""What an ordinary test run walks through, in fp64."""
+
+NARROW = tuple(
+    layout
+    for layout in REPRESENTATIVE
+    if layout.world == 8 or layout.contract == "3-tuple" or layout.replay and layout.vpp
+)
+"""What it walks through in fp32 as well."""
 
 LAYOUTS = (
     *REPRESENTATIVE,
