@@ -1,6 +1,8 @@
 """The nouns that travel between the stages of a training step.
 
-Shape legend: T tokens of a packed micro-batch, S sequences in it, R tokens of one response.
+Shape legend: T tokens of a packed micro-batch, S sequences in it, R tokens of one response. Routes
+are ``[tokens, layers, experts]`` everywhere: N tokens, M layers with experts, k experts per token
+of E; router probabilities, kept at P of the tokens, are ``[P, M, E]``.
 """
 
 from __future__ import annotations
@@ -119,9 +121,9 @@ class Routes:
     """
 
     experts: Tensor
-    """int16 [M, N, k]."""
+    """int16 [N, M, k]."""
     probs: Tensor | None = None
-    """fp32 [M, P, E]: router probabilities of the P tokens at which they are kept."""
+    """fp32 [P, M, E]: router probabilities of the P tokens at which they are kept."""
 
 
 @dataclass(kw_only=True)
@@ -167,7 +169,10 @@ class PackedBatch:
     rollout_probs_row: Tensor | None = None
     """Row of ``rollout_probs`` that belongs to each token; -1 where none was kept."""
     old_routes: Routes | None = None
-    """What this rank's routers chose in the pass that computed ``old_logprob``."""
+    """What this rank's routers chose, or under replay would have chosen, in the pass that computed
+    ``old_logprob``."""
+    old_experts: Tensor | None = None
+    """int16 [N, M, k]: the experts of this rank that ``old_logprob`` was computed with."""
 
     def to(self, device: torch.device) -> PackedBatch:
         """The same batch with its tensors on ``device``."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from sapo_megatron.errors import UserError
 from sapo_megatron.hf.architecture import Architecture
 from sapo_megatron.policy import parallel
-from sapo_megatron.policy.model import PolicyModel, build_model
+from sapo_megatron.policy.gpt import LogprobGPT, build_model
 from sapo_megatron.policy.parallel import ParallelGroups
 from sapo_megatron.policy.spec import transformer_config
 from sapo_megatron.recipe.schema import Recipe
@@ -75,7 +75,7 @@ def _stage(recipe: Recipe, arch: Architecture, world_size: int, rank: int) -> St
         return _count(chunks, groups, expert_tp=recipe.parallel.expert_tensor_parallel_size)
 
 
-def _count(chunks: list[PolicyModel], groups: ParallelGroups, *, expert_tp: int) -> Stage:
+def _count(chunks: list[LogprobGPT], groups: ParallelGroups, *, expert_tp: int) -> Stage:
     tp, expert_ranks = groups.tp.size(), groups.ep.size() * expert_tp
     dense = experts = total = total_experts = embeddings = 0
     for chunk in chunks:

@@ -57,7 +57,7 @@ def load(policy: Policy, checkpoint: Path, state: RunState) -> None:
     with torch.no_grad():
         template = _sharded_state(policy, _metadata(policy), loading=True, with_rng=same_world)
         loaded = dist_checkpointing.load(template, str(checkpoint))
-        for i, chunk in enumerate(policy.chunks):
+        for i, chunk in enumerate(policy.model.chunks):
             chunk.load_state_dict(loaded[f"model{i}"])
         policy.optimizer.load_state_dict(loaded["optimizer"])
         _restore_steps(policy)
@@ -89,9 +89,9 @@ def _sharded_state(
 ) -> dict[str, Any]:
     state: dict[str, Any] = {
         f"model{i}": chunk.sharded_state_dict(metadata=metadata)
-        for i, chunk in enumerate(policy.chunks)
+        for i, chunk in enumerate(policy.model.chunks)
     }
-    models = dict(state) if len(policy.chunks) > 1 else state["model0"]
+    models = dict(state) if len(policy.model.chunks) > 1 else state["model0"]
     state["optimizer"] = policy.optimizer.sharded_state_dict(
         models, is_loading=loading, metadata=metadata
     )

@@ -70,8 +70,10 @@ def _patch_torch_cuda() -> None:
     cuda.get_rng_state = lambda device=None: torch.get_rng_state()
     cuda.set_rng_state = lambda state, device=None: torch.set_rng_state(state)
     cuda.manual_seed = torch.manual_seed
-    Tensor.cuda = lambda self, *args, **kwargs: self
-    torch.nn.Module.cuda = lambda self, device=None: self
+    tensor: Any = Tensor
+    tensor.cuda = lambda self, *args, **kwargs: self
+    module: Any = torch.nn.Module
+    module.cuda = lambda self, device=None: self
 
     # The distributed optimizer and gradient clipping recognise dtypes by their CUDA type names.
     # fp64 goes by the name of fp32: weights that are their own master copy.
@@ -83,7 +85,7 @@ def _patch_torch_cuda() -> None:
         name = type_of(self).replace("torch.", "torch.cuda.", 1)
         return name.replace("DoubleTensor", "FloatTensor")
 
-    Tensor.type = type_named_as_on_cuda
+    tensor.type = type_named_as_on_cuda
 
 
 class _TorchOnCpu(types.ModuleType):
@@ -130,7 +132,7 @@ def _fp64_gradients(copy: Any) -> Any:
     return copy_gradients
 
 
-_torch_on_cpu = _TorchOnCpu("torch")
+_torch_on_cpu: Any = _TorchOnCpu("torch")
 for _name in ("tensor", "zeros", "ones", "empty", "full", "empty_like"):
     setattr(_torch_on_cpu, _name, _on_cpu(getattr(torch, _name)))
 _torch_on_cpu.softmax = _softmax

@@ -8,9 +8,10 @@ import torch
 import torch.distributed as dist
 from megatron.core.inference.contexts import StaticInferenceContext
 from megatron.core.models.common.embeddings import RotaryEmbedding
-from torch import Tensor, nn
+from megatron.core.transformer.module import MegatronModule
+from torch import Tensor
 
-from sapo_megatron.policy.step import FrozenPolicy
+from sapo_megatron.policy.model import Model
 from sapo_megatron.sample import DecodedRoutes
 
 
@@ -25,17 +26,17 @@ class _Alone:
 
 
 class MegatronDecoder:
-    """Implements ``rollout.generate.Decoder`` on this rank's chunks of the policy.
+    """Implements ``rollout.generate.Decoder`` on this rank's chunks of a model.
 
     Context-parallel ranks hold the same weights and decode as if they were data parallel.
     """
 
-    def __init__(self, policy: FrozenPolicy) -> None:
-        self.chunks = policy.chunks
-        self.groups = policy.groups
-        self.device = policy.groups.device
-        self._routers = policy.routers
-        self._prob_every = policy.view.prob_every
+    def __init__(self, model: Model) -> None:
+        self.chunks = model.chunks
+        self.groups = model.groups
+        self.device = model.groups.device
+        self._routers = model.routers
+        self._prob_every = model.view.prob_every
         self._recording = False
         self._fed: list[tuple[int, int]] = []
         self._contexts: list[StaticInferenceContext] = []
@@ -102,7 +103,7 @@ class MegatronDecoder:
             assert model.post_process == (
                 chunk == len(self.chunks) - 1 and self.groups.pp.rank() == stages - 1
             )
-        if not self.groups.is_last_stage:
+        if out is None or not self.groups.is_last_stage:
             return None
         return out[:, -1, : self.chunks[-1].true_vocab_size]
 
@@ -122,13 +123,13 @@ class MegatronDecoder:
             (self._batch_size, len(positions), layers, routers.num_experts), device=self.device
         )
         for (offset, length), routes in zip(self._fed, routers.recorded(), strict=False):
-            # The routers' rows go position by position: [M, s B, k] -> [B, s, M, k].
-            chosen = routes.experts.int().unflatten(1, (length, self._batch_size))
-            experts[:, offset : offset + length, places] = chosen.permute(2, 1, 0, 3)
+            # The routers' rows go position by position: [s B, M, k] -> [B, s, M, k].
+            chosen = routes.experts.int().unflatten(0, (length, self._batch_size))
+            experts[:, offset : offset + length, places] = chosen.transpose(0, 1)
             kept = [positions.index(p) for p in range(offset, offset + length) if self._keeps(p)]
             if kept and routes.probs is not None:
-                values = routes.probs.unflatten(1, (len(kept), self._batch_size))
-                probs[:, kept[0] : kept[-1] + 1, places] = values.permute(2, 1, 0, 3)
+                values = routes.probs.unflatten(0, (len(kept), self._batch_size))
+                probs[:, kept[0] : kept[-1] + 1, places] = values.transpose(0, 1)
         for part in (experts, probs):
             # Pipeline group: each stage brings its layers, and all stages generate together.
             dist.all_reduce(part, group=self.groups.pp)
@@ -179,7 +180,7 @@ class MegatronDecoder:
         )
 
 
-def _set_sequence_parallel(model: nn.Module, on: bool) -> None:
+def _set_sequence_parallel(model: MegatronModule, on: bool) -> None:
     """Upstream's function of this kind remembers modules by ``id(model)``.
 
     That is wrong once a model is gone and another has taken its place in memory; and what it

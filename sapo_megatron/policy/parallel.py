@@ -16,6 +16,7 @@ from megatron.core.models.common.embeddings import RotaryEmbedding, YarnRotaryEm
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch.distributed import ProcessGroup
 
+from sapo_megatron.data.batch import MicroBatching
 from sapo_megatron.errors import RunFailed, UserError
 from sapo_megatron.policy import cpu
 from sapo_megatron.recipe.schema import ParallelConfig, Recipe
@@ -58,20 +59,20 @@ class ParallelGroups:
     def is_leader(self) -> bool:
         return dist.get_rank() == self.leader
 
-    def batch_layout(self, recipe: Recipe) -> dict[str, Any]:
-        """What ``batch.micro_batches`` needs to know of this rank's place."""
+    def micro_batching(self, recipe: Recipe) -> MicroBatching:
+        """How this rank's part of a mini-batch is cut."""
         parallel = recipe.parallel
         interleaved = parallel.virtual_pipeline_model_parallel_size is not None
-        return {
-            "dp_rank": self.dp.rank(),
-            "dp_size": self.dp.size(),
-            "cp_rank": self.cp.rank(),
-            "cp_size": self.cp.size(),
-            "tp_size": self.tp.size(),
-            "max_tokens": recipe.train.max_tokens_per_gpu * self.cp.size(),
-            "packing": recipe.train.packing,
-            "count_multiple": self.pp.size() if interleaved else 1,
-        }
+        return MicroBatching(
+            dp_rank=self.dp.rank(),
+            dp_size=self.dp.size(),
+            cp_rank=self.cp.rank(),
+            cp_size=self.cp.size(),
+            tp_size=self.tp.size(),
+            max_tokens=recipe.train.max_tokens_per_gpu * self.cp.size(),
+            packing=recipe.train.packing,
+            count_multiple=self.pp.size() if interleaved else 1,
+        )
 
 
 def launched() -> bool:
@@ -118,7 +119,7 @@ def pretended(parallel: ParallelConfig, *, rank: int, world_size: int) -> Iterat
         _lay_out(parallel, create_gloo_process_groups=False)
         meta = torch.device("meta")
         with meta:
-            yield _groups(dist.group.WORLD, meta)
+            yield _groups(dist.distributed_c10d._get_default_group(), meta)
     finally:
         teardown()
         shutdown()
@@ -192,9 +193,9 @@ def failing_together(groups: ParallelGroups) -> Iterator[None]:
     errors: list[Any] = [None] * dist.get_world_size()
     # Over the world: every rank comes here, whatever happened in its block.
     dist.all_gather_object(errors, mine, group=groups.world)
-    for error in errors:
-        if error is not None:
-            raise error from None
+    first = next((error for error in errors if error is not None), None)
+    if first is not None:
+        raise first from None
 
 
 def shutdown() -> None:

@@ -35,6 +35,7 @@ from sapo_megatron.hf.architecture import (
     Experts,
     GroupedQueryAttention,
     LatentAttention,
+    Rope,
 )
 from sapo_megatron.policy.compat import LatentSelfAttention
 from sapo_megatron.policy.layers import TorchSpecProvider
@@ -72,10 +73,14 @@ def transformer_config(
     }
     if arch.experts:
         settings |= _expert_settings(arch, arch.experts, model)
-    latent = isinstance(arch.attention, LatentAttention)
-    settings |= _latent_settings(arch) if latent else _grouped_query_settings(arch.attention)
+    kind: type[TransformerConfig] = TransformerConfig
+    if isinstance(arch.attention, LatentAttention):
+        kind = MLATransformerConfig
+        settings |= _latent_settings(arch.attention, arch.rope)
+    else:
+        settings |= _grouped_query_settings(arch.attention)
     try:
-        return (MLATransformerConfig if latent else TransformerConfig)(**settings)
+        return kind(**settings)
     except (AssertionError, ValueError) as error:
         message = " ".join(str(error).split())
         raise UserError(f"model and parallel: megatron-core refuses them: {message}") from None
@@ -85,7 +90,7 @@ def _execution(arch: Architecture, parallel: ParallelConfig) -> dict[str, Any]:
     """How the model is cut and run."""
     on_gpu = torch.cuda.is_available()
     tp = parallel.tensor_model_parallel_size
-    settings = {
+    settings: dict[str, Any] = {
         "tensor_model_parallel_size": tp,
         "sequence_parallel": tp > 1,
         "pipeline_model_parallel_size": parallel.pipeline_model_parallel_size,
@@ -129,8 +134,8 @@ def _grouped_query_settings(attention: GroupedQueryAttention) -> dict[str, Any]:
     }
 
 
-def _latent_settings(arch: Architecture) -> dict[str, Any]:
-    attention, yarn = arch.attention, arch.rope.yarn
+def _latent_settings(attention: LatentAttention, rope: Rope) -> dict[str, Any]:
+    yarn = rope.yarn
     settings = {
         "num_attention_heads": attention.num_heads,
         "q_lora_rank": attention.q_lora_rank,
@@ -140,7 +145,7 @@ def _latent_settings(arch: Architecture) -> dict[str, Any]:
         "v_head_dim": attention.v_head_dim,
         "qk_layernorm": True,
         "rope_type": "yarn" if yarn else "rope",
-        "rotary_base": arch.rope.theta,
+        "rotary_base": rope.theta,
         # Also without yarn: the scale of the scores is computed from it.
         "rotary_scaling_factor": yarn.factor if yarn else 1.0,
     }

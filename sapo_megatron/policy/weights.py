@@ -26,7 +26,7 @@ from sapo_megatron.hf.architecture import Architecture
 from sapo_megatron.hf.folder import INDEX, NOT_WEIGHTS, Checkpoint, Listed
 from sapo_megatron.hf.names import Entry, Named, Plain, entry
 from sapo_megatron.policy import parallel
-from sapo_megatron.policy.model import PolicyModel
+from sapo_megatron.policy.gpt import LogprobGPT
 from sapo_megatron.policy.parallel import ParallelGroups
 from sapo_megatron.policy.spec import DTYPES
 from sapo_megatron.recipe.schema import ModelConfig
@@ -72,7 +72,7 @@ class HuggingFaceWeights:
     """The chunks' weights as a Hugging Face folder: read here, written in the same format."""
 
     def __init__(
-        self, chunks: list[PolicyModel], arch: Architecture, groups: ParallelGroups, folder: Path
+        self, chunks: list[LogprobGPT], arch: Architecture, groups: ParallelGroups, folder: Path
     ) -> None:
         self._chunks = chunks
         self._arch = arch
@@ -127,7 +127,7 @@ class HuggingFaceWeights:
         """
         rank = dist.get_rank()
         weights = enumerate(self._weights())
-        position, tensors = -1, iter([])
+        position, tensors = -1, iter(list[Named]())
         for turn, owner, listed in self._schedule():
             while position < turn:  # every rank of a weight's group comes to it in the same turn
                 position, weight = next(weights, (turn, None))
@@ -199,12 +199,13 @@ class HuggingFaceWeights:
                 else:
                     yield _Weight(found, tensor, self._groups.tp, self._groups.dp_cp)
 
-    def _name_in_whole_model(self, name: str, chunk: PolicyModel) -> str:
+    def _name_in_whole_model(self, name: str, chunk: LogprobGPT) -> str:
         words = name.split(".")
         if words[:2] != ["decoder", "layers"]:
             return name
         words[2] = str(chunk.decoder.layers[int(words[2])].layer_number - 1)
         if ".mlp.experts." in name:
+            assert self._arch.experts, "only a model with experts has such weights"
             local = self._arch.experts.number // self._groups.ep.size()
             expert = self._groups.ep.rank() * local + int(words[-1].removeprefix("weight"))
             words[-1] = f"weight{expert}"

@@ -133,12 +133,20 @@ class RoutingConfig:
     router_replay: Literal["disabled", "R2", "R3"] = "disabled"
     """Whose experts the training passes use: their own routers' (disabled), those of the old
     policy in the training engine (R2, from the first update on), or the rollout engine's (R3)."""
+    observe: bool = True
+    """Whether the routers' choices are recorded and compared, and the ratios' variance measured:
+    ``routing/*``, ``variance/*``, ``sapo/bound_*``; the rest of this section says how much."""
     decompose_every: int = 16
     """Updates between splits of Var[log r] into weights, router and covariance (two more forward
     passes of one mini-batch); 0: never."""
     prob_every: int = 16
     """Positions between tokens whose router probabilities are kept for ``tv`` and
     ``shift_factor``; 0: none are."""
+
+    @property
+    def kept_every(self) -> int:
+        """``prob_every`` where routers are observed, else 0."""
+        return self.prob_every if self.observe else 0
 
 
 LossType = Literal["sapo", "grpo", "gspo", "cispo"]

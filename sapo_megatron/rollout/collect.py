@@ -92,18 +92,20 @@ class Collector:
         tokenizer: Tokenizer,
         scorer: Scorer | None,
         config: RolloutConfig,
+        with_routes: bool,
         share_rank: int,
         shares: int,
         world: dist.ProcessGroup,
     ) -> None:
-        """``scorer``: on the leader of each model-parallel block, None elsewhere; ``share_rank``:
-        which share of the requests this rank's block generates; ``world``: every rank, carries
-        host objects.
+        """``scorer``: on the leader of each model-parallel block, None elsewhere; ``with_routes``:
+        whether training wants them; ``share_rank``: which of ``shares`` parts of the requests this
+        rank's block generates; ``world``: every rank, carries host objects.
         """
         self.tokenizer = tokenizer
         self._engine = engine
         self._scorer = scorer
         self._config = config
+        self._with_routes = with_routes
         self._share = share_rank, shares
         self._world = world
         self._thread = ThreadPoolExecutor(1) if engine.background else None
@@ -131,7 +133,9 @@ class Collector:
         self._cursor_before = source.state_dict()
         prompts = source.next(self._config.rollout_batch_size)
         params = self._params(seed)
-        self._ahead = self._begin(prompts, self._config.num_generations, params, record=True)
+        self._ahead = self._begin(
+            prompts, self._config.num_generations, params, record=self._with_routes
+        )
 
     def cursor(self, source: PromptSource) -> dict[str, Any]:
         """Where the source stood before what is still under way, for a checkpoint."""
@@ -156,7 +160,9 @@ class Collector:
             else:
                 prompts = source.next(config.rollout_batch_size - len(kept))
                 params = self._params(seed)
-                responses = self.respond(prompts, config.num_generations, params, record=True)
+                responses = self.respond(
+                    prompts, config.num_generations, params, record=self._with_routes
+                )
             metrics.update(responses.metrics)
             metrics.add("rollout/staleness", Max(float(age)))
             if dist.get_rank(self._world) == 0:

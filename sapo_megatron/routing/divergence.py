@@ -71,16 +71,16 @@ def compare(
     with_probs = old.probs is not None and new.probs is not None
     shift = torch.zeros(len(kept), device=mask.device) if with_probs else None
     for i, layer in enumerate(layers):
-        flipped = flips(old.experts[i], new.experts[i])
+        flipped = flips(old.experts[:, i], new.experts[:, i])
         layers_flipped += flipped > 0
         share = Mean.of(flipped / old.experts.shape[-1], mask)
         metrics.add(f"{prefix}/flip_fraction", share)
         metrics.add(f"{prefix}/flip_fraction/layer_{layer}", share)
         if with_probs:
-            tv = Mean.of(total_variation(old.probs[i], new.probs[i]))
+            tv = Mean.of(total_variation(old.probs[:, i], new.probs[:, i]))
             metrics.add(f"{prefix}/tv", tv)
             metrics.add(f"{prefix}/tv/layer_{layer}", tv)
-            shift += router_shift(old.probs[i], new.probs[i], old.experts[i, kept])
+            shift += router_shift(old.probs[:, i], new.probs[:, i], old.experts[kept, i])
     return Divergence(metrics=metrics, layers_flipped=layers_flipped, shift=shift)
 
 
@@ -118,7 +118,7 @@ def load_metrics(
     """
     metrics = Metrics()
     counts = torch.zeros(num_layers, num_experts, dtype=torch.int64, device=mask.device)
-    for place, layer, experts in zip(places, layers, routes.experts, strict=True):
+    for place, layer, experts in zip(places, layers, routes.experts.unbind(1), strict=True):
         counts[place] = torch.bincount(experts[mask].flatten(), minlength=num_experts)
         metrics.add(f"{prefix}/max_violation/layer_{layer}", MaxViolation(counts[place, None]))
     metrics.add(f"{prefix}/max_violation", MaxViolation(counts))

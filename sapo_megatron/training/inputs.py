@@ -37,10 +37,9 @@ def read_inputs(recipe: Recipe, world_size: int) -> Inputs:
         trust_remote_code=recipe.model.trust_remote_code,
     )
     longest = recipe.rollout.max_prompt_length
-    excluded: set[str] = set()
-    source = PromptSource(recipe.data, tokenizer, max_prompt_length=longest, exclude=excluded)
+    source = PromptSource(recipe.data, tokenizer, max_prompt_length=longest)
     problems = held_out(recipe.data, tokenizer, recipe.eval.num_problems, max_prompt_length=longest)
-    excluded.update(p.text for p in problems)
+    source.exclude(p.text for p in problems)
     return Inputs(arch=arch, model=model, tokenizer=tokenizer, problems=problems, source=source)
 
 

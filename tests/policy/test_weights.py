@@ -33,13 +33,13 @@ def streamed(cases):
             optimizer=place.recipe.optimizer,
             total_updates=1,
         )
-        listed = policy.checkpoint.listing()
-        policy.checkpoint.save(out)
-        first = {name: tensor.clone() for name, tensor in policy.checkpoint.stream()}
+        listed = policy.model.weights.listing()
+        policy.model.weights.save(out)
+        first = {name: tensor.clone() for name, tensor in policy.model.weights.stream()}
         with torch.no_grad():
-            for weight in policy.chunks[0].parameters():
+            for weight in policy.model.chunks[0].parameters():
                 weight.mul_(2)
-        found.append((listed, first, list(policy.checkpoint.stream())))
+        found.append((listed, first, list(policy.model.weights.stream())))
         policy.close()
         parallel.teardown()
         dist.barrier()

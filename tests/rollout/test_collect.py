@@ -94,6 +94,7 @@ def collector(reward, *, shares=1, **config):
         tokenizer=Words(),
         scorer=Rule(reward) if reward else None,
         config=RolloutConfig(**(values | config)),
+        with_routes=True,
         share_rank=dist.get_rank() % shares,
         shares=shares,
         world=dist.group.WORLD,

@@ -71,7 +71,7 @@ def test_auto_takes_the_newest_run_that_has_a_checkpoint(recipe, arch):
     found = runs.open_run(recipe, arch, "auto")
     assert found.path == run.path
     assert found.checkpoint == newest
-    assert found.state["step"] == 8
+    assert found.state.step == 8
     assert found.start == Path("runs/recipe/cold-start-x").resolve()
 
 

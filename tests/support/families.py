@@ -244,18 +244,18 @@ def _measure(place: Place, model: Path, out: Path) -> dict[str, Any] | None:
     groups = parallel.setup(recipe.parallel, seed=1, timeout_s=TIMEOUT_S)
     arch = read_architecture(model)
     policy = Policy(recipe, arch, groups, model, optimizer=recipe.optimizer, total_updates=1)
-    policy.checkpoint.save(out / "weights")
+    policy.model.weights.save(out / "weights")
     logits = _logits(policy, sequences()[1])
     samples = sequences()
     sizes = denominators(samples)
     policy.backward(
-        micro_batches(samples, **groups.batch_layout(recipe)),
+        micro_batches(samples, groups.micro_batching(recipe)),
         lambda batch, logprob, entropy: supervised_loss(
             batch, logprob, entropy, denominators=sizes
         ),
     )
     gradients_as_weights(policy)
-    policy.checkpoint.save(out / "gradients")
+    policy.model.weights.save(out / "gradients")
     policy.close()
     parallel.teardown()
     return {"logits": logits} if groups.is_leader else None
@@ -264,7 +264,7 @@ def _measure(place: Place, model: Path, out: Path) -> dict[str, Any] | None:
 def _logits(policy: Policy, sample: Sample) -> Any:
     """``[S, V]`` of a sequence: a prompt, then token by token through the KV cache."""
     tokens = torch.tensor([[*sample.prompt_tokens, *sample.response_tokens]])
-    decoder = MegatronDecoder(policy)
+    decoder = MegatronDecoder(policy.model)
     start, length = len(sample.prompt_tokens), tokens.shape[1]
     with torch.no_grad(), decoder.generating():
         decoder.start(1, length)

@@ -1,5 +1,6 @@
 """Layouts, models and batches of the exactness tests, and what one rank of a layout measures."""
 
+import dataclasses
 import functools
 import gc
 import json
@@ -447,11 +448,13 @@ def measure(layout: Layout, dtype: str, folder: Path, gradients: Path) -> Measur
     groups = parallel.setup(recipe.parallel, seed=1, timeout_s=TIMEOUT_S)
     policy = _policy(recipe, layout, groups, folder)
     batch_samples = samples(layout)
-    batches = micro_batches(batch_samples, **groups.batch_layout(recipe))
-    for batch in batches:
-        batch.old_logprob = batch.rollout_logprob
+    batches = [
+        dataclasses.replace(batch, old_logprob=batch.rollout_logprob)
+        for batch in micro_batches(batch_samples, groups.micro_batching(recipe))
+    ]
     # All micro-batches have as many in the only batch that is used with auxiliary losses.
     router_tokens = compat.auxiliary_loss_tokens(len(batches[0].tokens), groups.tp.size())
+    view = policy.model.view
     reports, _ = policy.backward(
         batches,
         functools.partial(
@@ -466,7 +469,7 @@ def measure(layout: Layout, dtype: str, folder: Path, gradients: Path) -> Measur
             contract=layout.contract,
             num_tokens=router_tokens if recipe.model.moe_aux_loss_coeff else 1,
         ),
-        replay=[policy.view.rollout_routes(b).experts for b in batches] if layout.replay else None,
+        replay=[view.rollout_routes(b).experts for b in batches] if layout.replay else None,
     )
     metrics = Metrics()
     if groups.is_leader:
@@ -477,7 +480,7 @@ def measure(layout: Layout, dtype: str, folder: Path, gradients: Path) -> Measur
     values = metrics.gather(groups.world).values()
     gradients_as_weights(policy)
     differ = _replicas_differ(policy)
-    policy.checkpoint.save(gradients)
+    policy.model.weights.save(gradients)
     policy.close()
     parallel.teardown()
     return Measured(
@@ -530,13 +533,13 @@ def _replicas_differ(policy: Policy) -> bool:
         dist.broadcast(first, dist.get_global_rank(group, 0), group=group)
         differ |= not torch.equal(first, weight)
 
-    for chunk in policy.chunks:
+    for chunk in policy.model.chunks:
         for weight in chunk.parameters():
             sharded = getattr(weight, "tensor_model_parallel", False)
             if not sharded and getattr(weight, "allreduce", True):
                 # Tensor-parallel group: its ranks hold the same replicated weights, in one order.
                 compare(weight, groups.tp)
-    ends = [c for c in policy.chunks if c.pre_process or c.post_process]
+    ends = [c for c in policy.model.chunks if c.pre_process or c.post_process]
     if ends and ends[0].share_embeddings_and_output_weights:
         # Embedding group: the first and the last stage, each with its copy of a tied embedding.
         compare(ends[0].shared_embedding_or_output_weight(), groups.megatron.embd)

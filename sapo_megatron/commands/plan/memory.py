@@ -165,7 +165,7 @@ def _route_bytes(
 ) -> float:
     """Of one token's experts and, at some positions, fp32 router probabilities."""
     assert arch.experts, "only models with experts have routes"
-    every = recipe.routing.prob_every
+    every = recipe.routing.kept_every
     kept = 4 * arch.experts.number * cp / every if every else 0.0
     return layers * (index * arch.experts.topk + kept)
 
