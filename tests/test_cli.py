@@ -52,7 +52,7 @@ def refuses(monkeypatch, capsys, work):
         monkeypatch.chdir(work)
         before = sorted(work.rglob("*"))
         status = main(words)
-        refused(Done(status, *capsys.readouterr(), 0), *expected)
+        refused(Done(status, *capsys.readouterr(), []), *expected)
         assert sorted(work.rglob("*")) == before
 
     return refuses

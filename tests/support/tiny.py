@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 import uuid
 import zlib
 from dataclasses import dataclass
@@ -119,8 +120,8 @@ class Done:
     returncode: int
     stdout: str
     stderr: str
-    processes: int
-    """Processes that were still there when it had ended; they were killed."""
+    left: list[str]
+    """Processes that were still there a minute after its end, as they called themselves."""
 
 
 def cli(
@@ -159,19 +160,17 @@ def cli(
             wait = process.join
         try:
             wait(timeout)
+            left = still_there(mark, process.pid)
         finally:
-            left = _bearing(mark, process.pid)
-            for pid in left:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
+            end(mark, process.pid)
         status = process.returncode if fresh else process.exitcode
         assert status is not None, f"it took longer than {timeout} s: {words}"
         out.seek(0)
         err.seek(0)
-        return Done(status, out.read(), err.read(), len(left))
+        return Done(status, out.read(), err.read(), left)
 
 
-def _bearing(mark: str, session: int | None = None) -> list[int]:
+def bearing(mark: str, session: int | None = None) -> list[int]:
     """Processes with this in their environment or of this session: a program and all of it."""
     found = []
     for path in Path("/proc").glob("[0-9]*"):
@@ -180,3 +179,26 @@ def _bearing(mark: str, session: int | None = None) -> list[int]:
             if mine or mark.encode() in (path / "environ").read_bytes():
                 found.append(int(path.name))
     return found
+
+
+def still_there(mark: str, session: int | None = None, seconds: float = 60.0) -> list[str]:
+    """What has not ended after so long a time, state and command line; most often nothing."""
+    last = time.monotonic() + seconds
+    while (pids := bearing(mark, session)) and time.monotonic() < last:
+        time.sleep(0.05)
+    return [_described(pid) for pid in pids]
+
+
+def _described(pid: int) -> str:
+    with contextlib.suppress(OSError):
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        words = Path(f"/proc/{pid}/cmdline").read_bytes().decode().split("\0")
+        return f"{pid} {state} {' '.join(words)}"
+    return f"{pid} has ended"
+
+
+def end(mark: str, session: int | None = None) -> None:
+    """Kill what is still there."""
+    for pid in bearing(mark, session):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
