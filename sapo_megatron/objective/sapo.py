@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-from sapo_megatron.objective.ratio import safe_advantages, safe_log_ratio
+from sapo_megatron.objective.ratio import Ratio
 
 
 def sapo_token_loss(
@@ -34,9 +34,12 @@ def sapo_token_loss(
     """
     check_temperature("tau_pos", tau_pos)
     check_temperature("tau_neg", tau_neg)
-    ratio = safe_log_ratio(log_ratio, mask).exp()
-    advantages = safe_advantages(advantages, ratio, mask)
-    return -sapo_gate(ratio, token_temperature(advantages, tau_pos, tau_neg)) * advantages
+    return sapo_loss(Ratio.of(log_ratio, advantages, mask), tau_pos, tau_neg)
+
+
+def sapo_loss(r: Ratio, tau_pos: float, tau_neg: float) -> Tensor:
+    """:func:`sapo_token_loss` of a ratio, for temperatures that have been checked."""
+    return -sapo_gate(r.ratio, token_temperature(r.advantages, tau_pos, tau_neg)) * r.advantages
 
 
 def sapo_gate(ratio: Tensor, tau: float | Tensor) -> Tensor:

@@ -28,9 +28,9 @@ from torch import Tensor
 from sapo_megatron.errors import UserError
 from sapo_megatron.objective.kl import kl_penalty
 from sapo_megatron.objective.logprob import vocab_parallel_logprobs
-from sapo_megatron.objective.ratio import masked, safe_log_ratio
+from sapo_megatron.objective.ratio import Ratio, masked, safe_log_ratio
 from sapo_megatron.objective.reduce import token_weights
-from sapo_megatron.objective.sapo import sapo_token_loss
+from sapo_megatron.objective.sapo import sapo_loss
 from sapo_megatron.patches.measure import Measured, Part, log_variance, measure
 from sapo_megatron.patches.replace import Host, Symbol, check, find, replace, restore
 from sapo_megatron.recipe.schema import AlgorithmConfig
@@ -188,16 +188,16 @@ class _Sapo:
         self.micro_batch = _MicroBatch(
             log_ratio.detach(), token_advantages, sequence_ids, advantages.numel()
         )
-        policy = sapo_token_loss(log_ratio, token_advantages, **self.taus)
+        r = Ratio.of(log_ratio, token_advantages)
+        policy = sapo_loss(r, **self.taus)
         if inference_logprobs is not None:
             cap = math.inf if is_truncation_coef is None else is_truncation_coef
             weights = safe_log_ratio(old - inference_logprobs, None).exp()
             policy = policy * weights.clamp(max=cap)
         kl = kl_penalty(logprobs, masked(ref_logprobs, None), "k3")
         entropy = -logprobs.exp() * logprobs
-        ratio = safe_log_ratio(log_ratio, None).exp()
-        above, below = ratio > 1 + clamp_eps_upper, ratio < 1 - clamp_eps_lower
-        return policy + kl_beta * kl - entropy_weight * entropy, kl, ratio, entropy, above, below
+        above, below = r.ratio > 1 + clamp_eps_upper, r.ratio < 1 - clamp_eps_lower
+        return policy + kl_beta * kl - entropy_weight * entropy, kl, r.ratio, entropy, above, below
 
     def counting(self, host: Callable) -> Callable:
         """``prepare_trajectories``, which comes once a collection, on every data-parallel rank."""
@@ -242,14 +242,8 @@ class _Sapo:
             weights = token_weights(
                 mask, ids, lengths, ONE, "seq-mean-token-mean", max_response_length=1
             ) * (mask.sum() / self._sequences_per_micro_batch())
-            measured = measure(
-                batch.log_ratio.flatten(),
-                batch.advantages.flatten(),
-                mask,
-                ids,
-                lengths,
-                **self.taus,
-            )
+            r = Ratio.of(batch.log_ratio.flatten(), batch.advantages.flatten(), mask)
+            measured = measure(r, ids, lengths, **self.taus)
             weighted = output * weights.view_as(output).to(output.dtype)
             return weighted, functools.partial(_report, loss_func, measured)
 

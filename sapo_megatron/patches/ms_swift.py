@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sapo_megatron.errors import UserError
-from sapo_megatron.objective.ratio import MAX_LOG_RATIO, masked
+from sapo_megatron.objective.ratio import MAX_LOG_RATIO, Ratio, masked
 from sapo_megatron.patches.measure import log_variance, measure_rows
 from sapo_megatron.patches.replace import Host, Symbol, check, replace, restore
 from sapo_megatron.recipe.schema import Recipe
@@ -112,9 +112,7 @@ def _safe_loss(original: Callable[..., Any]) -> Callable[..., Any]:
         safe_batch = dataclasses.replace(batch, old_per_token_logps=old_logprob)
         loss, report = original(self, clamped, {**data, "grpo_batch": safe_batch})
         measured = measure_rows(
-            (logprob - old_logprob).detach(),
-            batch.advantages,
-            mask,
+            Ratio.of((logprob - old_logprob).detach(), batch.advantages, mask),
             tau_pos=self.tau_pos,
             tau_neg=self.tau_neg,
         )

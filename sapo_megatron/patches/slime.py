@@ -24,11 +24,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sapo_megatron.errors import UserError
-from sapo_megatron.objective.ratio import safe_log_ratio
+from sapo_megatron.objective.ratio import Ratio
 from sapo_megatron.objective.sapo import (
     check_temperature,
     sapo_gate,
-    sapo_token_loss,
+    sapo_loss,
     sapo_weight,
     token_temperature,
 )
@@ -96,7 +96,7 @@ def sapo_policy_loss(
     taus = temperatures(args)
     announce(**taus)
     mask = torch.cat(masks).to(logits.device).bool()
-    seen: list[tuple[Tensor, Tensor]] = []
+    seen: list[Ratio] = []
 
     def token_loss(
         ppo_kl: Tensor,
@@ -105,11 +105,9 @@ def sapo_policy_loss(
         eps_clip_high: float,
         eps_clip_c: float | None = None,
     ) -> tuple[Tensor, Tensor]:
-        log_ratio = -ppo_kl
-        seen.append((log_ratio.detach(), advantages.detach()))
-        with torch.no_grad():
-            removed = 1 - token_values(log_ratio, advantages, mask, **taus)["sapo/weight_mean"]
-        return sapo_token_loss(log_ratio, advantages, mask=mask, **taus), removed
+        r = Ratio.of(-ppo_kl, advantages, mask)
+        seen.append(r)
+        return sapo_loss(r, **taus), 1 - token_values(r, **taus)["sapo/weight_mean"]
 
     with exchanged(module, "compute_policy_loss", token_loss):
         loss, reported = module.policy_loss_function(args, batch, logits, sum_of_sample_mean)
@@ -118,7 +116,7 @@ def sapo_policy_loss(
             f"{module.__name__}.policy_loss_function: expected one call of compute_policy_loss, "
             f"got {len(seen)}; take the version that docs/patches.md names"
         )
-    reported |= dashboard(*seen[0], masks, batch["loss_masks"], sum_of_sample_mean, cp_group, taus)
+    reported |= dashboard(seen[0], masks, batch["loss_masks"], sum_of_sample_mean, cp_group, taus)
     return loss, reported
 
 
@@ -151,26 +149,21 @@ def temperatures(args: Namespace) -> dict[str, float]:
 
 
 @torch.no_grad()
-def token_values(
-    log_ratio: Tensor, advantages: Tensor, mask: Tensor, *, tau_pos: float, tau_neg: float
-) -> dict[str, Tensor]:
+def token_values(r: Ratio, *, tau_pos: float, tau_neg: float) -> dict[str, Tensor]:
     """What is a mean over tokens, of each token."""
-    z = safe_log_ratio(log_ratio, mask)
-    ratio = z.exp()
-    tau = token_temperature(advantages.to(ratio.dtype), tau_pos, tau_neg)
+    tau = token_temperature(r.advantages, tau_pos, tau_neg)
     return {
-        "ratio/mean": ratio,
-        "ratio/log_mean": z,
-        "ratio/log_square": z.square(),
-        "sapo/gate_mean": sapo_gate(ratio, tau),
-        "sapo/weight_mean": sapo_weight(ratio, tau),
+        "ratio/mean": r.ratio,
+        "ratio/log_mean": r.log_ratio,
+        "ratio/log_square": r.log_ratio.square(),
+        "sapo/gate_mean": sapo_gate(r.ratio, tau),
+        "sapo/weight_mean": sapo_weight(r.ratio, tau),
     }
 
 
 @torch.no_grad()
 def dashboard(
-    log_ratio: Tensor,
-    advantages: Tensor,
+    r: Ratio,
     masks: list[Tensor],
     whole_masks: list[Tensor],
     sum_of_sample_mean: Reducer,
@@ -183,8 +176,7 @@ def dashboard(
     micro-batch and weighed with all its tokens: ``ratio/log_var`` is the variance within
     micro-batches. Collective over ``cp_group``, whose ranks hold parts of the same samples.
     """
-    mask = torch.cat(masks).to(log_ratio.device).bool()
-    values = token_values(log_ratio, advantages, mask, **taus)
+    values = token_values(r, **taus)
     reported = {name: sum_of_sample_mean(value) for name, value in values.items()}
 
     z = values["ratio/log_mean"]
@@ -196,12 +188,10 @@ def dashboard(
     center = total / weight.clamp(min=torch.finfo(weight.dtype).tiny)
     reported["ratio/log_var"] = sum_of_sample_mean((z - center).square())
 
-    device = log_ratio.device
+    device = r.mask.device
     sizes = torch.tensor([len(part) for part in masks], device=device)
     measured = measure(
-        log_ratio,
-        advantages,
-        mask,
+        r,
         torch.arange(len(masks), device=device).repeat_interleave(sizes),
         torch.stack([part.sum() for part in whole_masks]).to(device).long(),
         cp_group=cp_group,

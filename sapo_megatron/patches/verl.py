@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from sapo_megatron.errors import UserError
-from sapo_megatron.objective.ratio import masked
-from sapo_megatron.objective.sapo import sapo_token_loss
+from sapo_megatron.objective.ratio import Ratio, masked
+from sapo_megatron.objective.sapo import sapo_loss
 from sapo_megatron.patches.measure import Measured, log_variance, measure_rows
 from sapo_megatron.patches.replace import Host, Symbol, check
 
@@ -89,14 +89,14 @@ def policy_loss(
         _warn_of_mode(loss_agg_mode)
     taus = {"tau_pos": config.tau_pos, "tau_neg": config.tau_neg}
     mask = response_mask.bool()
-    log_ratio = log_prob - old_log_prob
-    token_loss = sapo_token_loss(log_ratio, advantages, mask=mask, **taus)
+    r = Ratio.of(log_prob - old_log_prob, advantages, mask)
+    token_loss = sapo_loss(r, **taus)
     if rollout_is_weights is not None:
         token_loss = token_loss * masked(rollout_is_weights, mask)
     loss = agg_loss(
         loss_mat=token_loss, loss_mask=mask, loss_agg_mode=loss_agg_mode, **config.global_batch_info
     )
-    return loss, _report(measure_rows(log_ratio, advantages, mask, **taus), **taus)
+    return loss, _report(measure_rows(r, **taus), **taus)
 
 
 def install() -> None:

@@ -36,11 +36,17 @@ SHARD_BYTES = 4 * 2**30
 
 
 def save_random(arch: Architecture, model: ModelConfig, folder: Path, *, seed: int) -> None:
-    """Write a freshly initialised model of architecture ``arch`` to ``folder``."""
-    config = transformers.AutoConfig.for_model(**arch.config)
+    """Write a freshly initialised model of architecture ``arch`` to ``folder``.
+
+    Every row of the embedding is drawn. transformers leaves that of ``pad_token_id`` at zero, where
+    the first norm amplifies by 1 / sqrt(eps): once such a token is sampled, its gradient is a
+    hundred thousand times that of any other.
+    """
+    config = transformers.AutoConfig.for_model(**{**arch.config, "pad_token_id": None})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         fresh = transformers.AutoModelForCausalLM.from_config(config)
+    fresh.config.pad_token_id = arch.config.get("pad_token_id")
     with _whole_folder(folder) as temporary:
         fresh.to(DTYPES[model.params_dtype]).save_pretrained(temporary)
 

@@ -1,7 +1,7 @@
 """A recipe: YAML -> the frozen dataclasses of :mod:`sapo_megatron.recipe.schema`.
 
-``load(path, overrides)`` merges ``base:`` recipes, the file and the command line, checks names and
-types, and then the rules of :mod:`sapo_megatron.recipe.check`. User mistakes raise
+``load(path, overrides)`` merges ``base:`` recipes, the file and the command line, checks names,
+types and ranges, and then the rules of :mod:`sapo_megatron.recipe.check`. User mistakes raise
 :class:`UserError`, in one line.
 """
 
@@ -12,11 +12,13 @@ import os
 import re
 import textwrap
 import typing
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
+from pydantic.fields import FieldInfo
 
 from sapo_megatron.errors import UserError
 from sapo_megatron.recipe.check import check
@@ -209,7 +211,7 @@ def _override(raw: dict[str, Any], key: str, text: str) -> None:
 
 def _find_key(key: str) -> str:
     """The full name of a key given on the command line. Raises UserError with the nearest key."""
-    known = _known_keys()
+    known = keys()
     key = key.replace("-", "_")
     if key in known:
         return key
@@ -225,7 +227,7 @@ def _nearest(key: str) -> str:
     last = key.rsplit(".", 1)[-1]
     if last in PEER_KEYS:
         return f"here it is called {PEER_KEYS[last]}"
-    known = _known_keys()
+    known = keys()
     by_name = {k.rsplit(".", 1)[-1]: k for k in reversed(known)}
     named = difflib.get_close_matches(last, by_name, n=1, cutoff=0.7)
     if named:
@@ -233,23 +235,34 @@ def _nearest(key: str) -> str:
     return f"the nearest is {difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]}"
 
 
-def _known_keys(cls: type = Recipe, prefix: str = "") -> list[str]:
-    """Dotted names of every value, and of the sections that may be null."""
-    keys: list[str] = []
-    for f in dataclasses.fields(cls):
-        section, nullable = _section_of(typing.get_type_hints(cls)[f.name])
+def keys(cls: type = Recipe, prefix: str = "") -> list[str]:
+    """Dotted names of every value of a recipe, and of the sections that may be null."""
+    names: list[str] = []
+    for name, hint in _hints(cls).items():
+        section = None if typing.get_origin(hint) is tuple else _section_in(hint)
         if section:
-            keys += _known_keys(section, f"{prefix}{f.name}.")
-        if section is None or nullable:
-            keys.append(prefix + f.name)
-    return keys
+            names += keys(section, f"{prefix}{name}.")
+        if section is None or type(None) in typing.get_args(hint):
+            names.append(prefix + name)
+    return names
 
 
-def _section_of(hint: Any) -> tuple[type | None, bool]:
-    """The dataclass that a field holds (None: it holds a value), and whether null may stand."""
-    options = (hint, *typing.get_args(hint)) if typing.get_origin(hint) is not tuple else (hint,)
-    section = next((t for t in options if dataclasses.is_dataclass(t)), None)
-    return section, type(None) in options
+def _hints(cls: type) -> dict[str, Any]:
+    """The types of a section's fields, with their ranges."""
+    return typing.get_type_hints(cls, include_extras=True)
+
+
+def _parts(hint: Any) -> Iterator[Any]:
+    """A type and everything that it is made of."""
+    yield hint
+    for inner in typing.get_args(hint):
+        yield from _parts(inner)
+
+
+def _section_in(hint: Any) -> type | None:
+    """The section that a type names; None: it is that of a value."""
+    parts = (part for part in _parts(hint) if isinstance(part, type))
+    return next((part for part in parts if dataclasses.is_dataclass(part)), None)
 
 
 def _explain(error: ValidationError) -> str:
@@ -265,7 +278,10 @@ def _explain(error: ValidationError) -> str:
         return f"{key}: no such key; {_nearest(key)}"
     if problem["type"] == "missing":
         return f"{key}: missing; set it in the recipe"
-    wanted = _WANTED.get(problem["type"], problem["msg"].removeprefix("Input should be "))
+    if problem["type"] in _OUT_OF_RANGE:
+        wanted = _number(problem["loc"])
+    else:
+        wanted = _WANTED.get(problem["type"], problem["msg"].removeprefix("Input should be "))
     return f"{key}: expected {wanted}, got {_show(got)}; change it"
 
 
@@ -279,6 +295,29 @@ _WANTED = {
     "dataclass_type": "a section (keys and values)",
 }
 """pydantic's error types in our words."""
+_OUT_OF_RANGE = (
+    "finite_number",
+    "greater_than",
+    "greater_than_equal",
+    "less_than",
+    "less_than_equal",
+)
+_SIGNS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
+
+
+def _number(place: Sequence[str | int]) -> str:
+    """What a key takes, in words: ``a whole number > 0``, ``a finite number >= 0 and < 1``."""
+    hint: Any = Recipe
+    for name in place:
+        if isinstance(name, str):  # a number counts in a list, whose type names its items'
+            section = _section_in(hint)
+            assert section is not None
+            hint = _hints(section)[name]
+    parts = list(_parts(hint))
+    bounds = [bound for part in parts if isinstance(part, FieldInfo) for bound in part.metadata]
+    limits = [item for bound in bounds for item in dataclasses.asdict(bound).items()]
+    kind = "a whole number" if int in parts else "a finite number"
+    return f"{kind} {' and '.join(f'{_SIGNS[name]} {limit}' for name, limit in limits)}"
 
 
 def _show(value: Any) -> str:
@@ -286,14 +325,11 @@ def _show(value: Any) -> str:
 
 
 def _sections(cls: type = Recipe) -> list[type]:
-    """``cls`` and every dataclass that its fields name, at any depth."""
-    hints = typing.get_type_hints(cls).values()
-    named = [
-        t for hint in hints for t in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(t)
-    ]
+    """``cls`` and every section that its fields name, at any depth."""
+    named = filter(None, map(_section_in, _hints(cls).values()))
     return [cls, *(inner for section in named for inner in _sections(section))]
 
 
 for _section in _sections():
-    _section.__pydantic_config__ = ConfigDict(extra="forbid")
+    with_config(ConfigDict(extra="forbid", allow_inf_nan=False))(_section)
 _ADAPTER: TypeAdapter[Recipe] = TypeAdapter(Recipe)

@@ -1,7 +1,16 @@
-"""The keys of a recipe, with types, defaults and meanings: the only place with defaults."""
+"""The keys of a recipe, with types, ranges, defaults and meanings: the only place with defaults."""
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+Count = Annotated[int, Field(gt=0)]
+Whole = Annotated[int, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
+TopP = Annotated[float, Field(gt=0, le=1)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,24 +28,24 @@ class ModelConfig:
     """Start from the weights at ``path``, or from random ones of its architecture."""
     params_dtype: Literal["float32", "bfloat16", "float64"] = "bfloat16"
     moe_router_dtype: Literal["fp32", "fp64"] = "fp32"
-    moe_aux_loss_coeff: float = 0.0
+    moe_aux_loss_coeff: NotNegative = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
     """megatron-core's names; data parallelism is what the world size leaves over."""
 
-    tensor_model_parallel_size: int = 1
-    pipeline_model_parallel_size: int = 1
-    virtual_pipeline_model_parallel_size: int | None = None
-    context_parallel_size: int = 1
-    expert_model_parallel_size: int = 1
-    expert_tensor_parallel_size: int = 1
-    num_layers_in_first_pipeline_stage: int | None = None
-    num_layers_in_last_pipeline_stage: int | None = None
+    tensor_model_parallel_size: Count = 1
+    pipeline_model_parallel_size: Count = 1
+    virtual_pipeline_model_parallel_size: Annotated[int, Field(ge=2)] | None = None
+    context_parallel_size: Count = 1
+    expert_model_parallel_size: Count = 1
+    expert_tensor_parallel_size: Count = 1
+    num_layers_in_first_pipeline_stage: Count | None = None
+    num_layers_in_last_pipeline_stage: Count | None = None
     recompute_granularity: Literal["full", "selective"] | None = None
     recompute_method: Literal["uniform", "block"] | None = None
-    recompute_num_layers: int | None = None
+    recompute_num_layers: Count | None = None
     recompute_modules: tuple[str, ...] | None = None
 
     @property
@@ -50,7 +59,7 @@ class TaskConfig:
 
     name: str
     options: dict[str, Any] = field(default_factory=dict)
-    weight: float = 1.0
+    weight: Positive = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +75,7 @@ class SourceConfig:
     answer_key: str = "answer"
     template: str | None = None
     """None: ``data.template``."""
-    seed: int = 0
+    seed: Whole = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,9 +97,9 @@ class RolloutConfig:
     """URLs of vLLM servers, such as ``http://node7:8000``; none: the trainer starts its own."""
     vllm_python: str | None = None
     """The Python of an environment with vLLM, for the servers that the trainer starts."""
-    num_servers: int = 1
+    num_servers: Count = 1
     """Servers that the trainer starts."""
-    async_steps: Literal[0, 1] = 0
+    async_steps: Annotated[int, Field(ge=0, le=1)] = 0
     """1: the servers sample the next step's responses while this step trains, with the weights from
     before it."""
     colocate: bool = False
@@ -99,30 +108,30 @@ class RolloutConfig:
     weight_transfer: Literal["folder", "nccl"] = "folder"
     """How servers get weights: a folder on a file system that they share, or NCCL, with vLLM's
     sending side. nccl has not been run on GPUs yet."""
-    server_concurrency: int = 256
+    server_concurrency: Count = 256
     """Requests that one server works on at once."""
-    server_timeout_s: float = 600.0
+    server_timeout_s: Positive = 600.0
     """Seconds that a server may take to start, to answer one request, or to come back."""
-    rollout_batch_size: int = 32
+    rollout_batch_size: Count = 32
     """Prompts per step, over all ranks."""
-    num_generations: int = 8
-    """Responses per prompt (the group size G)."""
-    temperature: float = 1.0
-    top_p: float = 1.0
-    max_prompt_length: int = 1024
-    max_response_length: int = 1024
-    generation_batch_size: int = 256
+    num_generations: Annotated[int, Field(ge=2)] = 8
+    """Responses per prompt (the group size G), which advantages compare with one another."""
+    temperature: Positive = 1.0
+    top_p: TopP = 1.0
+    max_prompt_length: Count = 1024
+    max_response_length: Count = 1024
+    generation_batch_size: Count = 256
     """Sequences that one rank generates at once."""
     dynamic_sampling: bool = False
     """Drop groups whose rewards are all equal and draw new prompts in their place."""
-    dynamic_sampling_max_rounds: int = 8
+    dynamic_sampling_max_rounds: Count = 8
 
 
 @dataclass(frozen=True, kw_only=True)
 class RewardConfig:
     function: str = "exact_match"
     """``reasoning_gym``, ``math_verify``, ``exact_match`` or ``module:function``."""
-    timeout_s: float = 10.0
+    timeout_s: Positive = 10.0
     """Seconds for one response; beyond it the reward is 0 and ``reward/timeouts`` counts it."""
 
 
@@ -136,10 +145,10 @@ class RoutingConfig:
     observe: bool = True
     """Whether the routers' choices are recorded and compared, and the ratios' variance measured:
     ``routing/*``, ``variance/*``, ``sapo/bound_*``; the rest of this section says how much."""
-    decompose_every: int = 16
+    decompose_every: Whole = 16
     """Updates between splits of Var[log r] into weights, router and covariance (two more forward
     passes of one mini-batch); 0: never."""
-    prob_every: int = 16
+    prob_every: Whole = 16
     """Positions between tokens whose router probabilities are kept for ``tv`` and
     ``shift_factor``; 0: none are."""
 
@@ -162,22 +171,22 @@ CLIP_DEFAULTS: dict[str, tuple[float, float]] = {
 @dataclass(frozen=True, kw_only=True)
 class AlgorithmConfig:
     loss_type: LossType = "sapo"
-    tau_pos: float = 1.0
-    tau_neg: float = 1.05
-    clip_ratio_low: float | None = None
-    clip_ratio_high: float | None = None
-    clip_ratio_c: float | None = None
-    """Dual clip: bound on the ratio of negative advantages (grpo only), > 1."""
+    tau_pos: Positive = 1.0
+    tau_neg: Positive = 1.05
+    clip_ratio_low: Positive | None = None
+    clip_ratio_high: Positive | None = None
+    clip_ratio_c: Annotated[float, Field(gt=1)] | None = None
+    """Dual clip: bound on the ratio of negative advantages (grpo only)."""
     importance_sampling_level: Literal["token", "sequence"] | None = None
     """None: what the loss type needs (sequence for gspo, token for the others)."""
     loss_agg_mode: Literal["seq-mean-token-mean", "token-mean", "seq-mean-token-sum-norm"] = (
         "seq-mean-token-mean"
     )
     adv_estimator: Literal["grpo", "dr_grpo", "rloo"] = "grpo"
-    kl_coef: float = 0.0
+    kl_coef: NotNegative = 0.0
     """Weight of the KL to the frozen initial policy; > 0 keeps a reference model."""
     kl_type: Literal["k1", "k2", "k3"] = "k3"
-    entropy_coef: float = 0.0
+    entropy_coef: NotNegative = 0.0
 
     @property
     def clip_range(self) -> tuple[float, float]:
@@ -199,45 +208,45 @@ class CorrectionConfig:
     rollout_is: Literal["disabled", "tis", "icepop"] = "disabled"
     """By the ratio of the training engine's probability to the rollout engine's: cut off at
     ``tis_cap`` (truncated importance sampling), or 0 outside ``icepop_low`` to ``icepop_high``."""
-    tis_cap: float = 2.0
-    icepop_low: float = 0.5
-    icepop_high: float = 5.0
-    sequence_mask_kl: float | None = None
+    tis_cap: Positive = 2.0
+    icepop_low: Positive = 0.5
+    icepop_high: Positive = 5.0
+    sequence_mask_kl: Positive | None = None
     """Sequences with a negative advantage whose mean KL from the rollout engine's policy to the
     current one is above this teach nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    lr: float = 1e-6
-    min_lr: float = 0.0
-    lr_warmup_steps: int = 0
+    lr: Positive = 1e-6
+    min_lr: NotNegative = 0.0
+    lr_warmup_steps: Whole = 0
     """Optimizer steps, as are all lengths of the schedule."""
     lr_decay_style: Literal["constant", "linear", "cosine"] = "constant"
-    weight_decay: float = 0.0
-    adam_beta1: float = 0.9
-    adam_beta2: float = 0.98
-    adam_eps: float = 1e-8
-    clip_grad: float = 1.0
-    optimizer_offload_fraction: float = 0.0
+    weight_decay: NotNegative = 0.0
+    adam_beta1: Beta = 0.9
+    adam_beta2: Beta = 0.98
+    adam_eps: Positive = 1e-8
+    clip_grad: Positive = 1.0
+    optimizer_offload_fraction: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Share of Adam's state that is kept, and updated, in host memory (GPUs only)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    steps: int = 100
+    steps: Whole = 100
     """Rollout batches; each makes ``num_mini_batches`` optimizer steps."""
-    num_mini_batches: int = 4
-    max_tokens_per_gpu: int = 4096
+    num_mini_batches: Count = 4
+    max_tokens_per_gpu: Count = 4096
     """Tokens of a micro-batch on one rank; times context_parallel_size for the whole."""
     packing: bool = True
     """Lay the sequences of a micro-batch end to end; False: pad them to one length."""
     logprob: Literal["inplace", "fused"] = "inplace"
-    logprob_chunk_size: int | None = None
+    logprob_chunk_size: Count | None = None
     """Rows of logits handled at once; None: sized to stay in cache."""
     on_nonfinite: Literal["skip", "abort"] = "abort"
     """What a NaN or inf in loss or gradient does to the step."""
-    seed: int = 1234
+    seed: Whole = 1234
     run_dir: str | None = None
     """None: a new numbered folder under ``runs/<recipe name>``."""
 
@@ -250,28 +259,28 @@ class ColdStartConfig:
     settled, which leaves it the easy part of the way down.
     """
 
-    steps: int = 0
-    batch_size: int = 64
-    lr: float = 1e-3
-    lr_warmup_steps: int = 20
+    steps: Whole = 0
+    batch_size: Count = 64
+    lr: Positive = 1e-3
+    lr_warmup_steps: Whole = 20
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvalConfig:
-    every: int = 0
+    every: Whole = 0
     """Steps between evaluations; 0: only before and at the end."""
-    num_problems: int = 64
-    k: int = 8
+    num_problems: Count = 64
+    k: Count = 8
     """Samples per problem for avg@k."""
-    temperature: float = 1.0
-    top_p: float = 1.0
+    temperature: Positive = 1.0
+    top_p: TopP = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    every: int = 0
+    every: Whole = 0
     """Steps between checkpoints; 0: only at the end."""
-    keep: int = 2
+    keep: Count = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -280,7 +289,7 @@ class LoggingConfig:
     wandb: bool = False
     wandb_project: str = "sapo-megatron"
     wandb_name: str | None = None
-    dump_every: int = 0
+    dump_every: Whole = 0
     """Updates between dumps of a mini-batch's tokens to ``<run>/dumps``; 0: never."""
 
 
@@ -292,9 +301,9 @@ class ClusterConfig:
     """What ``plan`` plans for; training uses the processes it is started with."""
 
     gpu: GpuName = "h100-80gb"
-    nodes: int | None = None
+    nodes: Count | None = None
     """None: as few GPUs as the layout takes."""
-    gpus_per_node: int = 8
+    gpus_per_node: Count = 8
 
 
 @dataclass(frozen=True, kw_only=True)

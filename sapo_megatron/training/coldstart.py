@@ -27,6 +27,8 @@ from sapo_megatron.training.inputs import Inputs, demonstrations
 logger = logging.getLogger(__name__)
 
 LOG_EVERY = 50
+INITIALISATION = 2
+"""Counts the ways in which random weights were drawn: what another way made is not used again."""
 
 
 def initial_weights(recipe: Recipe, inputs: Inputs, groups: ParallelGroups, root: Path) -> Path:
@@ -132,7 +134,9 @@ def _key(recipe: Recipe, inputs: Inputs) -> str:
 
 def _model_key(recipe: Recipe, inputs: Inputs) -> str:
     """Stands for the weights before any training, as far as the recipe says."""
-    return _digest(recipe.model, sorted(inputs.arch.config.items()), recipe.train.seed)
+    return _digest(
+        INITIALISATION, recipe.model, sorted(inputs.arch.config.items()), recipe.train.seed
+    )
 
 
 def _digest(*parts: Any) -> str:

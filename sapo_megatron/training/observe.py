@@ -16,6 +16,7 @@ from torch import Tensor
 
 from sapo_megatron.metrics import Max, Metrics
 from sapo_megatron.objective.bound import bound_metrics
+from sapo_megatron.objective.ratio import Ratio
 from sapo_megatron.policy.model import Forward, Model
 from sapo_megatron.recipe.schema import Recipe
 from sapo_megatron.routing.divergence import compare, load_metrics, token_metrics
@@ -178,9 +179,7 @@ class Observer:
 
     def _bound(self, batch: PackedBatch, forward: Forward) -> Metrics:
         return bound_metrics(
-            _log_ratio(batch, forward),
-            batch.advantages,
-            batch.mask,
+            Ratio.of(_log_ratio(batch, forward), batch.advantages, batch.mask),
             batch.sequence_ids,
             batch.lengths,
             tau_pos=self._recipe.algorithm.tau_pos,

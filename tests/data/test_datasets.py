@@ -271,8 +271,9 @@ def test_the_documentation_has_recipes():
 
 READ = """
 import sys
-from sapo_megatron.recipe.schema import DataConfig, SourceConfig, UserError
 from sapo_megatron.data.datasets import read_problems
+from sapo_megatron.errors import UserError
+from sapo_megatron.recipe.schema import DataConfig, SourceConfig
 for path in sys.argv[1:]:
     data = DataConfig(train=SourceConfig(path=path, prompt_key="problem"))
     try:

@@ -22,6 +22,7 @@ from sapo_megatron.errors import UserError
 from sapo_megatron.metrics import Metrics
 from sapo_megatron.objective.bound import bound_metrics
 from sapo_megatron.objective.loss import gate_metrics, policy_loss, ratio_metrics
+from sapo_megatron.objective.ratio import Ratio
 from sapo_megatron.patches import megatron_rl, replace
 from sapo_megatron.recipe.schema import AlgorithmConfig, CorrectionConfig
 from sapo_megatron.sample import Denominators, PackedBatch
@@ -103,12 +104,12 @@ def ours(rows, algorithm, with_correction):
     )
     (gradient,) = torch.autograd.grad(loss, rows.logprobs)
     log_ratio = (rows.logprobs - rows.old).detach().flatten()
-    about = (log_ratio, batch.advantages, batch.mask)
+    r = Ratio.of(log_ratio, batch.advantages, batch.mask)
     taus = {"tau_pos": algorithm.tau_pos, "tau_neg": algorithm.tau_neg}
     metrics = Metrics()
-    metrics.update(ratio_metrics(*about))
-    metrics.update(gate_metrics(*about, **taus))
-    metrics.update(bound_metrics(*about, ids, batch.lengths, **taus))
+    metrics.update(ratio_metrics(r))
+    metrics.update(gate_metrics(r, **taus))
+    metrics.update(bound_metrics(r, ids, batch.lengths, **taus))
     return loss.detach(), gradient, metrics.values()
 
 

@@ -1,13 +1,16 @@
 """The policy loss: one number by hand, and the same numbers however the batch is cut."""
 
 import math
+from collections import Counter
+from typing import get_args
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from sapo_megatron.metrics import Metrics
-from sapo_megatron.objective.loss import policy_loss
-from sapo_megatron.recipe.schema import AlgorithmConfig
+from sapo_megatron.metrics import Mean, Metrics
+from sapo_megatron.objective.loss import LOSSES, PolicyLoss, policy_loss
+from sapo_megatron.recipe.schema import AlgorithmConfig, LossType
 from sapo_megatron.sample import Denominators, PackedBatch
 from tests.support.gloo import run_ranks
 
@@ -212,6 +215,48 @@ def test_context_parallel_ranks_add_up(name):
         for entry in range(start + rank, start + len(s["mask"]), 2)
     ]
     assert_same((loss, gradient, metrics), (whole[0], whole[1][order], whole[2]))
+
+
+def test_every_name_has_a_loss():
+    assert LOSSES.keys() == {*get_args(LossType)} == ALGORITHMS.keys()
+
+
+def test_a_loss_is_a_line_of_the_table(monkeypatch):
+    def plain_metrics(r, algorithm):
+        metrics = Metrics()
+        metrics.add("plain/advantage", Mean.of(r.advantages, r.mask))
+        return metrics
+
+    plain = PolicyLoss(lambda r, a: -r.log_ratio * r.advantages, plain_metrics)
+    monkeypatch.setitem(LOSSES, "plain", plain)
+    algorithm = AlgorithmConfig(loss_type="plain", loss_agg_mode="token-mean")
+    sequences = make_sequences()
+    _, (gradient, _), metrics = run(algorithm, *pack(sequences))
+    expected = [
+        torch.where(s["mask"], -s["advantages"] / DENOMINATORS.tokens, 0) for s in sequences
+    ]
+    torch.testing.assert_close(gradient, torch.cat(expected))
+    assert metrics.values()["plain/advantage"] == pytest.approx((1.5 * 3 - 2.0 - 0.4 * 5) / 9)
+
+
+class Counting(TorchDispatchMode):
+    """How often each operation runs."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = Counter()
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        self.calls[operation.overloadpacket.__name__] += 1
+        return operation(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_a_ratio_is_computed_once(name):
+    with Counting() as counting:
+        run(ALGORITHMS[name], *pack(make_sequences()))
+    # gspo takes the ratio of the sequences too.
+    assert counting.calls["exp"] == (2 if name == "gspo" else 1)
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)

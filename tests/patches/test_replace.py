@@ -16,6 +16,7 @@ from sapo_megatron.errors import UserError
 from sapo_megatron.metrics import Metrics
 from sapo_megatron.objective.bound import bound_metrics
 from sapo_megatron.objective.loss import gate_metrics, ratio_metrics
+from sapo_megatron.objective.ratio import Ratio
 from sapo_megatron.patches import measure, megatron_rl
 from sapo_megatron.patches.replace import Host, Symbol, check, find, replace, restore
 from tests.support.tiny import cli
@@ -292,16 +293,16 @@ def test_parts_add_up_to_the_metrics_of_the_whole():
     mask = torch.rand(6, 9) > 0.4
     mask[2] = False
     taus = {"tau_pos": 1.0, "tau_neg": 1.3}
-    spread = (log_ratio.flatten(), advantages.expand(6, 9).flatten(), mask.flatten())
+    r = Ratio.of(log_ratio, advantages, mask)
     ids = torch.arange(6).repeat_interleave(9)
     whole = Metrics()
-    whole.update(ratio_metrics(*spread))
-    whole.update(gate_metrics(*spread, **taus))
-    whole.update(bound_metrics(*spread, ids, mask.sum(1), **taus))
+    whole.update(ratio_metrics(r))
+    whole.update(gate_metrics(r, **taus))
+    whole.update(bound_metrics(r.flatten(), ids, mask.sum(1), **taus))
     expected = whole.values()
 
     parts = [
-        measure.measure_rows(log_ratio[rows], advantages[rows], mask[rows], **taus)
+        measure.measure_rows(Ratio.of(log_ratio[rows], advantages[rows], mask[rows]), **taus)
         for rows in ([0, 1], [2], [3, 4, 5])
     ]
     found = {

@@ -7,16 +7,16 @@ import torch
 from megatron.core.transformer.moe.moe_utils import topk_routing_with_score_function
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.moe.router_replay import RouterReplay
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from sapo_megatron.errors import UserError
 from sapo_megatron.policy.routers import (
     LayerRouter,
     ModelRouters,
     check_routes,
     padded_experts,
 )
-from torch import nn
-from torch.utils.checkpoint import checkpoint
-
-from sapo_megatron.errors import UserError
 
 # Scores of two micro-batches of two tokens and of three; two of four experts are chosen.
 SCORES = [

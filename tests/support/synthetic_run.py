@@ -22,6 +22,7 @@ from sapo_megatron.metrics import (
 from sapo_megatron.objective.loss import RATIO_EDGES, WEIGHT_EDGES
 from sapo_megatron.objective.sapo import sapo_weight
 from sapo_megatron.recipe import schema as config
+from sapo_megatron.recipe.load import to_yaml
 from sapo_megatron.runs.trackers import JsonlTracker
 
 LAYERS = 4
@@ -48,7 +49,7 @@ def write_run(
     ``experts``: whether the model has any; a dense one logs nothing about routers.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.yaml").write_text(config.to_yaml(recipe(loss_type, steps)))
+    (folder / "config.yaml").write_text(to_yaml(recipe(loss_type, steps)))
     generator = torch.Generator().manual_seed(0)
     tracker = JsonlTracker(folder / "metrics.jsonl")
     for step in range(1, steps + 1):

@@ -424,8 +424,8 @@ def test_servers_end_when_the_trainer_is_killed(tmp_path):
     python = program(tmp_path, "echo $$ > pid; sleep 100 & wait")
     script = f"""
         from pathlib import Path
-        from sapo_megatron.rollout.vllm import guard, servers
-        from sapo_megatron.recipe.schema import load
+        from sapo_megatron.recipe.load import load
+        from sapo_megatron.rollout.vllm import servers
         here = Path({str(tmp_path)!r})
         servers.LocalServers(load(here / "recipe.yaml"), here, here / "servers")
     """
