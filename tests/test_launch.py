@@ -4,6 +4,7 @@ A fake ``srun`` runs its command once on each node of its list, all of which are
 a log for each as Slurm would; a fake ``scontrol`` names the nodes and writes down what it is asked.
 """
 
+import contextlib
 import http.server
 import os
 import re

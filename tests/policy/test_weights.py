@@ -13,8 +13,8 @@ from sapo_megatron.policy import parallel
 from sapo_megatron.policy.step import Policy
 from sapo_megatron.policy.weights import save_random
 from sapo_megatron.recipe.load import load
-from tests.support.families import TIMEOUT_S, Place, make_model
-from tests.support.gloo import run_ranks
+from tests.support.families import Place, make_model
+from tests.support.gloo import TIMEOUT_S, run_ranks
 from tests.support.tiny import ROOT
 
 PLACES = [
