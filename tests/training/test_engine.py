@@ -304,8 +304,8 @@ def failing_on_two_ranks(url):
         SimpleNamespace(
             updates=0,
             groups=SimpleNamespace(world=dist.group.WORLD),
-            checkpoint=SimpleNamespace(stream=stream),
-            logprobs=lambda tokens, layout: (),
+            model=SimpleNamespace(weights=SimpleNamespace(stream=stream)),
+            logprobs=lambda tokens, cut: (),
         ),
         SimpleNamespace(receive=receive) if first else None,
         Path(),
