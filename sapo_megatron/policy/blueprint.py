@@ -4,7 +4,7 @@ Process groups are pretended and tensors are on the meta device, so what is coun
 that training builds, with torch's layers in the place of Transformer Engine's.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -60,6 +60,12 @@ def stages(recipe: Recipe, arch: Architecture, world_size: int) -> list[Stage]:
 
 
 def _stage(recipe: Recipe, arch: Architecture, world_size: int, rank: int) -> Stage:
+    # Of the same shapes as those that the recipe may ask for, which need a GPU.
+    recipe = replace(
+        recipe,
+        model=replace(recipe.model, layers="torch", attention_backend="auto"),
+        parallel=replace(recipe.parallel, moe_token_dispatcher_type="alltoall"),
+    )
     config = transformer_config(arch, recipe.model, recipe.parallel)
     # Random numbers for tensors without data are most of the time that building takes.
     config.init_method = config.output_layer_init_method = config.embedding_init_method = _leave

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing, tensor_parallel
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 
 from sapo_megatron.policy import compat
 from sapo_megatron.policy.step import Policy
@@ -43,6 +44,9 @@ def save(policy: Policy, folder: Path, state: RunState, *, keep: int) -> Path:
         str(temporary),
         content_metadata={k: v for k, v in metadata.items() if isinstance(v, str)},
     )
+    if torch.cuda.is_available():
+        # The writer copied the whole state through pinned memory, which torch would keep.
+        torch._C._host_emptyCache()
     if dist.get_rank() == 0:
         write_state(temporary, state)
         shutil.rmtree(target, ignore_errors=True)
@@ -70,9 +74,19 @@ def load(policy: Policy, checkpoint: Path, state: RunState) -> None:
 
 
 def _restore_steps(policy: Policy) -> None:
-    """Give torch's Adam its step counts back: upstream leaves them in the parameter groups."""
+    """Give torch's Adam its step counts back: upstream leaves them in the parameter groups.
+
+    Of Adam in host memory it loads the moments and leaves the counts of a first, made-up step:
+    updates behind a resume would be up to a third too small until the counts have caught up.
+    """
     for part in policy.optimizer.chained_optimizers:
-        if isinstance(part.optimizer, torch.optim.Adam):
+        if isinstance(part.optimizer, HybridDeviceOptimizer):
+            step = float(part.optimizer.param_groups[0]["step"])
+            for inner in part.optimizer.sub_optimizers:
+                for state in inner.state.values():
+                    if "step" in state:
+                        state["step"] = torch.tensor(step)
+        elif isinstance(part.optimizer, torch.optim.Adam):
             for group in part.optimizer.param_groups:
                 step = group.pop("step")
                 for weight in group["params"]:

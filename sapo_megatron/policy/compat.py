@@ -13,7 +13,10 @@ from typing import Any
 
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 from megatron.core.models.backends import BackendSpecProvider
+from megatron.core.tensor_parallel import random
+from megatron.core.transformer import multi_latent_attention
 from megatron.core.transformer.mlp import MLPSubmodules
+from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.moe.experts import TEGroupedMLP
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.multi_latent_attention import (
@@ -43,6 +46,32 @@ class LatentSelfAttention(MLASelfAttention):
 
     def _resolve_qk_norm_config(self, submodules: MLASelfAttentionSubmodules) -> dict[str, Any]:
         return vars(submodules)
+
+
+@functools.cache
+def allow_torch_layers(duplicated: type) -> None:
+    """Let upstream's modules be made of torch's layers, where it takes Transformer Engine's for
+    granted. Idempotent; for a process whose models are all made of torch's layers.
+
+    ``duplicated``: the linear layer that tensor-parallel ranks have whole.
+    """
+    # It asks whether a layer is one of Transformer Engine's although there are none.
+    multi_latent_attention.HAVE_TE = False
+    # The kinds of linear that it accepts are Transformer Engine's, ModelOpt's and its own.
+    multi_latent_attention.Linear = duplicated
+    # Named whether or not Transformer Engine is there; None selects the torch path.
+    moe_utils.te_general_gemm = None
+    # Upstream takes "no fp8" (False) for fp8 and goes on to ask Transformer Engine about it.
+    without_output = random.CheckpointWithoutOutput
+    without_output.__init__ = _without_fp8(without_output.__init__)
+
+
+def _without_fp8(init: Any) -> Any:
+    @functools.wraps(init)
+    def initialise(self: Any, fp8: Any = None) -> None:
+        init(self, None)
+
+    return initialise
 
 
 def auxiliary_loss_tokens(tokens: int, tp_size: int) -> int:

@@ -39,6 +39,7 @@ class MegatronDecoder:
         self._prob_every = model.view.prob_every
         self._recording = False
         self._fed: list[tuple[int, int]] = []
+        self._kept: list[Tensor] = []
         self._contexts: list[StaticInferenceContext] = []
         self._batch_size = self._max_length = 0
 
@@ -74,8 +75,8 @@ class MegatronDecoder:
     def start(self, batch_size: int, max_length: int) -> None:
         self._contexts = [StaticInferenceContext(batch_size, max_length) for _ in self.chunks]
         self._batch_size, self._max_length = batch_size, max_length
-        self._fed = []
-        keep = self._kept_rows if self._prob_every else None
+        self._fed, self._kept = [], []
+        keep = self._kept.__getitem__ if self._prob_every else None
         self._routers.begin(record=self._recording, keep=keep)
 
     def logits(self, tokens: Tensor) -> Tensor | None:
@@ -89,6 +90,7 @@ class MegatronDecoder:
         positions = torch.arange(offset, offset + length, device=self.device).expand(batch, -1)
         stages = self.groups.pp.size()
         self._fed.append((offset, length))
+        self._kept.append(self._kept_rows(offset, length))
         out: Tensor | None = None
         for chunk, (model, context) in enumerate(zip(self.chunks, self._contexts, strict=True)):
             context.sequence_len_offset = offset
@@ -142,9 +144,8 @@ class MegatronDecoder:
     def _keeps(self, position: int) -> bool:
         return self._prob_every > 0 and position % self._prob_every == 0
 
-    def _kept_rows(self, call: int) -> Tensor:
-        """Rows of what was fed last at whose positions router probabilities are kept."""
-        offset, length = self._fed[call]
+    def _kept_rows(self, offset: int, length: int) -> Tensor:
+        """Rows of what is fed at whose positions router probabilities are kept."""
         kept = [s for s in range(length) if self._keeps(offset + s)]
         rows = torch.arange(self._batch_size * length, device=self.device)
         return rows.view(length, -1)[kept].flatten()

@@ -42,11 +42,7 @@ class LogprobGPT(GPTModel):
                     if hasattr(module, name):
                         getattr(module, name).eps = LATENT_NORM_EPS
         for name, weight in self.named_parameters():
-            # Experts are reduced over their own data-parallel group in every layout. Upstream
-            # marks them only where ep > 1, which leaves tp > 1 with ep = 1 without a reduction
-            # over the ranks that the tokens are split over.
-            if ".mlp.experts." in name:
-                weight.allreduce = False
+            _mark(name, weight)
 
     def _postprocess(
         self, hidden_states: Tensor, labels: Tensor | None = None, **kwargs: Any
@@ -90,6 +86,37 @@ class LogprobGPT(GPTModel):
         return torch.stack((logprob, entropy)).view(2, *targets.shape).transpose(1, 2)
 
 
+_CUT = (
+    "word_embeddings.weight",
+    "output_layer.weight",
+    "linear_qkv.weight",
+    "linear_qkv.bias",
+    "linear_q_proj.weight",
+    "linear_q_up_proj.weight",
+    "linear_kv_up_proj.weight",
+    "linear_proj.weight",
+    "linear_fc1.weight",
+    "linear_fc2.weight",
+)
+"""Ends of the names of weights that tensor parallelism cuts; the others every rank has whole."""
+
+
+def _mark(name: str, weight: Any) -> None:
+    """Say which ranks hold what of a weight, for its reduction and for the gradient norm.
+
+    The norm counts a weight on every tensor-parallel rank where it is marked as cut, else on the
+    first alone. Upstream and Transformer Engine leave experts unmarked and mark weights that all
+    ranks have whole, each in some releases, which makes the norm too small or too large.
+    """
+    expert = ".mlp.experts." in name
+    if expert:
+        # Reduced over their own data-parallel group in every layout. Upstream marks them only where
+        # ep > 1, which leaves tp > 1 with ep = 1 without a reduction over the ranks that the tokens
+        # are split over.
+        weight.allreduce = False
+    weight.tensor_model_parallel = expert or name.endswith(_CUT)
+
+
 def build_model(
     arch: Architecture, config: TransformerConfig, groups: ParallelGroups, recipe: Recipe
 ) -> list[LogprobGPT]:
@@ -101,7 +128,7 @@ def build_model(
         first, last = chunk == 0, chunk == (stages or 1) - 1
         model = LogprobGPT(
             config=config,
-            transformer_layer_spec=block_spec(config, groups, vp_stage),
+            transformer_layer_spec=block_spec(config, groups, vp_stage, recipe.model),
             vocab_size=padded_vocab_size(arch.vocab_size, config),
             max_sequence_length=arch.max_position_embeddings,
             pre_process=groups.is_first_stage and first,

@@ -1,5 +1,6 @@
 """A model cut over the ranks: its weights, its routers, and passes over micro-batches."""
 
+import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -99,6 +100,7 @@ class Model:
             )
             return output, loss_function(batch)
 
+        @functools.cache  # every layer's router asks, and the answer makes the host wait
         def kept_rows(number: int) -> Tensor:
             return self.view.kept_rows(batches[number])
 

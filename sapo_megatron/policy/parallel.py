@@ -19,6 +19,7 @@ from torch.distributed import ProcessGroup
 from sapo_megatron.data.batch import MicroBatching
 from sapo_megatron.errors import RunFailed, UserError
 from sapo_megatron.policy import cpu
+from sapo_megatron.policy.machine import check_parallel
 from sapo_megatron.recipe.schema import ParallelConfig, Recipe
 
 T = TypeVar("T")
@@ -80,13 +81,14 @@ def launched() -> bool:
     return "RANK" in os.environ
 
 
-def setup(parallel: ParallelConfig, *, seed: int, timeout_s: float = 1800.0) -> ParallelGroups:
+def setup(parallel: ParallelConfig, *, seed: int) -> ParallelGroups:
     """Join the processes of this run and cut them into groups.
 
     Collective over all processes. Uses nccl where there is CUDA, gloo elsewhere. Raises UserError
     for a layout that needs a GPU where there is none.
     """
-    check_device(parallel)
+    check_parallel(parallel)
+    timeout_s = parallel.distributed_timeout_s
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
@@ -110,7 +112,7 @@ def pretended(parallel: ParallelConfig, *, rank: int, world_size: int) -> Iterat
     """
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    check_device(parallel)
+    check_parallel(parallel)
     assert not dist.is_initialized(), "this process is part of a real world"
     cpu.enable()
     hook = sys.excepthook
@@ -151,16 +153,6 @@ def _groups(world: ProcessGroup, device: torch.device) -> ParallelGroups:
         megatron=groups,
         device=device,
     )
-
-
-def check_device(parallel: ParallelConfig) -> None:
-    """Raises UserError for a layout that this machine's kind of device cannot run."""
-    size = parallel.expert_tensor_parallel_size
-    if size > 1 and not torch.cuda.is_available():
-        raise UserError(
-            f"parallel.expert_tensor_parallel_size: expected 1 without a GPU (gloo has no uneven "
-            f"all-gather), got {size}; remove it"
-        )
 
 
 def on_first_rank(groups: ParallelGroups, function: Callable[[], T]) -> T:

@@ -18,10 +18,11 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import Tensor
 
 from sapo_megatron.data.batch import MicroBatching, micro_batches
-from sapo_megatron.errors import RunFailed, UserError
+from sapo_megatron.errors import RunFailed
 from sapo_megatron.hf.architecture import Architecture
 from sapo_megatron.metrics import Mean, Metrics
 from sapo_megatron.objective.reduce import megatron_loss
+from sapo_megatron.policy.machine import host_threads
 from sapo_megatron.policy.model import Forward, Model, forwards_of
 from sapo_megatron.policy.parallel import ParallelGroups
 from sapo_megatron.recipe.schema import OptimizerConfig, Recipe
@@ -51,10 +52,8 @@ class Policy:
     ) -> None:
         """``folder``: the weights to start from; ``total_updates``: the length of the schedule.
 
-        Collective over all ranks. Raises UserError for weights that do not fit, and for an
-        optimizer that this machine cannot run.
+        Collective over all ranks. Raises UserError for weights that do not fit.
         """
-        _check_offload(optimizer, groups)
         self.groups = groups
         self.model = Model(recipe, arch, groups, folder)
         self._on_nonfinite = recipe.train.on_nonfinite
@@ -71,6 +70,8 @@ class Policy:
         ]
         config.finalize_model_grads_func = finalize_model_grads
         settings = _optimizer_config(optimizer, config.params_dtype, bf16=config.bf16)
+        if settings.optimizer_cpu_offload:
+            torch.set_num_threads(host_threads())  # torchrun leaves one, which Adam waits for
         self.optimizer = get_megatron_optimizer(settings, self.ddp)
         _allocate_state(self.optimizer)
         self.scheduler = OptimizerParamScheduler(
@@ -228,14 +229,6 @@ class Policy:
         return next((name for name, flag in zip(names, bad.tolist(), strict=True) if flag), None)
 
 
-def _check_offload(optimizer: OptimizerConfig, groups: ParallelGroups) -> None:
-    if optimizer.optimizer_offload_fraction > 0 and groups.device.type == "cpu":
-        raise UserError(
-            f"optimizer.optimizer_offload_fraction: expected 0 without a GPU to offload from, "
-            f"got {optimizer.optimizer_offload_fraction:g}; remove it"
-        )
-
-
 def _optimizer_config(
     optimizer: OptimizerConfig, params_dtype: torch.dtype, *, bf16: bool
 ) -> MegatronOptimizerConfig:
@@ -254,6 +247,7 @@ def _optimizer_config(
         use_distributed_optimizer=True,
         optimizer_cpu_offload=offloaded,
         optimizer_offload_fraction=optimizer.optimizer_offload_fraction,
+        overlap_cpu_optimizer_d2h_h2d=offloaded,
         # Upstream's optimizer in host memory takes gradients in no other way.
         use_precision_aware_optimizer=offloaded,
     )

@@ -27,6 +27,11 @@ class ModelConfig:
     init: Literal["pretrained", "random"] = "pretrained"
     """Start from the weights at ``path``, or from random ones of its architecture."""
     params_dtype: Literal["float32", "bfloat16", "float64"] = "bfloat16"
+    layers: Literal["auto", "transformer_engine", "torch"] = "auto"
+    """Whose layers: Transformer Engine's, torch's (a reference, and slower), or (auto) Transformer
+    Engine's on GPUs and torch's elsewhere."""
+    attention_backend: Literal["auto", "flash", "fused", "unfused"] = "auto"
+    """Which attention Transformer Engine takes; auto: its own choice."""
     moe_router_dtype: Literal["fp32", "fp64"] = "fp32"
     moe_aux_loss_coeff: NotNegative = 0.0
 
@@ -41,6 +46,11 @@ class ParallelConfig:
     context_parallel_size: Count = 1
     expert_model_parallel_size: Count = 1
     expert_tensor_parallel_size: Count = 1
+    moe_token_dispatcher_type: Literal["alltoall", "flex"] = "alltoall"
+    """How tokens reach their experts: NCCL's all-to-all, or DeepEP (flex), which is faster across
+    nodes and a package of its own."""
+    distributed_timeout_s: Positive = 1800.0
+    """Seconds that a rank waits for the others, rollouts and hand-overs of weights included."""
     num_layers_in_first_pipeline_stage: Count | None = None
     num_layers_in_last_pipeline_stage: Count | None = None
     recompute_granularity: Literal["full", "selective"] | None = None

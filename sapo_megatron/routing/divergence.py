@@ -118,8 +118,12 @@ def load_metrics(
     """
     metrics = Metrics()
     counts = torch.zeros(num_layers, num_experts, dtype=torch.int64, device=mask.device)
-    for place, layer, experts in zip(places, layers, routes.experts.unbind(1), strict=True):
-        counts[place] = torch.bincount(experts[mask].flatten(), minlength=num_experts)
+    # All layers at once, since the host waits for each count: expert e of layer i is i E + e.
+    first = num_experts * torch.arange(len(layers), device=mask.device)[:, None]
+    numbered = (routes.experts[mask] + first).flatten()
+    found = torch.bincount(numbered, minlength=num_experts * len(layers))
+    counts[list(places)] = found.view(len(layers), num_experts)
+    for place, layer in zip(places, layers, strict=True):
         metrics.add(f"{prefix}/max_violation/layer_{layer}", MaxViolation(counts[place, None]))
     metrics.add(f"{prefix}/max_violation", MaxViolation(counts))
     return metrics

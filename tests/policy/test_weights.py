@@ -1,5 +1,6 @@
 """Random weights; and all tensors of a model, one after the other, on the first rank."""
 
+import dataclasses
 import json
 
 import pytest
@@ -14,7 +15,7 @@ from sapo_megatron.policy.step import Policy
 from sapo_megatron.policy.weights import save_random
 from sapo_megatron.recipe.load import load
 from tests.support.families import Place, make_model
-from tests.support.gloo import TIMEOUT_S, run_ranks
+from tests.support.gloo import run_ranks
 from tests.support.tiny import ROOT
 
 PLACES = [
@@ -30,7 +31,7 @@ def streamed(cases):
     """What a rank got of two streams, and what was listed before; the model is saved as well."""
     found = []
     for place, source, out in cases:
-        groups = parallel.setup(place.recipe.parallel, seed=1, timeout_s=TIMEOUT_S)
+        groups = parallel.setup(place.recipe.parallel, seed=1)
         policy = Policy(
             place.recipe,
             read_architecture(source),

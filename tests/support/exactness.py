@@ -28,7 +28,6 @@ from sapo_megatron.recipe.schema import (
     SourceConfig,
     TrainConfig,
 )
-from tests.support.gloo import TIMEOUT_S
 from tests.support.layouts import Layout
 from tests.support.minibatches import MODELS, OBJECTIVES, samples
 
@@ -75,7 +74,7 @@ def measure(layout: Layout, dtype: str, folder: Path, gradients: Path) -> Measur
     Writes the gradients as a Hugging Face folder, in the place of the weights.
     """
     recipe = make_recipe(layout, folder, dtype)
-    groups = parallel.setup(recipe.parallel, seed=1, timeout_s=TIMEOUT_S)
+    groups = parallel.setup(recipe.parallel, seed=1)
     policy = _policy(recipe, layout, groups, folder)
     batch_samples = samples(layout)
     batches = [

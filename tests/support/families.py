@@ -151,6 +151,7 @@ class Place:
                 virtual_pipeline_model_parallel_size=self.vpp,
                 context_parallel_size=self.cp,
                 expert_model_parallel_size=self.ep,
+                distributed_timeout_s=TIMEOUT_S,
             ),
             rollout=RolloutConfig(max_response_length=12),
             train=TrainConfig(max_tokens_per_gpu=48 // self.cp, packing=self.packing),
@@ -211,7 +212,7 @@ def sequences() -> list[Sample]:
 def measure(place: Place, model: Path, out: Path) -> dict[str, Any] | None:
     """Logits of the first sample and the loss, on the rank that has them; writes two folders."""
     recipe = place.recipe
-    groups = parallel.setup(recipe.parallel, seed=1, timeout_s=TIMEOUT_S)
+    groups = parallel.setup(recipe.parallel, seed=1)
     arch = read_architecture(model)
     policy = Policy(recipe, arch, groups, model, optimizer=recipe.optimizer, total_updates=1)
     policy.model.weights.save(out / "weights")

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from sapo_megatron.recipe.schema import ParallelConfig
+from tests.support.gloo import TIMEOUT_S
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +68,7 @@ class Layout:
             recompute_granularity="full" if full else "selective" if selective else None,
             recompute_method=self.recompute if full else None,
             recompute_num_layers=1 if full else None,
+            distributed_timeout_s=TIMEOUT_S,
             recompute_modules=tuple(self.recompute.split("+")) if selective else None,
         )
 
