@@ -1,6 +1,5 @@
 """Random weights; and all tensors of a model, one after the other, on the first rank."""
 
-import dataclasses
 import json
 
 import pytest

@@ -26,10 +26,14 @@ IMPORTED = [
 ]
 
 
-def start(function: Callable[..., Any], *args: Any) -> BaseProcess:
-    """``function(*args)`` in a process of its own with the environment that this one has now."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(IMPORTED)
+def start(function: Callable[..., Any], *args: Any, fresh: bool = False) -> BaseProcess:
+    """``function(*args)`` in a process of its own with the environment that this one has now.
+
+    ``fresh``: in a Python that has imported nothing yet, where what is imported is to differ.
+    """
+    context = multiprocessing.get_context("spawn" if fresh else "forkserver")
+    if not fresh:
+        context.set_forkserver_preload(IMPORTED)
     # No daemon: writing a checkpoint starts processes, which a daemon may not.
     process = context.Process(target=_here, args=(dict(os.environ), function, args), daemon=False)
     process.start()

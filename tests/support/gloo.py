@@ -22,19 +22,25 @@ TIMEOUT_S = 60.0
 
 
 def run_ranks(
-    world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 120.0
+    world_size: int,
+    function: Callable[..., Any],
+    *args: Any,
+    timeout: float = 120.0,
+    fresh: bool = False,
 ) -> list[Any]:
     """``function(*args)`` on every rank of a new gloo world; its results in rank order.
 
     ``function`` must be importable (a module-level function) and return what pickles. The store
     is a file, so no port is taken. A rank that raises fails the call with its traceback; a world
-    that takes longer than ``timeout`` seconds is killed and fails it too.
+    that takes longer than ``timeout`` seconds is killed and fails it too. ``fresh`` as in
+    :func:`tests.support.forked.start`.
     """
     with tempfile.TemporaryDirectory() as folder:
         pipes = [multiprocessing.Pipe(duplex=False) for _ in range(world_size)]
         ranks = [
             forked.start(
-                _rank_main, rank, world_size, f"{folder}/store", sender, function, args, timeout
+                *(_rank_main, rank, world_size, f"{folder}/store", sender, function, args, timeout),
+                fresh=fresh,
             )
             for rank, (_, sender) in enumerate(pipes)
         ]
