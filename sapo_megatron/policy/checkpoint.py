@@ -18,6 +18,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 
+from sapo_megatron.policy import compat
 from sapo_megatron.policy.step import Policy
 from sapo_megatron.runs.state import RunState, checkpoints, write_state
 
@@ -34,8 +35,9 @@ def save(policy: Policy, folder: Path, state: RunState, *, keep: int) -> Path:
         temporary.mkdir(parents=True)
     dist.barrier(policy.groups.world)
     metadata = _metadata(policy)
-    # Upstream's queue belongs to a process of its own, which outlives a rank that is killed; the
-    # one thread that writes needs no more than this.
+    # Upstream's queue belongs to a process of its own, which outlives a rank that is killed, as do
+    # its writers; threads need no more than this.
+    compat.write_with_threads()
     filesystem_async._results_queue = queue.SimpleQueue()
     dist_checkpointing.save(
         _sharded_state(policy, metadata, loading=False, with_rng=True),

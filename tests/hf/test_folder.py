@@ -108,7 +108,7 @@ def messages(folders):
     found = []
     for folder in folders:
         recipe = Place(family=FAMILY, tp=2, ep=2).recipe
-        groups = parallel.setup(recipe.parallel, seed=1, timeout_s=60)
+        groups = parallel.setup(recipe.parallel, seed=1)
         try:
             Model(recipe, read_architecture(folder), groups, folder)
             found.append("")
@@ -144,7 +144,7 @@ def bytes_read(model):
 
     Checkpoint.read = counted
     recipe = Place(family=FAMILY, tp=2, ep=2).recipe
-    groups = parallel.setup(recipe.parallel, seed=1, timeout_s=60)
+    groups = parallel.setup(recipe.parallel, seed=1)
     policy = Model(recipe, read_architecture(model), groups, model)
     held = sum(w.nbytes for chunk in policy.chunks for w in chunk.parameters())
     parallel.teardown()
@@ -162,7 +162,7 @@ def test_a_rank_reads_its_piece_and_no_more(whole):
 def export_to_a_full_disk(model, out):
     """What each rank is told when the second cannot write, and then when it can."""
     recipe = Place(family=FAMILY, ep=2).recipe
-    groups = parallel.setup(recipe.parallel, seed=1, timeout_s=60)
+    groups = parallel.setup(recipe.parallel, seed=1)
     policy = Model(recipe, read_architecture(model), groups, model)
     save_file = weights.save_file
 
