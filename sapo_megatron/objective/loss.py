@@ -24,7 +24,7 @@ from sapo_megatron.objective.ratio import Ratio, masked
 from sapo_megatron.objective.reduce import sequence_mean, token_weights
 from sapo_megatron.objective.sapo import sapo_gate, sapo_loss, sapo_weight, token_temperature
 from sapo_megatron.recipe.schema import AlgorithmConfig, CorrectionConfig, LossType
-from sapo_megatron.sample import Denominators, PackedBatch
+from sapo_megatron.sample import Denominators, PackedBatch, Temperatures
 
 RATIO_EDGES = tuple(i / 20 for i in range(61))
 """Bins of the ratio histograms: 0 to 3 by 0.05; larger ratios count in the last bin."""
@@ -112,10 +112,10 @@ def ratio_metrics(r: Ratio) -> Metrics:
 
 
 @torch.no_grad()
-def gate_metrics(r: Ratio, tau_pos: float, tau_neg: float) -> Metrics:
+def gate_metrics(r: Ratio, temperatures: Temperatures) -> Metrics:
     """``sapo/gate_*`` and ``sapo/weight_*``, and the histograms of the weights."""
     positive, negative = r.advantages > 0, r.advantages < 0
-    tau = token_temperature(r.advantages, tau_pos, tau_neg)
+    tau = token_temperature(r.advantages, temperatures)
     gate, weight = sapo_gate(r.ratio, tau), sapo_weight(r.ratio, tau)
     metrics = Metrics()
     metrics.add("sapo/gate_mean", Mean.of(gate, r.mask))
@@ -162,8 +162,7 @@ class PolicyLoss:
 
 LOSSES: dict[LossType, PolicyLoss] = {
     "sapo": PolicyLoss(
-        lambda r, a: sapo_loss(r, a.tau_pos, a.tau_neg),
-        lambda r, a: gate_metrics(r, a.tau_pos, a.tau_neg),
+        lambda r, a: sapo_loss(r, a.temperatures), lambda r, a: gate_metrics(r, a.temperatures)
     ),
     "grpo": PolicyLoss(lambda r, a: clipped_loss(r, *a.clip_range, a.clip_ratio_c), clip_metrics),
     "gspo": PolicyLoss(

@@ -15,6 +15,7 @@ from sapo_megatron.metrics import Max, Mean, Metrics, Min, Sum, Variance
 from sapo_megatron.objective.bound import bound_metrics
 from sapo_megatron.objective.loss import gate_metrics, ratio_metrics
 from sapo_megatron.objective.ratio import Ratio
+from sapo_megatron.sample import Temperatures
 
 PER_TOKEN = (
     "ratio/mean",
@@ -56,11 +57,9 @@ class Measured(NamedTuple):
 @torch.no_grad()
 def measure(
     r: Ratio,
+    temperatures: Temperatures,
     sequence_ids: Tensor,
     lengths: Tensor,
-    *,
-    tau_pos: float,
-    tau_neg: float,
     cp_group: dist.ProcessGroup | None = None,
 ) -> Measured:
     """Of tokens [T]; arguments as in :func:`~sapo_megatron.objective.bound.bound_metrics`.
@@ -68,18 +67,17 @@ def measure(
     With a ``cp_group`` its ranks hold parts of the same sequences; what is per sequence comes from
     its first rank alone. Collective over it.
     """
-    taus = {"tau_pos": tau_pos, "tau_neg": tau_neg}
     bag = ratio_metrics(r)
-    bag.update(gate_metrics(r, **taus))
-    bag.update(bound_metrics(r, sequence_ids, lengths, cp_group=cp_group, **taus))
+    bag.update(gate_metrics(r, temperatures))
+    bag.update(bound_metrics(r, temperatures, sequence_ids, lengths, cp_group))
     return _measured(bag, r.mask.device)
 
 
-def measure_rows(r: Ratio, *, tau_pos: float, tau_neg: float) -> Measured:
+def measure_rows(r: Ratio, temperatures: Temperatures) -> Measured:
     """Of sequences that are whole, one per row: [B, S]."""
     rows = torch.arange(len(r.mask), device=r.mask.device)
     sequence_ids = rows.repeat_interleave(r.mask.shape[1])
-    return measure(r.flatten(), sequence_ids, r.mask.sum(1), tau_pos=tau_pos, tau_neg=tau_neg)
+    return measure(r.flatten(), temperatures, sequence_ids, r.mask.sum(1))
 
 
 def log_variance(mean: float, square: float) -> float:

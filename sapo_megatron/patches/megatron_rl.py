@@ -149,7 +149,7 @@ class _Sapo:
     """The host's loss, its reduction and its report, for one algorithm."""
 
     def __init__(self, algorithm: AlgorithmConfig) -> None:
-        self.taus = {"tau_pos": algorithm.tau_pos, "tau_neg": algorithm.tau_neg}
+        self.temperatures = algorithm.temperatures
         self.micro_batch: _MicroBatch | None = None
         self.sequences = 0.0
         """Sequences with a valid token in the collection, a data-parallel rank."""
@@ -189,7 +189,7 @@ class _Sapo:
             log_ratio.detach(), token_advantages, sequence_ids, advantages.numel()
         )
         r = Ratio.of(log_ratio, token_advantages)
-        policy = sapo_loss(r, **self.taus)
+        policy = sapo_loss(r, self.temperatures)
         if inference_logprobs is not None:
             cap = math.inf if is_truncation_coef is None else is_truncation_coef
             weights = safe_log_ratio(old - inference_logprobs, None).exp()
@@ -243,7 +243,7 @@ class _Sapo:
                 mask, ids, lengths, ONE, "seq-mean-token-mean", max_response_length=1
             ) * (mask.sum() / self._sequences_per_micro_batch())
             r = Ratio.of(batch.log_ratio.flatten(), batch.advantages.flatten(), mask)
-            measured = measure(r, ids, lengths, **self.taus)
+            measured = measure(r, self.temperatures, ids, lengths)
             weighted = output * weights.view_as(output).to(output.dtype)
             return weighted, functools.partial(_report, loss_func, measured)
 

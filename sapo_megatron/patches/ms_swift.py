@@ -20,6 +20,7 @@ from sapo_megatron.objective.ratio import MAX_LOG_RATIO, Ratio, masked
 from sapo_megatron.patches.measure import log_variance, measure_rows
 from sapo_megatron.patches.replace import Host, Symbol, check, replace, restore
 from sapo_megatron.recipe.schema import Recipe
+from sapo_megatron.sample import Temperatures
 
 LOSS = Symbol(
     "swift.megatron.trainers.grpo_trainer",
@@ -113,8 +114,7 @@ def _safe_loss(original: Callable[..., Any]) -> Callable[..., Any]:
         loss, report = original(self, clamped, {**data, "grpo_batch": safe_batch})
         measured = measure_rows(
             Ratio.of((logprob - old_logprob).detach(), batch.advantages, mask),
-            tau_pos=self.tau_pos,
-            tau_neg=self.tau_neg,
+            Temperatures(self.tau_pos, self.tau_neg),
         )
         pairs = {name: torch.stack(part) for name, part in measured.means.items()}
         violations = measured.violations

@@ -12,6 +12,8 @@ NotNegative = Annotated[float, Field(ge=0)]
 TopP = Annotated[float, Field(gt=0, le=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
+from sapo_megatron.sample import Temperatures
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
@@ -197,6 +199,11 @@ class AlgorithmConfig:
     """Weight of the KL to the frozen initial policy; > 0 keeps a reference model."""
     kl_type: Literal["k1", "k2", "k3"] = "k3"
     entropy_coef: NotNegative = 0.0
+
+    @property
+    def temperatures(self) -> Temperatures:
+        """Of SAPO's gate. Raises ValueError unless both are finite and > 0."""
+        return Temperatures(self.tau_pos, self.tau_neg)
 
     @property
     def clip_range(self) -> tuple[float, float]:
