@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from sapo_megatron.errors import RunFailed, UserError
+from sapo_megatron.errors import RunFailed, UserError, one_line
 from sapo_megatron.patches import HOSTS
 from sapo_megatron.recipe.check import smallest_world
 from sapo_megatron.recipe.load import load
@@ -334,7 +334,7 @@ def _fail(error: Exception, status: int, debug: bool, *, everywhere: bool) -> in
     if debug:
         logger.exception("")
     if everywhere or _speaks():
-        sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
+        sys.stderr.write(f"error: {one_line(error)}\n")
     return status
 
 

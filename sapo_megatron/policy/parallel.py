@@ -16,7 +16,7 @@ from megatron.core.models.common.embeddings import RotaryEmbedding, YarnRotaryEm
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch.distributed import ProcessGroup
 
-from sapo_megatron.errors import RunFailed, UserError
+from sapo_megatron.errors import RunFailed, UserError, one_line
 from sapo_megatron.policy import cpu
 from sapo_megatron.recipe.schema import ParallelConfig, Recipe
 
@@ -219,7 +219,7 @@ def _init_process_group(backend: str, timeout_s: float) -> None:
             address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
             raise UserError(
                 f"MASTER_ADDR:MASTER_PORT: expected a free port that every node reaches, got "
-                f"{address} ({str(error).splitlines()[0]}); choose another with --master-port"
+                f"{address} ({one_line(error, 200)}); choose another with --master-port"
             ) from None
     else:
         dist.init_process_group(

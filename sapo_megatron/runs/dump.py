@@ -31,7 +31,7 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from sapo_megatron.errors import UserError
+from sapo_megatron.errors import UserError, one_line
 from sapo_megatron.sample import PackedBatch
 
 VERSION = "1"
@@ -287,7 +287,7 @@ def _read(path: Path) -> tuple[DumpRows, DumpInfo]:
     except (ValueError, pa.ArrowException, OSError) as error:
         raise UserError(
             f"{path}: expected a parquet file with the columns of a token dump, got one that "
-            f"cannot be read ({' '.join(str(error).split())}); write it again"
+            f"cannot be read ({one_line(error)}); write it again"
         ) from None
     columns = {}
     for name in SCHEMA.names:

@@ -24,6 +24,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
 
+from sapo_megatron.errors import with_type
 from sapo_megatron.metrics import Metrics
 from sapo_megatron.recipe.schema import LoggingConfig
 
@@ -81,7 +82,9 @@ class RunTrackers:
                 tracker.log(step, metrics)
             except Exception as error:
                 del self._trackers[name]
-                logger.warning("%s failed at step %d and is dropped: %s", name, step, _line(error))
+                logger.warning(
+                    "%s failed at step %d and is dropped: %s", name, step, with_type(error)
+                )
 
     def close(self, *, failed: bool = False) -> None:
         """Flush and close; ``failed`` marks the run as failed where a tracker can show it."""
@@ -90,7 +93,7 @@ class RunTrackers:
             try:
                 tracker.close(failed)
             except Exception as error:
-                logger.warning("%s failed while closing: %s", name, _line(error))
+                logger.warning("%s failed while closing: %s", name, with_type(error))
 
     def __enter__(self) -> Self:
         return self
@@ -107,7 +110,9 @@ class RunTrackers:
         try:
             self._trackers[name] = build()
         except Exception as error:
-            logger.warning("%s did not start, the run goes on without it: %s", name, _line(error))
+            logger.warning(
+                "%s did not start, the run goes on without it: %s", name, with_type(error)
+            )
 
 
 class JsonlTracker:
@@ -204,7 +209,7 @@ class WandbTracker:
         except Exception as error:
             if mode != "online":
                 raise
-            logger.warning("W&B goes offline: %s", _line(error))
+            logger.warning("W&B goes offline: %s", with_type(error))
             wandb.teardown()  # else the service still holds the run's id
             mode = "offline"
             self._run = wandb.init(mode=mode, **arguments)
@@ -339,9 +344,3 @@ def _reachable(url: str, timeout_s: float) -> bool:
 def _rounded(numbers: Iterable[float]) -> list[float]:
     """To six significant digits."""
     return [float(f"{x:.6g}") for x in numbers]
-
-
-def _line(error: Exception) -> str:
-    """An error's type and the start of its message, on one line."""
-    text = f"{type(error).__name__}: {str(error).strip() or 'no message'}".splitlines()[0]
-    return text if len(text) <= 200 else text[:197] + "..."
