@@ -32,6 +32,7 @@ import torch
 from torch import Tensor
 
 from sapo_megatron.errors import UserError, one_line
+from sapo_megatron.files import whole_file
 from sapo_megatron.sample import PackedBatch
 
 VERSION = "1"
@@ -185,9 +186,8 @@ def write_dump(path: Path, rows: DumpRows, info: DumpInfo) -> None:
     metadata = {VERSION_KEY: VERSION, INFO_KEY: json.dumps(dataclasses.asdict(info))}
     table = pa.Table.from_arrays(columns, schema=SCHEMA.with_metadata(metadata))
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    pq.write_table(table, temporary, compression="zstd")
-    temporary.replace(path)
+    with whole_file(path) as temporary:
+        pq.write_table(table, temporary, compression="zstd")
 
 
 _TORCH = {

@@ -25,6 +25,7 @@ from types import TracebackType
 from typing import Any, Protocol, Self
 
 from sapo_megatron.errors import with_type
+from sapo_megatron.files import write_whole
 from sapo_megatron.metrics import Metrics
 from sapo_megatron.recipe.schema import LoggingConfig
 
@@ -280,7 +281,7 @@ def duration(seconds: float) -> str:
 
 
 def _keep_before(path: Path, step: int | None) -> None:
-    """Leave only the lines of steps before ``step`` (none when it is None), in one rename."""
+    """Leave only the lines of steps before ``step`` (none when it is None)."""
     if not path.exists():
         return
     kept = []
@@ -290,12 +291,7 @@ def _keep_before(path: Path, step: int | None) -> None:
                 kept.append(line + "\n")
         except (json.JSONDecodeError, KeyError, TypeError):
             logger.warning("%s:%d: not a line of metrics (cut off?), dropped", path, number)
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("w") as file:
-        file.writelines(kept)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    write_whole(path, "".join(kept))
 
 
 def _wandb_id(path: Path, *, resuming: bool) -> str:
@@ -303,8 +299,9 @@ def _wandb_id(path: Path, *, resuming: bool) -> str:
     if resuming and path.exists():
         return path.read_text().strip()
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(uuid.uuid4().hex[:8])
-    return path.read_text()
+    found = uuid.uuid4().hex[:8]
+    write_whole(path, found)
+    return found
 
 
 def _wandb_mode() -> str:
