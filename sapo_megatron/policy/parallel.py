@@ -17,7 +17,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch.distributed import ProcessGroup
 
 from sapo_megatron.data.batch import MicroBatching
-from sapo_megatron.errors import RunFailed, UserError
+from sapo_megatron.errors import RunFailed, UserError, one_line
 from sapo_megatron.policy import cpu
 from sapo_megatron.policy.machine import check_parallel
 from sapo_megatron.recipe.schema import ParallelConfig, Recipe
@@ -226,7 +226,7 @@ def _init_process_group(backend: str, timeout_s: float) -> None:
             address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
             raise UserError(
                 f"MASTER_ADDR:MASTER_PORT: expected a free port that every node reaches, got "
-                f"{address} ({str(error).splitlines()[0]}); choose another with --master-port"
+                f"{address} ({one_line(error, 200)}); choose another with --master-port"
             ) from None
     else:
         dist.init_process_group(

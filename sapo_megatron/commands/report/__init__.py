@@ -2,8 +2,6 @@
 
 import base64
 import logging
-import shutil
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +9,7 @@ import jinja2
 
 from sapo_megatron.commands.report.drawing import THEMES, Figure, render
 from sapo_megatron.commands.report.figures import FIGURES
+from sapo_megatron.files import whole_folder
 from sapo_megatron.runs.read import Run, read_run
 from sapo_megatron.runs.trackers import duration
 
@@ -39,9 +38,7 @@ def write_report(run_dir: str | Path) -> Path:
     run = read_run(run_dir)
     pictures: dict[str, list[Picture]] = {section: [] for section in SECTIONS}
     missing: list[str] = []
-    folder = Path(tempfile.mkdtemp(prefix=".report-", dir=run_dir))
-    try:
-        folder.chmod(0o755)
+    with whole_folder(run_dir / "report") as folder:
         for figure in FIGURES:
             if not figure.available(run):
                 missing.append(figure.title)
@@ -55,9 +52,6 @@ def write_report(run_dir: str | Path) -> Path:
             missing=missing,
         )
         (folder / "index.html").write_text(page, encoding="ascii", errors="xmlcharrefreplace")
-        _replace(folder, run_dir / "report")
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
     logger.info("report: %s", run_dir / "report" / "index.html")
     return run_dir / "report" / "index.html"
 
@@ -79,17 +73,6 @@ def _template() -> jinja2.Template:
         lstrip_blocks=True,
     )
     return environment.get_template("template.html")
-
-
-def _replace(new: Path, old: Path) -> None:
-    """Put a finished folder in the place of an older one."""
-    if old.exists():
-        aside = Path(tempfile.mkdtemp(prefix=".report-old-", dir=old.parent))
-        old.rename(aside / "report")
-        new.rename(old)
-        shutil.rmtree(aside)
-    else:
-        new.rename(old)
 
 
 def _tiles(run: Run) -> list[tuple[str, str, str]]:
