@@ -79,18 +79,33 @@ def policy_loss(
     ).to(token_loss.dtype)
     loss = (weights * token_loss).sum()
     metrics.add("actor/pg_loss", Sum(loss.detach()))
+    loss, terms = _with_kl_and_entropy(loss, weights, batch, logprob, entropy, algorithm)
+    metrics.update(terms)
+    metrics.update(ratio_metrics(r))
+    metrics.update(kind.metrics(own, algorithm))
+    return loss, metrics
+
+
+def _with_kl_and_entropy(
+    loss: Tensor,
+    weights: Tensor,
+    batch: PackedBatch,
+    logprob: Tensor,
+    entropy: Tensor | None,
+    algorithm: AlgorithmConfig,
+) -> tuple[Tensor, Metrics]:
+    """``loss`` with the terms that have a coefficient, and the metrics of those that are known."""
+    metrics = Metrics()
     if batch.ref_logprob is not None:
-        kl = kl_penalty(logprob, batch.ref_logprob, algorithm.kl_type, mask=mask)
+        kl = kl_penalty(logprob, batch.ref_logprob, algorithm.kl_type, mask=batch.mask)
         kl_loss = (weights * kl).sum()
         metrics.add("actor/kl_loss", Sum(kl_loss.detach()))
         if algorithm.kl_coef > 0:
             loss = loss + algorithm.kl_coef * kl_loss
     if entropy is not None:
-        metrics.add("actor/entropy", Mean.of(entropy, mask))
+        metrics.add("actor/entropy", Mean.of(entropy, batch.mask))
         if algorithm.entropy_coef > 0:
-            loss = loss - algorithm.entropy_coef * (weights * masked(entropy, mask)).sum()
-    metrics.update(ratio_metrics(r))
-    metrics.update(kind.metrics(own, algorithm))
+            loss = loss - algorithm.entropy_coef * (weights * masked(entropy, batch.mask)).sum()
     return loss, metrics
 
 

@@ -5,6 +5,7 @@ log r comes as its first two moments, and ``ratio/log_var`` is made of them wher
 finish (:func:`log_variance`).
 """
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -35,11 +36,16 @@ PER_SEQUENCE = (
 """What is a mean over sequences with a valid token."""
 
 
-class Part(NamedTuple):
+@dataclass(frozen=True)
+class Part:
     """A micro-batch's part of a mean, 0-dim fp64."""
 
     total: Tensor
     count: Tensor
+
+    def pair(self) -> Tensor:
+        """``[total, count]``."""
+        return torch.stack([self.total, self.count])
 
 
 class Measured(NamedTuple):

@@ -229,9 +229,9 @@ class _Sapo:
 
         @functools.wraps(host)
         def forward_step(*args: Any, **kwargs: Any) -> Any:
-            self.micro_batch = None
+            self._take()
             output, loss_func = host(*args, **kwargs)
-            batch, self.micro_batch = self.micro_batch, None
+            batch = self._take()
             if batch is None:  # a pipeline stage before the last
                 return output, loss_func
             _check_reduction(loss_func)
@@ -248,6 +248,11 @@ class _Sapo:
             return weighted, functools.partial(_report, loss_func, measured)
 
         return forward_step
+
+    def _take(self) -> _MicroBatch | None:
+        """What the loss function saw since the last call."""
+        batch, self.micro_batch = self.micro_batch, None
+        return batch
 
     def _sequences_per_micro_batch(self) -> float:
         assert self.rows > 0, "rollouts come before training"
@@ -326,7 +331,7 @@ def _report(loss_func: Callable, measured: Measured, output: Tensor) -> tuple:
     one = torch.ones((), dtype=torch.float64, device=loss.device)
     parts["lm loss"] = Part(loss.detach().double() / num_tokens, one)
     parts["sapo/bound_violations"] = Part(measured.violations, one / _micro_batches_of_a_step())
-    return loss, num_tokens, report | {name: torch.stack(p).float() for name, p in parts.items()}
+    return loss, num_tokens, report | {name: p.pair().float() for name, p in parts.items()}
 
 
 def _finishing(host: Callable) -> Callable:

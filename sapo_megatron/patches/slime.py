@@ -31,7 +31,7 @@ from sapo_megatron.objective.sapo import (
     sapo_weight,
     token_temperature,
 )
-from sapo_megatron.patches.measure import PER_SEQUENCE, measure
+from sapo_megatron.patches.measure import PER_SEQUENCE, Part, measure
 from sapo_megatron.patches.replace import Host, Symbol, check
 from sapo_megatron.recipe.schema import AlgorithmConfig
 from sapo_megatron.sample import Temperatures
@@ -200,9 +200,7 @@ def dashboard(
     )
     parts = {name: measured.means[name] for name in PER_SEQUENCE}
     count = parts["sapo/bound_lhs"].count
-    parts["sapo/bound_violation_share"] = parts["sapo/bound_lhs"]._replace(
-        total=measured.violations
-    )
+    parts["sapo/bound_violation_share"] = Part(measured.violations, count)
     reported |= {name: weight * part.total / count.clamp(min=1) for name, part in parts.items()}
     return reported
 

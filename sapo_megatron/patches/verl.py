@@ -149,7 +149,7 @@ def _report(measured: Measured, temperatures: Temperatures) -> dict[str, float]:
     parts = [measured.means[name] for name in names]
     others = torch.stack([measured.violations, measured.ratio_min, measured.ratio_max])
     # One transfer from the device for all.
-    totals, counts = torch.stack([torch.stack(part) for part in parts]).T.tolist()
+    totals, counts = torch.stack([part.pair() for part in parts]).T.tolist()
     violations, smallest, largest = others.tolist()
     report = {
         name: total / count if count else at_rest.get(name, 0.0)
