@@ -6,6 +6,7 @@ train on them. All of it travels as tensors; a rank holds at no time more than w
 rank's tokens.
 """
 
+import itertools
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -38,6 +39,8 @@ class _Header:
     tokens: int
     responses: int
     """Tokens of all responses."""
+    texts: int
+    """Bytes of all texts."""
     held: dict[int, HeldRoutes]
     """By uid of the sample."""
 
@@ -47,7 +50,7 @@ def exchange_samples(
 ) -> tuple[list[Sample], dict[int, HeldRoutes]]:
     """The samples of all ranks, by uid, and where the routes of those that have some are.
 
-    Samples of other ranks come without ``text`` and ``routes``. Raises, on every rank, the first
+    Samples of other ranks come without ``routes``. Raises, on every rank, the first
     error that a rank brings in the place of samples. Collective over ``world``, every rank, which
     carries tensors of the host.
     """
@@ -58,6 +61,7 @@ def exchange_samples(
         samples=len(own),
         tokens=sum(len(s.prompt_tokens) + len(s.response_tokens) for s in own),
         responses=sum(len(s.response_tokens) for s in own),
+        texts=sum(len(s.text.encode()) for s in own),
         held={s.uid: _held(s.routes, rank) for s in own if s.routes is not None},
     )
     headers: list[Any] = [None] * dist.get_world_size(world)
@@ -137,40 +141,51 @@ def _parts(routes: SampleRoutes) -> Iterator[Tensor]:
 
 
 def _columns(samples: Sequence[Sample]) -> list[Tensor]:
-    """Samples as tensors: [n, 4] whole numbers, rewards [n], tokens, log-probs of responses."""
-    rows = [(s.uid, len(s.prompt_tokens), len(s.response_tokens), s.truncated) for s in samples]
+    """Samples as tensors: [n, 5] whole numbers, rewards [n]; tokens, log-probs, bytes of texts."""
+    texts = [s.text.encode() for s in samples]
+    rows = [
+        (s.uid, len(s.prompt_tokens), len(s.response_tokens), s.truncated, len(text))
+        for s, text in zip(samples, texts, strict=True)
+    ]
     tokens = [t for s in samples for t in (*s.prompt_tokens, *s.response_tokens)]
     return [
         torch.tensor(rows, dtype=torch.int64),
         torch.tensor([s.reward for s in samples], dtype=torch.float64),
         torch.tensor(tokens, dtype=torch.int32),
         torch.tensor([x for s in samples for x in s.rollout_logprobs], dtype=torch.float64),
+        torch.tensor(list(b"".join(texts)), dtype=torch.uint8),
     ]
 
 
 def _empty_columns(header: _Header) -> list[Tensor]:
     return [
-        torch.empty(header.samples, 4, dtype=torch.int64),
+        torch.empty(header.samples, 5, dtype=torch.int64),
         torch.empty(header.samples, dtype=torch.float64),
         torch.empty(header.tokens, dtype=torch.int32),
         torch.empty(header.responses, dtype=torch.float64),
+        torch.empty(header.texts, dtype=torch.uint8),
     ]
 
 
-def _samples(rows: Tensor, rewards: Tensor, tokens: Tensor, logprobs: Tensor) -> list[Sample]:
+def _samples(
+    rows: Tensor, rewards: Tensor, tokens: Tensor, logprobs: Tensor, texts: Tensor
+) -> list[Sample]:
+    """The inverse of :func:`_columns`."""
     numbers = rows.tolist()
-    parts = tokens.split([n for _, prompt, response, _ in numbers for n in (prompt, response)])
-    of_responses = logprobs.split([response for _, _, response, _ in numbers])
+    words = iter(tokens.tolist())
+    values = iter(logprobs.tolist())
+    letters = iter(texts.tolist())
     return [
         Sample(
             uid=uid,
-            prompt_tokens=tuple(parts[2 * i].tolist()),
-            response_tokens=parts[2 * i + 1].tolist(),
-            rollout_logprobs=of_responses[i].tolist(),
+            prompt_tokens=tuple(itertools.islice(words, prompt)),
+            response_tokens=list(itertools.islice(words, response)),
+            rollout_logprobs=list(itertools.islice(values, response)),
             truncated=bool(truncated),
+            text=bytes(itertools.islice(letters, length)).decode(),
             reward=reward,
         )
-        for i, ((uid, _, _, truncated), reward) in enumerate(
-            zip(numbers, rewards.tolist(), strict=True)
+        for (uid, prompt, response, truncated, length), reward in zip(
+            numbers, rewards.tolist(), strict=True
         )
     ]

@@ -1,5 +1,6 @@
 """Samples on every rank, routes on those that train on them, in hardly more memory than that."""
 
+import dataclasses
 import os
 import re
 from pathlib import Path
@@ -32,7 +33,7 @@ def sample(uid, prompt=3, response=6, *, probs=True):
         response_tokens=rng.integers(0, 200_000, response).tolist(),
         rollout_logprobs=(-rng.random(response)).tolist(),
         truncated=bool(uid % 2),
-        text=f"text {uid}",
+        text=f"sch\u00f6n {uid}",
         reward=float(rng.random()),
         routes=routes,
     )
@@ -91,9 +92,7 @@ def test_every_rank_has_all_samples_and_the_routes_that_it_reads(found):
         assert [s.uid for s in samples] == sorted(expected)
         for got in samples:
             want = expected[got.uid]
-            for name in ("prompt_tokens", "response_tokens", "rollout_logprobs", "truncated"):
-                assert getattr(got, name) == getattr(want, name)
-            assert got.reward == want.reward
+            assert dataclasses.replace(got, routes=None) == dataclasses.replace(want, routes=None)
             if want.routes is None or rank not in readers_of(got.uid):
                 assert got.routes is None
                 continue
