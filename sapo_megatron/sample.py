@@ -145,7 +145,7 @@ class Routes:
     """fp32 [P, M, E]: router probabilities of the P tokens at which they are kept."""
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class PackedBatch:
     """A micro-batch as one context-parallel rank sees it: sequences laid end to end.
 
