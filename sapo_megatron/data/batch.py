@@ -150,15 +150,17 @@ def _lay_out_routes(batch: PackedBatch, samples: Sequence[Sample]) -> None:
     probs: list[Tensor] = []
     kept = 0
     for sample, start in zip(samples, batch.cu_seqlens.tolist(), strict=False):
-        if sample.routes is None:
+        routes = sample.routes
+        if routes is None:
             continue
-        fed = len(sample.routes.experts)
+        fed = len(routes.experts)
         assert fed == _length(sample), f"sample {sample.uid}: routes of {fed} tokens"
-        experts[start : start + fed] = torch.from_numpy(sample.routes.experts)
-        if sample.routes.probs is not None:
-            positions = sample.routes.positions
-            rows[start + torch.from_numpy(positions)] = torch.arange(kept, kept + len(positions))
-            probs.append(torch.from_numpy(sample.routes.probs))
+        experts[start : start + fed] = torch.from_numpy(routes.experts)
+        if routes.probs is not None:
+            assert routes.positions is not None, "what is kept has a place"
+            positions = torch.from_numpy(routes.positions)
+            rows[start + positions] = torch.arange(kept, kept + len(positions))
+            probs.append(torch.from_numpy(routes.probs))
             kept += len(positions)
     batch.rollout_experts = experts
     if probs:

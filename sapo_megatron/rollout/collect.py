@@ -1,7 +1,7 @@
 """Prompts -> scored groups, the same on every rank.
 
-Each rank that generates takes its share of the requests, the leader of each model-parallel block
-scores that share, and all ranks exchange the result. An engine that works by itself may do so in
+Each rank that generates takes its part of the requests, the leader of each model-parallel block
+scores that part, and all ranks exchange the result. An engine that works by itself may do so in
 the background, while the ranks train on what it gave before.
 """
 
@@ -22,7 +22,7 @@ from sapo_megatron.errors import RunFailed, UserError
 from sapo_megatron.metrics import Max, Mean, Metrics, Std, Sum
 from sapo_megatron.objective.advantage import zero_std
 from sapo_megatron.recipe.schema import RolloutConfig
-from sapo_megatron.rollout.generate import Request, SamplingParams, share
+from sapo_megatron.rollout.generate import Request, SamplingParams, part_of
 from sapo_megatron.rollout.reward import Scorer
 from sapo_megatron.sample import Group, Prompt, Sample
 
@@ -54,7 +54,7 @@ class Engine(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Share:
+class _Part:
     """What one rank contributes."""
 
     scored: list[Sample]
@@ -70,12 +70,14 @@ class _Pending:
 
     prompts: list[Prompt]
     num_generations: int
-    share: "Future[_Share]"
+    part: "Future[_Part]"
     metrics: Metrics
 
 
 @dataclass(frozen=True, kw_only=True)
 class Responses:
+    """Scored responses to some prompts, and what they took."""
+
     groups: list[Group]
     """The same on every rank."""
     metrics: Metrics
@@ -92,23 +94,24 @@ class Collector:
         tokenizer: Tokenizer,
         scorer: Scorer | None,
         config: RolloutConfig,
-        share_rank: int,
-        shares: int,
+        part: int,
+        parts: int,
         world: dist.ProcessGroup,
     ) -> None:
-        """``scorer``: on the leader of each model-parallel block, None elsewhere; ``share_rank``:
-        which share of the requests this rank's block generates; ``world``: every rank, carries
+        """``scorer``: on the leader of each model-parallel block, None elsewhere; ``part``: which
+        of ``parts`` of the requests this rank's block generates; ``world``: every rank, carries
         host objects.
         """
         self.tokenizer = tokenizer
         self._engine = engine
         self._scorer = scorer
         self._config = config
-        self._share = share_rank, shares
+        self._part = part, parts
         self._world = world
         self._thread = ThreadPoolExecutor(1) if engine.background else None
         self._ahead: _Pending | None = None
-        self._cursor_before: dict[str, Any] | None = None
+        self._cursor_before: dict[str, Any] = {}
+        """Where the source stood before ``_ahead``."""
 
     def respond(
         self,
@@ -190,13 +193,13 @@ class Collector:
     ) -> _Pending:
         if self._ahead:
             # Its weights must not change under it. What went wrong is told where it is collected.
-            self._ahead.share.exception()
+            self._ahead.part.exception()
         requests = [
             Request(uid=p.uid * num_generations + k, prompt_tokens=p.tokens)
             for p in prompts
             for k in range(num_generations)
         ]
-        mine = share(requests, *self._share)
+        mine = part_of(requests, *self._part)
         arguments = (mine, prompts, num_generations, params)
         with self._engine.serving(record=record) as metrics:
             if self._thread:
@@ -205,7 +208,7 @@ class Collector:
                 found = Future()
                 found.set_result(self._generate(*arguments))
         return _Pending(
-            prompts=list(prompts), num_generations=num_generations, share=found, metrics=metrics
+            prompts=list(prompts), num_generations=num_generations, part=found, metrics=metrics
         )
 
     def _generate(
@@ -214,7 +217,7 @@ class Collector:
         prompts: Sequence[Prompt],
         num_generations: int,
         params: SamplingParams,
-    ) -> _Share:
+    ) -> _Part:
         """What this rank generates and scores; no collective if the engine needs none."""
         began = time.monotonic()
         mine = self._engine.generate(requests, params)
@@ -226,7 +229,7 @@ class Collector:
             for s in scored:
                 s.text = self.tokenizer.decode(s.response_tokens)
             failures = self._scorer.score(_grouped(prompts, scored, num_generations))
-        return _Share(
+        return _Part(
             scored=scored,
             failures=failures,
             generating_s=generated - began,
@@ -238,7 +241,7 @@ class Collector:
         began = time.monotonic()
         mine: list[Sample] | Exception
         try:
-            result = pending.share.result()
+            result = pending.part.result()
             mine = result.scored
             metrics.update(result.failures)
             metrics.add("time/rollout", Max(result.generating_s))
@@ -248,12 +251,15 @@ class Collector:
         if self._thread:
             metrics.add("time/rollout_wait", Max(time.monotonic() - began))
         gathered: list[list[Sample] | Exception] = [[]] * dist.get_world_size(self._world)
-        # Over the world: leaders bring their shares, the others nothing, and all get everything.
+        # Over the world: leaders bring what they scored or what went wrong, the others nothing, and
+        # all get everything. Every rank collects every step, also one whose own part failed.
         dist.all_gather_object(gathered, mine, group=self._world)
+        samples: list[Sample] = []
         for part in gathered:
             if isinstance(part, Exception):
                 raise part
-        samples = sorted((s for part in gathered for s in part), key=lambda s: s.uid)
+            samples += part
+        samples.sort(key=lambda s: s.uid)
         return Responses(
             groups=_grouped(pending.prompts, samples, pending.num_generations), metrics=metrics
         )

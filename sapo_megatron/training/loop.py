@@ -280,8 +280,8 @@ class Trainer:
             tokenizer=self.inputs.tokenizer,
             scorer=scorer,
             config=self.recipe.rollout,
-            share_rank=0 if whole else self.groups.dp_cp.rank(),
-            shares=1 if whole else self.groups.dp_cp.size(),
+            part=0 if whole else self.groups.dp_cp.rank(),
+            parts=1 if whole else self.groups.dp_cp.size(),
             world=self.groups.world,
         )
 

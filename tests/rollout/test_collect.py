@@ -87,15 +87,15 @@ def prompt(uid):
     return Prompt(uid=uid, text=f"p{uid}", answer="", tokens=(3,) * (uid % 3 + 1))
 
 
-def collector(reward, *, shares=1, **config):
+def collector(reward, *, parts=1, **config):
     values = {"rollout_batch_size": 4, "num_generations": 3, "max_response_length": 5}
     return Collector(
         engine=InProcess(Echo(), batch_size=256),
         tokenizer=Words(),
         scorer=Rule(reward) if reward else None,
         config=RolloutConfig(**(values | config)),
-        share_rank=dist.get_rank() % shares,
-        shares=shares,
+        part=dist.get_rank() % parts,
+        parts=parts,
         world=dist.group.WORLD,
     )
 
@@ -123,8 +123,8 @@ def test_groups_are_in_the_order_of_their_prompts(world):
 
 
 def on_two_ranks():
-    """Two shares of 15 responses; each leader scores what it generated."""
-    c = collector(lambda prompt_uid, uid: uid / 100, shares=2)
+    """Two parts of 15 responses; each leader scores what it generated."""
+    c = collector(lambda prompt_uid, uid: uid / 100, parts=2)
     responses = c.respond([prompt(uid) for uid in range(5)], 3, PARAMS)
     return responses.groups, len(c._scorer.texts), responses.metrics.gather().values()
 
