@@ -136,7 +136,7 @@ class Routes:
     """The experts of a micro-batch as one rank's routers see it.
 
     M layers with experts on this rank, N tokens that its routers see (sequence parallelism gives
-    each tensor-parallel rank a part), k experts a token, E experts.
+    each tensor-parallel rank a part), k experts per token, E experts.
     """
 
     experts: Tensor

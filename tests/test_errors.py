@@ -1,8 +1,9 @@
 """What users see: one line, with the name that was probably meant."""
 
 import pytest
+from pydantic import TypeAdapter, ValidationError
 
-from sapo_megatron.errors import nearest, one_line, with_type
+from sapo_megatron.errors import first_problem, nearest, one_line, with_type
 
 
 @pytest.mark.parametrize(
@@ -45,3 +46,17 @@ def test_the_nearest_name():
     assert nearest("zzz", names) in names
     assert nearest("zzz", names, cutoff=0.6) is None
     assert nearest("tau_pso", []) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('{"a": [1, "x"]}', "a.1: Input should be a valid integer, got 'x'"),
+        ('{"a": 3}', "a: Input should be a valid array, got 3"),
+        ("[]", "Input should be an object, got []"),
+    ],
+)
+def test_the_first_problem(text, said):
+    with pytest.raises(ValidationError) as caught:
+        TypeAdapter(dict[str, list[int]]).validate_json(text, strict=True)
+    assert first_problem(caught.value) == said

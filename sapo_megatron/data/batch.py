@@ -171,16 +171,17 @@ def _lay_out_routes(samples: Sequence[Sample], starts: Sequence[int]) -> dict[st
     probs: list[Tensor] = []
     kept = 0
     for sample, start in zip(samples, starts, strict=False):
-        if sample.routes is None:
+        routes = sample.routes
+        if routes is None:
             continue
-        fed = len(sample.routes.experts)
+        fed = len(routes.experts)
         assert fed == _length(sample), f"sample {sample.uid}: routes of {fed} tokens"
-        experts[start : start + fed] = torch.from_numpy(sample.routes.experts)
-        if sample.routes.probs is not None:
-            positions = sample.routes.positions
-            assert positions is not None, "probabilities come with their positions"
-            rows[start + torch.from_numpy(positions)] = torch.arange(kept, kept + len(positions))
-            probs.append(torch.from_numpy(sample.routes.probs))
+        experts[start : start + fed] = torch.from_numpy(routes.experts)
+        if routes.probs is not None:
+            assert routes.positions is not None, "what is kept has a place"
+            positions = torch.from_numpy(routes.positions)
+            rows[start + positions] = torch.arange(kept, kept + len(positions))
+            probs.append(torch.from_numpy(routes.probs))
             kept += len(positions)
     if not probs:
         return {"rollout_experts": experts}

@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 SUFFIXES = (".parquet", ".jsonl")
 ROLES = ("system", "user", "assistant")
-LAYOUTS = (
+COLUMNS = (
     ("prompt", "reward_model.ground_truth"),
     ("prompt", "label"),
     ("prompt", "answer"),
@@ -173,7 +173,7 @@ def _jsonl_rows(file: Path, source: SourceConfig) -> Iterator[_Row]:
             if line.strip():
                 at = f"{file}:{number}"
                 row = _parse(line, at)
-                yield _Row(at, row, lambda row=row: row)
+                yield _Row(at, row, row.copy)
 
 
 def _parse(line: bytes, at: str) -> dict[str, Any]:
@@ -210,10 +210,10 @@ def _field(row: _Row, key: str, where: str) -> Any:
         return _pick(row.fields, key)
     except KeyError:
         whole = row.whole()
-    layout = next((keys for keys in LAYOUTS if all(_has(whole, key) for key in keys)), None)
+    usual = next((keys for keys in COLUMNS if all(_has(whole, key) for key in keys)), None)
     fix = (
-        f"set {where}.prompt_key={layout[0]} and {where}.answer_key={layout[1]}"
-        if layout
+        f"set {where}.prompt_key={usual[0]} and {where}.answer_key={usual[1]}"
+        if usual
         else "set prompt_key and answer_key to the file's names"
     )
     raise UserError(

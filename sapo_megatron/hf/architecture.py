@@ -15,6 +15,8 @@ from sapo_megatron.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class GroupedQueryAttention:
+    """Attention whose query heads share key and value heads (arXiv 2305.13245)."""
+
     num_heads: int
     num_kv_heads: int
     head_dim: int
@@ -49,6 +51,8 @@ class Yarn:
 
 @dataclass(frozen=True, kw_only=True)
 class Rope:
+    """Rotary positions (arXiv 2104.09864)."""
+
     theta: float
     fraction: float = 1.0
     """Share of a head's dimensions that are rotated."""
@@ -79,6 +83,8 @@ class Experts:
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
+    """What a model is made of: the sizes and choices that ``config.json`` gives."""
+
     config: dict[str, Any] = field(repr=False)
     """The ``config.json`` itself."""
     model_type: str
@@ -125,7 +131,7 @@ def parse_architecture(config: dict[str, Any], path: str | Path = "config.json")
     if (method := (config.get("quantization_config") or {}).get("quant_method")) is not None:
         raise UserError(
             f"{path}: quantization_config: expected weights in bf16 or fp32, got {method}; convert "
-            f"the checkpoint to bf16 and remove the key"
+            f"them to bf16 and remove the key"
         )
     c.only("hidden_act", "silu")
     attention, experts = _FAMILIES[kind]
@@ -146,7 +152,7 @@ def parse_architecture(config: dict[str, Any], path: str | Path = "config.json")
 
 
 class _Config:
-    """Typed look-ups in a ``config.json``, with messages that name it."""
+    """Typed look-ups in a ``config.json``. Each raises UserError, naming file and key."""
 
     def __init__(self, config: dict[str, Any], path: str | Path, kind: str) -> None:
         self.config, self.path, self.kind = config, path, kind
@@ -162,9 +168,9 @@ class _Config:
             return default
         return self._get(key, bool, "true or false", lambda x: True)
 
-    def only(self, key: str, value: Any, *, default: Any = None) -> None:
-        """Refuse any other value of ``key``; None where it may be left out."""
-        got = self.config.get(key, default)
+    def only(self, key: str, value: Any) -> None:
+        """Raises UserError for any other value of a key, which may be left out."""
+        got = self.config.get(key)
         if got is not None and got != value:
             raise UserError(
                 f"{self.path}: {key}: expected {json.dumps(value)} for {self.kind}, got "

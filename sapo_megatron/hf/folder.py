@@ -7,7 +7,7 @@ tokenizer. Nothing here reads more of a tensor than it is asked for.
 import dataclasses
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -143,7 +143,7 @@ class Checkpoint:
                     )
                 self._files[name] = path
 
-    def _listed(self) -> dict[Path, list[str] | None]:
+    def _listed(self) -> Mapping[Path, list[str] | None]:
         """File -> the tensors that the index places in it; None: all that it has."""
         index = self.folder / INDEX
         if not index.exists():
@@ -161,7 +161,7 @@ class Checkpoint:
                 f"{index}: expected a weight_map from tensors to files, could not read it "
                 f"({with_type(error)}); download it again"
             ) from None
-        listed: dict[Path, list[str] | None] = {}
+        listed: dict[Path, list[str]] = {}
         for name, file in places.items():
             listed.setdefault(self.folder / file, []).append(name)
         return listed
@@ -214,6 +214,6 @@ def _names(path: Path) -> set[str]:
         if dtype not in DTYPES:
             raise UserError(
                 f"{path}: {name}: expected one of {', '.join(sorted(DTYPES))}, got {dtype}; "
-                f"convert the checkpoint to bf16"
+                f"convert the weights to bf16"
             )
     return names

@@ -17,6 +17,8 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
+    """The model: where it comes from, and what it computes with."""
+
     path: str
     """Hugging Face model folder, or a name on the hub such as ``Qwen/Qwen3-30B-A3B``."""
     architecture: str | None = None
@@ -92,6 +94,8 @@ class SourceConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
+    """The problems to train and evaluate on, and the text around them."""
+
     train: SourceConfig
     eval: SourceConfig | None = None
     """Held-out problems; training never draws a prompt whose text is among them."""
@@ -103,6 +107,8 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RolloutConfig:
+    """How responses are sampled, and by whom."""
+
     engine: Literal["in_process", "vllm"] = "in_process"
     """Who generates: the training processes with the training weights, or vLLM servers."""
     servers: tuple[str, ...] = ()
@@ -141,6 +147,8 @@ class RolloutConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RewardConfig:
+    """What scores a response."""
+
     function: str = "exact_match"
     """``reasoning_gym``, ``math_verify``, ``exact_match`` or ``module:function``."""
     timeout_s: Positive = 10.0
@@ -182,6 +190,8 @@ CLIP_DEFAULTS: dict[str, tuple[float, float]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class AlgorithmConfig:
+    """The policy loss and the advantages that it is given."""
+
     loss_type: LossType = "sapo"
     tau_pos: Positive = 1.0
     tau_neg: Positive = 1.05
@@ -235,6 +245,8 @@ class CorrectionConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
+    """Adam and its learning rate."""
+
     lr: Positive = 1e-6
     min_lr: NotNegative = 0.0
     lr_warmup_steps: Whole = 0
@@ -251,6 +263,8 @@ class OptimizerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
+    """How long a run trains, and how a step is cut into pieces."""
+
     steps: Whole = 100
     """Rollout batches; each makes ``num_mini_batches`` optimizer steps."""
     num_mini_batches: Count = 4
@@ -284,6 +298,8 @@ class ColdStartConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EvalConfig:
+    """How held-out problems are scored."""
+
     every: Whole = 0
     """Steps between evaluations; 0: only before and at the end."""
     num_problems: Count = 64
@@ -295,6 +311,8 @@ class EvalConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
+    """When checkpoints are written, and how many are kept."""
+
     every: Whole = 0
     """Steps between checkpoints; 0: only at the end."""
     keep: Count = 2
@@ -302,6 +320,8 @@ class CheckpointConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LoggingConfig:
+    """What a run writes beside ``metrics.jsonl``."""
+
     tensorboard: bool = False
     wandb: bool = False
     wandb_project: str = "sapo-megatron"
@@ -325,6 +345,8 @@ class ClusterConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
+    """Everything that a run is told."""
+
     name: str
     """The file's stem unless the recipe says otherwise."""
     model: ModelConfig

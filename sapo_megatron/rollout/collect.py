@@ -77,6 +77,8 @@ class _Pending:
 
 @dataclass(frozen=True, kw_only=True)
 class Responses:
+    """Scored responses to some prompts, and what they took."""
+
     groups: list[Group]
     """The same on every rank, routes aside, which are where they were made."""
     held: dict[int, HeldRoutes]
@@ -109,11 +111,12 @@ class Collector:
         self._scorer = scorer
         self._config = config
         self._with_routes = with_routes
-        self._place = part, parts
+        self._part = part, parts
         self._world = world
         self._thread = ThreadPoolExecutor(1) if engine.background else None
         self._ahead: _Pending | None = None
-        self._cursor_before: dict[str, Any] | None = None
+        self._cursor_before: dict[str, Any] = {}
+        """Where the source stood before ``_ahead``."""
 
     def respond(
         self,
@@ -207,7 +210,7 @@ class Collector:
             for p in prompts
             for k in range(num_generations)
         ]
-        mine = part_of(requests, *self._place)
+        mine = part_of(requests, *self._part)
         arguments = (mine, prompts, num_generations, params)
         with self._engine.serving(record=record) as metrics:
             if self._thread:

@@ -53,6 +53,8 @@ class Request:
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
+    """How to sample each response."""
+
     temperature: float
     """0 is greedy."""
     top_p: float
@@ -161,7 +163,7 @@ def _to_samples(
                 response_tokens=response,
                 rollout_logprobs=logprobs[row, begin : begin + len(response)].tolist(),
                 truncated=truncated,
-                routes=routes and routes.of(row, begin + len(response) - 1),
+                routes=routes.of(row, begin + len(response) - 1) if routes else None,
             )
         )
     return samples
@@ -222,8 +224,8 @@ def _shift(x: Tensor, bits: int) -> Tensor:
     return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 
-def part_of(requests: Sequence[Request], rank: int, size: int) -> list[Request]:
-    """This rank's part of ``requests``, as many on every rank; fillers have uid -1."""
-    mine = list(requests[rank::size])
+def part_of(requests: Sequence[Request], part: int, parts: int) -> list[Request]:
+    """One of ``parts`` of ``requests``, all of one size; fillers have uid -1."""
+    mine = list(requests[part::parts])
     filler = dataclasses.replace(requests[0], uid=-1)
-    return mine + [filler] * (-(-len(requests) // size) - len(mine))
+    return mine + [filler] * (-(-len(requests) // parts) - len(mine))

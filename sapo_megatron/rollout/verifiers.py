@@ -92,7 +92,7 @@ def find_function(name: str) -> RewardFunction:
 def judge(function: RewardFunction, prompt: Prompt, response: str) -> tuple[float, str]:
     """(reward, ""), or (0.0, the problem) where the function raises or gives no finite number."""
     try:
-        reward = function(prompt, response)
+        reward: Any = function(prompt, response)
     except BaseException as error:  # also sys.exit() and math-verify's own TimeoutException
         return 0.0, with_type(error)
     if not isinstance(reward, numbers.Real):
@@ -129,7 +129,7 @@ def _answer(prompt: Prompt) -> str:
 
 
 def _serve(connection: Connection, function: RewardFunction, timeout_s: float) -> None:
-    """Answer requests (prompt, responses) with one ``judge`` result a response until the end."""
+    """Answer requests (prompt, responses) with a ``judge`` result per response until the end."""
     with open(os.devnull, "w") as nowhere:
         while True:
             prompt, responses = connection.recv()

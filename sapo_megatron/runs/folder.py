@@ -23,6 +23,8 @@ RUNS = Path("runs")
 
 @dataclass(frozen=True, kw_only=True)
 class RunFolder:
+    """A run's folder, and where the run goes on from."""
+
     path: Path
     shared: Path
     """What runs of this recipe have in common."""

@@ -1,6 +1,6 @@
 """Writers of a run's metrics: JSONL always, TensorBoard and Weights & Biases on request.
 
-Only rank 0 builds these. ``metrics.jsonl`` holds one JSON object a step: ``step`` and the flat
+Only rank 0 builds these. ``metrics.jsonl`` holds one JSON object per step: ``step`` and the flat
 metric names; what is not finite is null. A histogram stands under its name as
 ``{"hist": {"edges": [n + 1 numbers], "counts": [n integers]}}``, the points of a scatter plot as
 ``{"points": [[x, y], ...]}``; edges and points to six digits.
@@ -22,7 +22,9 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Any, Literal, Protocol, Self
+
+import numpy as np
 
 from sapo_megatron.errors import with_type
 from sapo_megatron.files import write_whole
@@ -117,7 +119,7 @@ class RunTrackers:
 
 
 class JsonlTracker:
-    """One JSON object a step, flushed at once, so that a killed run keeps what it logged."""
+    """One JSON object per step, flushed at once, so that a killed run keeps what it logged."""
 
     def __init__(self, path: Path, *, resume_step: int | None = None) -> None:
         _keep_before(path, resume_step)
@@ -189,7 +191,7 @@ class WandbTracker:
         import wandb
 
         self._wandb = wandb
-        arguments = {
+        arguments: dict[str, Any] = {
             "project": config.wandb_project,
             "name": config.wandb_name or run_dir.name,
             "id": _wandb_id(run_dir / "wandb" / "run_id", resuming=resume_step is not None),
@@ -205,7 +207,7 @@ class WandbTracker:
         }
         mode = _wandb_mode()
         try:
-            resume = "allow" if mode == "online" else None
+            resume: Literal["allow"] | None = "allow" if mode == "online" else None
             self._run = wandb.init(mode=mode, resume=resume, **arguments)
         except Exception as error:
             if mode != "online":
@@ -220,7 +222,9 @@ class WandbTracker:
     def log(self, step: int, metrics: Metrics) -> None:
         record: dict[str, Any] = metrics.values()
         for name, h in metrics.histograms().items():
-            record[name] = self._wandb.Histogram(np_histogram=(h.counts.tolist(), list(h.edges)))
+            record[name] = self._wandb.Histogram(
+                np_histogram=(h.counts.cpu().numpy(), np.array(h.edges))
+            )
         for name, p in metrics.points().items():
             table = self._wandb.Table(columns=["x", "y"], data=p.pairs())
             record[name] = self._wandb.plot.scatter(table, "x", "y", title=name)
@@ -231,7 +235,7 @@ class WandbTracker:
 
 
 class Progress:
-    """One log line a step: where the run stands and how long it will take.
+    """One log line per step: where the run stands and how long it will take.
 
     The time left is the median of the recent steps times the steps to come, so a slow first step,
     an evaluation or a checkpoint does not throw it off.
@@ -304,11 +308,13 @@ def _wandb_id(path: Path, *, resuming: bool) -> str:
     return found
 
 
-def _wandb_mode() -> str:
-    """``online`` where that can work; else ``offline``, or what WANDB_MODE asks for."""
-    asked = os.environ.get("WANDB_MODE", "online")
-    if asked in ("offline", "dryrun", "disabled"):
-        return asked
+def _wandb_mode() -> Literal["online", "offline", "disabled"]:
+    """``online`` where that can work and WANDB_MODE does not ask for another."""
+    asked = os.environ.get("WANDB_MODE")
+    if asked == "disabled":
+        return "disabled"
+    if asked in ("offline", "dryrun"):
+        return "offline"
     if not os.environ.get("WANDB_API_KEY"):
         logger.info("W&B goes offline: WANDB_API_KEY is not set")
         return "offline"

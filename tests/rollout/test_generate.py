@@ -13,8 +13,8 @@ from sapo_megatron.rollout.generate import (
     SamplingParams,
     generate,
     nucleus,
+    part_of,
     sample,
-    share,
     uniform,
 )
 from tests.support.generating import check_layouts, check_one_rank
@@ -264,10 +264,10 @@ def test_generation_ends_with_the_last_response():
 @settings(max_examples=50)
 def test_shares_are_of_one_size_and_cover_all(n, size):
     requests = [Request(uid=i, prompt_tokens=(i,)) for i in range(n)]
-    shares = [share(requests, rank, size) for rank in range(size)]
-    assert len({len(s) for s in shares}) == 1
-    assert sorted(r.uid for s in shares for r in s if r.uid >= 0) == list(range(n))
-    assert sum(r.uid < 0 for s in shares for r in s) < size
+    parts = [part_of(requests, rank, size) for rank in range(size)]
+    assert len({len(s) for s in parts}) == 1
+    assert sorted(r.uid for s in parts for r in s if r.uid >= 0) == list(range(n))
+    assert sum(r.uid < 0 for s in parts for r in s) < size
 
 
 # The real model

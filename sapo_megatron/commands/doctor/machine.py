@@ -119,7 +119,7 @@ def folder(name: str, path: Path, driver: Driver | None) -> Finding:
         todo = f"It is {PASSING[kind]}: what must last belongs on a mounted volume."
         return Finding(name, "warn", found, todo)
     if driver and free < 100:
-        todo = "A checkpoint takes about 14 bytes a parameter, so 400 GiB for 30 billion."
+        todo = "A checkpoint takes about 14 bytes per parameter, so 400 GiB for 30 billion."
         return Finding(name, "warn", found, todo)
     if kind in SHARED:
         return Finding(name, "ok", f"{found} (shared)")

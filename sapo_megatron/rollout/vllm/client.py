@@ -51,7 +51,10 @@ class Server:
         return read(Descriptions, content, self.url).results[0]
 
     async def load(self, folder: Path, label: str) -> None:
-        """Put the weights of a Hugging Face folder into the running server."""
+        """Put the weights of a Hugging Face folder into the running server.
+
+        Raises RunFailed also where its machine has no such folder.
+        """
         content = await self._rpc("sapo_load", str(folder), label)
         if not all(load.found for load in read(Loads, content, self.url).results):
             raise RunFailed(

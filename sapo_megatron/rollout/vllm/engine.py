@@ -1,6 +1,6 @@
 """Several vLLM servers as one engine.
 
-    requests --> queue --> slots (server_concurrency a server) --> samples, in the requests' order
+    requests --> queue --> slots (server_concurrency per server) --> samples, in the requests' order
                    ^          |
                    +----------+   the server is away: back into the queue, for whoever is free
 
@@ -52,7 +52,7 @@ class Probe:
     logprobs: tuple[float, ...]
     """Of ``tokens[1:]``, each after those before it, at temperature 1, in the training engine."""
     tolerance: float
-    """Largest mean absolute difference, nats a token."""
+    """Largest mean absolute difference, nats per token."""
 
 
 @dataclass(frozen=True)
@@ -334,7 +334,7 @@ class VllmEngine:
         if diff > probe.tolerance:
             raise RunFailed(
                 f"{server.url}: expected the training engine's log-probs of a probe to "
-                f"{probe.tolerance:g} nats a token after new weights, got a difference of "
+                f"{probe.tolerance:g} nats per token after new weights, got a difference of "
                 f"{diff:.3g}; the server did not take the weights as they are: look at its log, "
                 f"and restart it"
             )

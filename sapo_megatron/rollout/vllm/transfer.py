@@ -1,7 +1,7 @@
 """Weights to vLLM servers over NCCL, with the sending side that vLLM has for it.
 
-This process and all workers of all servers are one NCCL group. vLLM's sender tells the servers over
-HTTP what comes, and broadcasts tensor after tensor meanwhile. It has not been run on GPUs.
+This process and all workers of all servers are one process group. vLLM's sender tells the servers
+over HTTP what comes, and broadcasts tensor after tensor meanwhile. It has not been run on GPUs.
 """
 
 import socket
@@ -22,7 +22,7 @@ class Transfer:
     """Sends a model's tensors to all servers; on the first rank, which makes one once."""
 
     def __init__(self, urls: Sequence[str], listing: list[Listed], *, timeout_s: float) -> None:
-        """Join this process and the servers' workers, at once, in a group.
+        """Join this process and the servers' workers, at once, in a process group.
 
         ``listing``: what every ``send`` will bring. Raises UserError without vLLM, and RunFailed
         where a server does not take part.
@@ -31,14 +31,14 @@ class Transfer:
         self._source = _Source(listing)
         self._client = _Client(urls, timeout_s, self._abort)
         address = _own_address(urls[0])
-        group = info(
+        init_info = info(
             master_address=address,
             master_port=_free_port(address),
             world_size=1 + sum(self._client.world_sizes),
             rank=0,
         )
         with self._failing():
-            self._sender = trainer_init(group, client=self._client, source=self._source)
+            self._sender = trainer_init(init_info, client=self._client, source=self._source)
 
     def send(self, tensors: Iterator[tuple[str, Tensor]]) -> None:
         """Put the tensors into all servers. Raises RunFailed; no other ``send`` may follow then."""
@@ -117,12 +117,13 @@ class _Client:
     def finish_weight_update(self, weight_version: str | None = None) -> None:
         self._post("finish_weight_update")
 
-    def _post(self, path: str, bodies: list[dict[str, Any]] | None = None) -> None:
+    def _post(self, path: str, bodies: Sequence[dict[str, Any] | None] = ()) -> None:
         """To all servers, none of which may have to wait for another. Raises the first error."""
+        bodies = bodies or [None] * len(self._urls)
         executor = ThreadPoolExecutor(len(self._urls))
         calls = [
             executor.submit(self._call, "POST", url, path, body)
-            for url, body in zip(self._urls, bodies or [None] * len(self._urls), strict=True)
+            for url, body in zip(self._urls, bodies, strict=True)
         ]
         executor.shutdown(wait=False)
         for call in as_completed(calls):
