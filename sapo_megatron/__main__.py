@@ -14,7 +14,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from sapo_megatron.errors import RunFailed, UserError
+from sapo_megatron.errors import RunFailed, UserError, one_line
+from sapo_megatron.files import write_whole
 from sapo_megatron.patches import HOSTS
 from sapo_megatron.recipe.check import smallest_world
 from sapo_megatron.recipe.load import load
@@ -177,7 +178,6 @@ def _eval(arguments: argparse.Namespace, rest: list[str], words: list[str]) -> i
         raise UserError(f"--out: expected a file in a folder that exists, got {out}; name another")
 
     def work(inputs: Inputs) -> None:
-        from sapo_megatron.runs import folder as runs
         from sapo_megatron.training.session import evaluate_checkpoint
 
         scores = evaluate_checkpoint(recipe, inputs, Path(arguments.checkpoint))
@@ -185,7 +185,7 @@ def _eval(arguments: argparse.Namespace, rest: list[str], words: list[str]) -> i
             return
         sys.stdout.write("".join(f"{name} {score:.4f}\n" for name, score in scores.items()))
         if out:
-            runs.write_whole(out, json.dumps(scores, indent=2) + "\n")
+            write_whole(out, json.dumps(scores, indent=2) + "\n")
 
     return _on_all_processes(recipe, words, work)
 
@@ -334,7 +334,7 @@ def _fail(error: Exception, status: int, debug: bool, *, everywhere: bool) -> in
     if debug:
         logger.exception("")
     if everywhere or _speaks():
-        sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
+        sys.stderr.write(f"error: {one_line(error)}\n")
     return status
 
 

@@ -7,6 +7,7 @@ of E; router probabilities, kept at P of the tokens, are ``[P, M, E]``.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
@@ -99,6 +100,24 @@ class Group:
     samples: list[Sample]
 
 
+@dataclass(frozen=True)
+class Temperatures:
+    """How steep SAPO's gate is, by the sign of a token's advantage.
+
+    Raises ValueError unless both are finite and > 0. Example: ``Temperatures(1.0, 1.05)``.
+    """
+
+    pos: float
+    """tau of a token with a positive advantage."""
+    neg: float
+    """tau of every other token."""
+
+    def __post_init__(self) -> None:
+        for name, tau in (("tau_pos", self.pos), ("tau_neg", self.neg)):
+            if not (math.isfinite(tau) and tau > 0):
+                raise ValueError(f"{name}: expected a finite number > 0, got {tau}")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Denominators:
     """Sizes of the whole global mini-batch, over every rank and micro-batch.
@@ -126,7 +145,7 @@ class Routes:
     """fp32 [P, M, E]: router probabilities of the P tokens at which they are kept."""
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class PackedBatch:
     """A micro-batch as one context-parallel rank sees it: sequences laid end to end.
 

@@ -55,15 +55,26 @@ def micro_batches(samples: Sequence[Sample], cut: MicroBatching) -> list[PackedB
     Their number is the same on every rank and a multiple of ``cut.count_multiple``; a rank with
     nothing to do gets a filler without valid tokens.
     """
-    lengths = [_padded(_length(s), cut.cp_size) for s in samples]
-    plan = plan_micro_batches(
-        lengths, cut.dp_size, cut.max_tokens, cut.count_multiple, packing=cut.packing
-    )
     batches = []
-    for bin_ in plan[cut.dp_rank]:
+    for bin_ in _plan(samples, cut)[cut.dp_rank]:
         batch = pack([samples[i] for i in bin_], cut.cp_size, cut.tp_size, packing=cut.packing)
         batches.append(cp_slice(batch, cut.cp_rank, cut.cp_size))
     return batches
+
+
+def data_parallel_ranks(samples: Sequence[Sample], cut: MicroBatching) -> list[int]:
+    """Which data-parallel rank trains on each sample of a mini-batch."""
+    place = {
+        i: rank for rank, bins in enumerate(_plan(samples, cut)) for bin_ in bins for i in bin_
+    }
+    return [place[i] for i in range(len(samples))]
+
+
+def _plan(samples: Sequence[Sample], cut: MicroBatching) -> list[list[list[int]]]:
+    lengths = [_padded(_length(s), cut.cp_size) for s in samples]
+    return plan_micro_batches(
+        lengths, cut.dp_size, cut.max_tokens, cut.count_multiple, packing=cut.packing
+    )
 
 
 def plan_micro_batches(

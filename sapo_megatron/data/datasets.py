@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sapo_megatron.data.tokenizer import Message
-from sapo_megatron.errors import UserError
+from sapo_megatron.errors import UserError, one_line
 from sapo_megatron.recipe.schema import DataConfig, SourceConfig
 
 logger = logging.getLogger(__name__)
@@ -84,8 +84,7 @@ def read_problems(data: DataConfig, where: str) -> list[Problem]:
                     seen.add(identity)
                     problems.append(_problem(prompt, answer, row, data, where, task))
         except (OSError, pa.ArrowException) as error:  # pyarrow raises either for a broken file
-            reason = " ".join(str(error).split())
-            raise UserError(f"{where}.path: cannot read {file}: {reason}") from None
+            raise UserError(f"{where}.path: cannot read {file}: {one_line(error)}") from None
     if not problems:
         raise UserError(
             f"{where}.path: expected rows with {source.prompt_key} and {source.answer_key}, got "
@@ -149,7 +148,7 @@ def _download(path: str, where: str) -> Path:
         offline = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the hub does not answer"
         reason = f"there is no copy in {constants.HF_HUB_CACHE}, and {offline}"
     except (OSError, ValueError) as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        reason = one_line(error, 200)
     raise UserError(
         f"{where}.path: expected a file or folder beside the recipe, or a dataset of the Hugging "
         f"Face hub, got {path}: {reason}; correct it, or make a copy where the hub can be reached: "

@@ -8,7 +8,7 @@ from typing import Protocol
 import jinja2
 import sentencepiece
 
-from sapo_megatron.errors import UserError
+from sapo_megatron.errors import UserError, one_line
 
 logger = logging.getLogger(__name__)
 
@@ -115,7 +115,7 @@ class HuggingFaceTokenizer:
             roles = ", ".join(message["role"] for message in messages)
             raise UserError(
                 f"data.apply_chat_template: the chat template of {self._path} refuses the turns "
-                f"{roles}: {' '.join(str(error).split())}; change the data or the tokenizer"
+                f"{roles}: {one_line(error)}; change the data or the tokenizer"
             ) from None
         return self.encode(rendered)
 
@@ -153,8 +153,7 @@ def load_tokenizer(path: str, vocab_size: int, *, trust_remote_code: bool = Fals
 def _unreadable(path: str | Path, error: Exception) -> UserError:
     if isinstance(error, FileNotFoundError):
         return UserError(f"model.tokenizer: no such file: {path}")
-    reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
     return UserError(
         f"model.tokenizer: expected a sentencepiece model or a Hugging Face tokenizer, could not "
-        f"read {path}: {reason}"
+        f"read {path}: {one_line(error, 200)}"
     )

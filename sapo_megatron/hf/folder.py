@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from sapo_megatron.errors import UserError
+from sapo_megatron.errors import UserError, one_line, with_type
 from sapo_megatron.hf.architecture import Architecture, parse_architecture, read_architecture
 
 INDEX = "model.safetensors.index.json"
@@ -54,10 +54,9 @@ def _find(path: str, patterns: list[str]) -> Path:
     try:
         return Path(snapshot_download(path, allow_patterns=patterns))
     except Exception as error:  # network, permission and cache errors have no common ancestor
-        reason = " ".join(str(error).split())
         raise UserError(
             f"model.path: expected a folder or a model of the Hugging Face hub, got {path}: "
-            f"{reason[:200]}; download it first (hf download {path}) or name a folder"
+            f"{one_line(error, 200)}; download it first (hf download {path}) or name a folder"
         ) from None
 
 
@@ -160,7 +159,7 @@ class Checkpoint:
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(
                 f"{index}: expected a weight_map from tensors to files, could not read it "
-                f"({type(error).__name__}: {error}); download it again"
+                f"({with_type(error)}); download it again"
             ) from None
         listed: dict[Path, list[str] | None] = {}
         for name, file in places.items():

@@ -19,6 +19,7 @@ from sapo_megatron.metrics import Histogram, Mean, Metrics, Points, Sum
 from sapo_megatron.objective.ratio import Ratio
 from sapo_megatron.objective.reduce import sequence_mean
 from sapo_megatron.objective.sapo import sapo_weight, token_temperature
+from sapo_megatron.sample import Temperatures
 
 SMALL_DISPERSION = 0.02
 """nats^2; the paper finds Var_i mostly below it (arXiv 2511.20347, figures 2 and 3)."""
@@ -29,11 +30,9 @@ VARIANCE_EDGES = tuple(i / 500 for i in range(101))
 @torch.no_grad()
 def bound_metrics(
     r: Ratio,
+    temperatures: Temperatures,
     sequence_ids: Tensor,
     lengths: Tensor,
-    *,
-    tau_pos: float,
-    tau_neg: float,
     cp_group: dist.ProcessGroup | None = None,
 ) -> Metrics:
     """The paper's bound on a micro-batch: ``sapo/bound_*`` and what goes with it, by sequence.
@@ -43,7 +42,7 @@ def bound_metrics(
     """
     whole = (r.mask, sequence_ids, lengths, cp_group)
     z = r.log_ratio.double()
-    tau = token_temperature(r.advantages.double(), tau_pos, tau_neg)
+    tau = token_temperature(r.advantages.double(), temperatures)
     mean = sequence_mean(z, *whole)
     variance = sequence_mean((z - mean[sequence_ids]).square(), *whole)
     gates = sequence_mean(_gate_of_log_ratio(z, tau), *whole)

@@ -24,7 +24,7 @@ from sapo_megatron.objective.ratio import Ratio, masked
 from sapo_megatron.objective.reduce import sequence_mean, token_weights
 from sapo_megatron.objective.sapo import sapo_gate, sapo_loss, sapo_weight, token_temperature
 from sapo_megatron.recipe.schema import AlgorithmConfig, CorrectionConfig, LossType
-from sapo_megatron.sample import Denominators, PackedBatch
+from sapo_megatron.sample import Denominators, PackedBatch, Temperatures
 
 RATIO_EDGES = tuple(i / 20 for i in range(61))
 """Bins of the ratio histograms: 0 to 3 by 0.05; larger ratios count in the last bin."""
@@ -79,18 +79,33 @@ def policy_loss(
     ).to(token_loss.dtype)
     loss = (weights * token_loss).sum()
     metrics.add("actor/pg_loss", Sum(loss.detach()))
+    loss, terms = _with_kl_and_entropy(loss, weights, batch, logprob, entropy, algorithm)
+    metrics.update(terms)
+    metrics.update(ratio_metrics(r))
+    metrics.update(kind.metrics(own, algorithm))
+    return loss, metrics
+
+
+def _with_kl_and_entropy(
+    loss: Tensor,
+    weights: Tensor,
+    batch: PackedBatch,
+    logprob: Tensor,
+    entropy: Tensor | None,
+    algorithm: AlgorithmConfig,
+) -> tuple[Tensor, Metrics]:
+    """``loss`` with the terms that have a coefficient, and the metrics of those that are known."""
+    metrics = Metrics()
     if batch.ref_logprob is not None:
-        kl = kl_penalty(logprob, batch.ref_logprob, algorithm.kl_type, mask=mask)
+        kl = kl_penalty(logprob, batch.ref_logprob, algorithm.kl_type, mask=batch.mask)
         kl_loss = (weights * kl).sum()
         metrics.add("actor/kl_loss", Sum(kl_loss.detach()))
         if algorithm.kl_coef > 0:
             loss = loss + algorithm.kl_coef * kl_loss
     if entropy is not None:
-        metrics.add("actor/entropy", Mean.of(entropy, mask))
+        metrics.add("actor/entropy", Mean.of(entropy, batch.mask))
         if algorithm.entropy_coef > 0:
-            loss = loss - algorithm.entropy_coef * (weights * masked(entropy, mask)).sum()
-    metrics.update(ratio_metrics(r))
-    metrics.update(kind.metrics(own, algorithm))
+            loss = loss - algorithm.entropy_coef * (weights * masked(entropy, batch.mask)).sum()
     return loss, metrics
 
 
@@ -112,10 +127,10 @@ def ratio_metrics(r: Ratio) -> Metrics:
 
 
 @torch.no_grad()
-def gate_metrics(r: Ratio, tau_pos: float, tau_neg: float) -> Metrics:
+def gate_metrics(r: Ratio, temperatures: Temperatures) -> Metrics:
     """``sapo/gate_*`` and ``sapo/weight_*``, and the histograms of the weights."""
     positive, negative = r.advantages > 0, r.advantages < 0
-    tau = token_temperature(r.advantages, tau_pos, tau_neg)
+    tau = token_temperature(r.advantages, temperatures)
     gate, weight = sapo_gate(r.ratio, tau), sapo_weight(r.ratio, tau)
     metrics = Metrics()
     metrics.add("sapo/gate_mean", Mean.of(gate, r.mask))
@@ -162,8 +177,7 @@ class PolicyLoss:
 
 LOSSES: dict[LossType, PolicyLoss] = {
     "sapo": PolicyLoss(
-        lambda r, a: sapo_loss(r, a.tau_pos, a.tau_neg),
-        lambda r, a: gate_metrics(r, a.tau_pos, a.tau_neg),
+        lambda r, a: sapo_loss(r, a.temperatures), lambda r, a: gate_metrics(r, a.temperatures)
     ),
     "grpo": PolicyLoss(lambda r, a: clipped_loss(r, *a.clip_range, a.clip_ratio_c), clip_metrics),
     "gspo": PolicyLoss(

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from sapo_megatron.errors import UserError
 from sapo_megatron.objective.ratio import Ratio
-from sapo_megatron.objective.sapo import check_temperature, sapo_loss
+from sapo_megatron.objective.sapo import sapo_loss
 from sapo_megatron.patches.measure import PER_SEQUENCE, PER_TOKEN, log_variance, measure_rows
 from sapo_megatron.patches.replace import Host, Symbol, check, replace, restore
 from sapo_megatron.recipe.schema import AlgorithmConfig
@@ -74,9 +74,7 @@ class SapoLoss:
         self, cfg: Any, use_fused_linear_logprobs: bool = False, *, algorithm: AlgorithmConfig
     ) -> None:
         refuse(cfg)
-        self.taus = {"tau_pos": algorithm.tau_pos, "tau_neg": algorithm.tau_neg}
-        for name, tau in self.taus.items():
-            check_temperature(name, tau)
+        self.temperatures = algorithm.temperatures
         clipped = importlib.import_module(_LOSS).ClippedPGLossFn
         rest = cfg.model_copy(update={"disable_ppo_ratio": True})
         alone = {
@@ -115,7 +113,7 @@ class SapoLoss:
         advantages = data["advantages"][:, 1:]
         old = logprob.detach() if self.force_on_policy_ratio else data["prev_logprobs"][:, 1:]
         r = Ratio.of(logprob - old, advantages, mask)
-        token_loss = sapo_loss(r, **self.taus)
+        token_loss = sapo_loss(r, self.temperatures)
 
         without = {**data, "advantages": torch.zeros_like(data["advantages"])}
         rest, metrics = self.rest(torch.where(mask, logprob, 0.0), without, *denominators)
@@ -137,7 +135,7 @@ class SapoLoss:
         self, r: Ratio, global_valid_seqs: Tensor, global_valid_toks: Tensor
     ) -> dict[str, float]:
         """``ratio/*``, ``sapo/*``, and the host's names for the ratio, as its driver adds them."""
-        found = measure_rows(r, **self.taus)
+        found = measure_rows(r, self.temperatures)
         tokens, sequences = global_valid_toks.clamp(min=1), global_valid_seqs.clamp(min=1)
         numbers = {
             **{name: found.means[name].total / tokens for name in PER_TOKEN},

@@ -26,15 +26,15 @@ from torch import Tensor
 from sapo_megatron.errors import UserError
 from sapo_megatron.objective.ratio import Ratio
 from sapo_megatron.objective.sapo import (
-    check_temperature,
     sapo_gate,
     sapo_loss,
     sapo_weight,
     token_temperature,
 )
-from sapo_megatron.patches.measure import PER_SEQUENCE, measure
+from sapo_megatron.patches.measure import PER_SEQUENCE, Part, measure
 from sapo_megatron.patches.replace import Host, Symbol, check
 from sapo_megatron.recipe.schema import AlgorithmConfig
+from sapo_megatron.sample import Temperatures
 
 logger = logging.getLogger(__name__)
 
@@ -93,8 +93,8 @@ def sapo_policy_loss(
     ``masks``: of each sample, the part of its loss mask whose tokens this rank has.
     """
     refuse(args)
-    taus = temperatures(args)
-    announce(**taus)
+    temperatures = temperatures_of(args)
+    announce(temperatures)
     mask = torch.cat(masks).to(logits.device).bool()
     seen: list[Ratio] = []
 
@@ -107,7 +107,7 @@ def sapo_policy_loss(
     ) -> tuple[Tensor, Tensor]:
         r = Ratio.of(-ppo_kl, advantages, mask)
         seen.append(r)
-        return sapo_loss(r, **taus), 1 - token_values(r, **taus)["sapo/weight_mean"]
+        return sapo_loss(r, temperatures), 1 - token_values(r, temperatures)["sapo/weight_mean"]
 
     with exchanged(module, "compute_policy_loss", token_loss):
         loss, reported = module.policy_loss_function(args, batch, logits, sum_of_sample_mean)
@@ -116,7 +116,9 @@ def sapo_policy_loss(
             f"{module.__name__}.policy_loss_function: expected one call of compute_policy_loss, "
             f"got {len(seen)}; take the version that docs/patches.md names"
         )
-    reported |= dashboard(seen[0], masks, batch["loss_masks"], sum_of_sample_mean, cp_group, taus)
+    reported |= dashboard(
+        seen[0], masks, batch["loss_masks"], sum_of_sample_mean, cp_group, temperatures
+    )
     return loss, reported
 
 
@@ -133,25 +135,24 @@ def refuse(args: Namespace) -> None:
         )
 
 
-def temperatures(args: Namespace) -> dict[str, float]:
+def temperatures_of(args: Namespace) -> Temperatures:
     """``tau_pos`` and ``tau_neg`` of the arguments, or SAPO's own."""
-    taus = {}
-    for name in ("tau_pos", "tau_neg"):
-        taus[name] = vars(args).get(name, getattr(AlgorithmConfig, name))
-        try:
-            check_temperature(name, taus[name])
-        except (TypeError, ValueError):
-            raise UserError(
-                f"{name}: expected a number > 0 in --custom-config-path, got {taus[name]!r}; "
-                f"write it as 1.05"
-            ) from None
-    return taus
+    given = vars(args)
+    pos = given.get("tau_pos", AlgorithmConfig.tau_pos)
+    neg = given.get("tau_neg", AlgorithmConfig.tau_neg)
+    try:
+        return Temperatures(pos, neg)
+    except (TypeError, ValueError):
+        raise UserError(
+            f"tau_pos, tau_neg: expected two numbers > 0 in --custom-config-path, got {pos!r}, "
+            f"{neg!r}; write them as 1.0 and 1.05"
+        ) from None
 
 
 @torch.no_grad()
-def token_values(r: Ratio, *, tau_pos: float, tau_neg: float) -> dict[str, Tensor]:
+def token_values(r: Ratio, temperatures: Temperatures) -> dict[str, Tensor]:
     """What is a mean over tokens, of each token."""
-    tau = token_temperature(r.advantages, tau_pos, tau_neg)
+    tau = token_temperature(r.advantages, temperatures)
     return {
         "ratio/mean": r.ratio,
         "ratio/log_mean": r.log_ratio,
@@ -168,7 +169,7 @@ def dashboard(
     whole_masks: list[Tensor],
     sum_of_sample_mean: Reducer,
     cp_group: dist.ProcessGroup | None,
-    taus: dict[str, float],
+    temperatures: Temperatures,
 ) -> dict[str, Tensor]:
     """``ratio/*`` and ``sapo/*`` of a micro-batch, as the host adds and divides them.
 
@@ -176,7 +177,7 @@ def dashboard(
     micro-batch and weighed with all its tokens: ``ratio/log_var`` is the variance within
     micro-batches. Collective over ``cp_group``, whose ranks hold parts of the same samples.
     """
-    values = token_values(r, **taus)
+    values = token_values(r, temperatures)
     reported = {name: sum_of_sample_mean(value) for name, value in values.items()}
 
     z = values["ratio/log_mean"]
@@ -192,16 +193,14 @@ def dashboard(
     sizes = torch.tensor([len(part) for part in masks], device=device)
     measured = measure(
         r,
+        temperatures,
         torch.arange(len(masks), device=device).repeat_interleave(sizes),
         torch.stack([part.sum() for part in whole_masks]).to(device).long(),
-        cp_group=cp_group,
-        **taus,
+        cp_group,
     )
     parts = {name: measured.means[name] for name in PER_SEQUENCE}
     count = parts["sapo/bound_lhs"].count
-    parts["sapo/bound_violation_share"] = parts["sapo/bound_lhs"]._replace(
-        total=measured.violations
-    )
+    parts["sapo/bound_violation_share"] = Part(measured.violations, count)
     reported |= {name: weight * part.total / count.clamp(min=1) for name, part in parts.items()}
     return reported
 
@@ -223,6 +222,6 @@ def ready(host: Host) -> None:
 
 
 @functools.cache
-def announce(tau_pos: float, tau_neg: float) -> None:
+def announce(temperatures: Temperatures) -> None:
     """Once a process: a misspelt name in the YAML file would leave a default unnoticed."""
-    logger.info("SAPO: tau_pos %s, tau_neg %s", tau_pos, tau_neg)
+    logger.info("SAPO: tau_pos %s, tau_neg %s", temperatures.pos, temperatures.neg)

@@ -5,6 +5,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from sapo_megatron.sample import Temperatures
+
 Count = Annotated[int, Field(gt=0)]
 Whole = Annotated[int, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
@@ -197,6 +199,11 @@ class AlgorithmConfig:
     """Weight of the KL to the frozen initial policy; > 0 keeps a reference model."""
     kl_type: Literal["k1", "k2", "k3"] = "k3"
     entropy_coef: NotNegative = 0.0
+
+    @property
+    def temperatures(self) -> Temperatures:
+        """Of SAPO's gate. Raises ValueError unless both are finite and > 0."""
+        return Temperatures(self.tau_pos, self.tau_neg)
 
     @property
     def clip_range(self) -> tuple[float, float]:

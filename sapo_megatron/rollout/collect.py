@@ -1,7 +1,7 @@
 """Prompts -> scored groups, the same on every rank.
 
-Each rank that generates takes its share of the requests, the leader of each model-parallel block
-scores that share, and all ranks exchange the result. An engine that works by itself may do so in
+Each rank that generates takes its part of the requests, the leader of each model-parallel block
+scores that part, and all ranks exchange the result. An engine that works by itself may do so in
 the background, while the ranks train on what it gave before.
 """
 
@@ -22,7 +22,8 @@ from sapo_megatron.errors import RunFailed, UserError
 from sapo_megatron.metrics import Max, Mean, Metrics, Std, Sum
 from sapo_megatron.objective.advantage import zero_std
 from sapo_megatron.recipe.schema import RolloutConfig
-from sapo_megatron.rollout.generate import Request, SamplingParams, share
+from sapo_megatron.rollout.exchange import HeldRoutes, exchange_samples
+from sapo_megatron.rollout.generate import Request, SamplingParams, part_of
 from sapo_megatron.rollout.reward import Scorer
 from sapo_megatron.sample import Group, Prompt, Sample
 
@@ -54,7 +55,7 @@ class Engine(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Share:
+class _Part:
     """What one rank contributes."""
 
     scored: list[Sample]
@@ -70,14 +71,16 @@ class _Pending:
 
     prompts: list[Prompt]
     num_generations: int
-    share: "Future[_Share]"
+    part: "Future[_Part]"
     metrics: Metrics
 
 
 @dataclass(frozen=True, kw_only=True)
 class Responses:
     groups: list[Group]
-    """The same on every rank."""
+    """The same on every rank, routes aside, which are where they were made."""
+    held: dict[int, HeldRoutes]
+    """Where that is, by uid of the sample."""
     metrics: Metrics
     """Failures of rewards and times, of this rank; what making the engine ready took."""
 
@@ -93,20 +96,20 @@ class Collector:
         scorer: Scorer | None,
         config: RolloutConfig,
         with_routes: bool,
-        share_rank: int,
-        shares: int,
+        part: int,
+        parts: int,
         world: dist.ProcessGroup,
     ) -> None:
         """``scorer``: on the leader of each model-parallel block, None elsewhere; ``with_routes``:
-        whether training wants them; ``share_rank``: which of ``shares`` parts of the requests this
-        rank's block generates; ``world``: every rank, carries host objects.
+        whether training wants them; ``part``: which of ``parts`` equal parts of the requests
+        this rank's block generates; ``world``: every rank, carries host objects.
         """
         self.tokenizer = tokenizer
         self._engine = engine
         self._scorer = scorer
         self._config = config
         self._with_routes = with_routes
-        self._share = share_rank, shares
+        self._place = part, parts
         self._world = world
         self._thread = ThreadPoolExecutor(1) if engine.background else None
         self._ahead: _Pending | None = None
@@ -141,7 +144,7 @@ class Collector:
         """Where the source stood before what is still under way, for a checkpoint."""
         return self._cursor_before if self._ahead else source.state_dict()
 
-    def collect(self, source: PromptSource, *, seed: int) -> tuple[list[Group], Metrics]:
+    def collect(self, source: PromptSource, *, seed: int) -> Responses:
         """One step's groups: those begun before, or new ones.
 
         With dynamic sampling, groups whose rewards are all equal are dropped and new prompts
@@ -151,6 +154,7 @@ class Collector:
         """
         config = self._config
         kept: list[Group] = []
+        held: dict[int, HeldRoutes] = {}
         metrics = Metrics()
         for _ in range(config.dynamic_sampling_max_rounds if config.dynamic_sampling else 1):
             age = self._engine.age if self._ahead else 0
@@ -164,6 +168,7 @@ class Collector:
                     prompts, config.num_generations, params, record=self._with_routes
                 )
             metrics.update(responses.metrics)
+            held |= responses.held
             metrics.add("rollout/staleness", Max(float(age)))
             if dist.get_rank(self._world) == 0:
                 metrics.update(describe(responses.groups))
@@ -175,7 +180,7 @@ class Collector:
                 f"no group with different rewards in {config.dynamic_sampling_max_rounds} rounds "
                 f"of dynamic sampling; look at the reward function, or use easier or harder prompts"
             )
-        return kept, metrics
+        return Responses(groups=kept, held=held, metrics=metrics)
 
     def _params(self, seed: int) -> SamplingParams:
         return SamplingParams(
@@ -196,13 +201,13 @@ class Collector:
     ) -> _Pending:
         if self._ahead:
             # Its weights must not change under it. What went wrong is told where it is collected.
-            self._ahead.share.exception()
+            self._ahead.part.exception()
         requests = [
             Request(uid=p.uid * num_generations + k, prompt_tokens=p.tokens)
             for p in prompts
             for k in range(num_generations)
         ]
-        mine = share(requests, *self._share)
+        mine = part_of(requests, *self._place)
         arguments = (mine, prompts, num_generations, params)
         with self._engine.serving(record=record) as metrics:
             if self._thread:
@@ -211,7 +216,7 @@ class Collector:
                 found = Future()
                 found.set_result(self._generate(*arguments))
         return _Pending(
-            prompts=list(prompts), num_generations=num_generations, share=found, metrics=metrics
+            prompts=list(prompts), num_generations=num_generations, part=found, metrics=metrics
         )
 
     def _generate(
@@ -220,7 +225,7 @@ class Collector:
         prompts: Sequence[Prompt],
         num_generations: int,
         params: SamplingParams,
-    ) -> _Share:
+    ) -> _Part:
         """What this rank generates and scores; no collective if the engine needs none."""
         began = time.monotonic()
         mine = self._engine.generate(requests, params)
@@ -232,7 +237,7 @@ class Collector:
             for s in scored:
                 s.text = self.tokenizer.decode(s.response_tokens)
             failures = self._scorer.score(_grouped(prompts, scored, num_generations))
-        return _Share(
+        return _Part(
             scored=scored,
             failures=failures,
             generating_s=generated - began,
@@ -242,9 +247,9 @@ class Collector:
     def _finish(self, pending: _Pending) -> Responses:
         metrics = pending.metrics
         began = time.monotonic()
-        mine: list[Sample] | Exception
+        mine: list[Sample] | UserError | RunFailed
         try:
-            result = pending.share.result()
+            result = pending.part.result()
             mine = result.scored
             metrics.update(result.failures)
             metrics.add("time/rollout", Max(result.generating_s))
@@ -253,16 +258,9 @@ class Collector:
             mine = error
         if self._thread:
             metrics.add("time/rollout_wait", Max(time.monotonic() - began))
-        gathered: list[list[Sample] | Exception] = [[]] * dist.get_world_size(self._world)
-        # Over the world: leaders bring their shares, the others nothing, and all get everything.
-        dist.all_gather_object(gathered, mine, group=self._world)
-        for part in gathered:
-            if isinstance(part, Exception):
-                raise part
-        samples = sorted((s for part in gathered for s in part), key=lambda s: s.uid)
-        return Responses(
-            groups=_grouped(pending.prompts, samples, pending.num_generations), metrics=metrics
-        )
+        samples, held = exchange_samples(mine, self._world)
+        groups = _grouped(pending.prompts, samples, pending.num_generations)
+        return Responses(groups=groups, held=held, metrics=metrics)
 
 
 def rewards(groups: Sequence[Group]) -> torch.Tensor:

@@ -222,7 +222,7 @@ def _shift(x: Tensor, bits: int) -> Tensor:
     return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 
-def share(requests: Sequence[Request], rank: int, size: int) -> list[Request]:
+def part_of(requests: Sequence[Request], rank: int, size: int) -> list[Request]:
     """This rank's part of ``requests``, as many on every rank; fillers have uid -1."""
     mine = list(requests[rank::size])
     filler = dataclasses.replace(requests[0], uid=-1)

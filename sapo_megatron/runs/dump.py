@@ -31,7 +31,8 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from sapo_megatron.errors import UserError
+from sapo_megatron.errors import UserError, one_line
+from sapo_megatron.files import whole_file
 from sapo_megatron.sample import PackedBatch
 
 VERSION = "1"
@@ -185,9 +186,8 @@ def write_dump(path: Path, rows: DumpRows, info: DumpInfo) -> None:
     metadata = {VERSION_KEY: VERSION, INFO_KEY: json.dumps(dataclasses.asdict(info))}
     table = pa.Table.from_arrays(columns, schema=SCHEMA.with_metadata(metadata))
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    pq.write_table(table, temporary, compression="zstd")
-    temporary.replace(path)
+    with whole_file(path) as temporary:
+        pq.write_table(table, temporary, compression="zstd")
 
 
 _TORCH = {
@@ -287,7 +287,7 @@ def _read(path: Path) -> tuple[DumpRows, DumpInfo]:
     except (ValueError, pa.ArrowException, OSError) as error:
         raise UserError(
             f"{path}: expected a parquet file with the columns of a token dump, got one that "
-            f"cannot be read ({' '.join(str(error).split())}); write it again"
+            f"cannot be read ({one_line(error)}); write it again"
         ) from None
     columns = {}
     for name in SCHEMA.names:

@@ -24,6 +24,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
 
+from sapo_megatron.errors import with_type
+from sapo_megatron.files import write_whole
 from sapo_megatron.metrics import Metrics
 from sapo_megatron.recipe.schema import LoggingConfig
 
@@ -81,7 +83,9 @@ class RunTrackers:
                 tracker.log(step, metrics)
             except Exception as error:
                 del self._trackers[name]
-                logger.warning("%s failed at step %d and is dropped: %s", name, step, _line(error))
+                logger.warning(
+                    "%s failed at step %d and is dropped: %s", name, step, with_type(error)
+                )
 
     def close(self, *, failed: bool = False) -> None:
         """Flush and close; ``failed`` marks the run as failed where a tracker can show it."""
@@ -90,7 +94,7 @@ class RunTrackers:
             try:
                 tracker.close(failed)
             except Exception as error:
-                logger.warning("%s failed while closing: %s", name, _line(error))
+                logger.warning("%s failed while closing: %s", name, with_type(error))
 
     def __enter__(self) -> Self:
         return self
@@ -107,7 +111,9 @@ class RunTrackers:
         try:
             self._trackers[name] = build()
         except Exception as error:
-            logger.warning("%s did not start, the run goes on without it: %s", name, _line(error))
+            logger.warning(
+                "%s did not start, the run goes on without it: %s", name, with_type(error)
+            )
 
 
 class JsonlTracker:
@@ -204,7 +210,7 @@ class WandbTracker:
         except Exception as error:
             if mode != "online":
                 raise
-            logger.warning("W&B goes offline: %s", _line(error))
+            logger.warning("W&B goes offline: %s", with_type(error))
             wandb.teardown()  # else the service still holds the run's id
             mode = "offline"
             self._run = wandb.init(mode=mode, **arguments)
@@ -275,7 +281,7 @@ def duration(seconds: float) -> str:
 
 
 def _keep_before(path: Path, step: int | None) -> None:
-    """Leave only the lines of steps before ``step`` (none when it is None), in one rename."""
+    """Leave only the lines of steps before ``step`` (none when it is None)."""
     if not path.exists():
         return
     kept = []
@@ -285,12 +291,7 @@ def _keep_before(path: Path, step: int | None) -> None:
                 kept.append(line + "\n")
         except (json.JSONDecodeError, KeyError, TypeError):
             logger.warning("%s:%d: not a line of metrics (cut off?), dropped", path, number)
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("w") as file:
-        file.writelines(kept)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    write_whole(path, "".join(kept))
 
 
 def _wandb_id(path: Path, *, resuming: bool) -> str:
@@ -298,8 +299,9 @@ def _wandb_id(path: Path, *, resuming: bool) -> str:
     if resuming and path.exists():
         return path.read_text().strip()
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(uuid.uuid4().hex[:8])
-    return path.read_text()
+    found = uuid.uuid4().hex[:8]
+    write_whole(path, found)
+    return found
 
 
 def _wandb_mode() -> str:
@@ -339,9 +341,3 @@ def _reachable(url: str, timeout_s: float) -> bool:
 def _rounded(numbers: Iterable[float]) -> list[float]:
     """To six significant digits."""
     return [float(f"{x:.6g}") for x in numbers]
-
-
-def _line(error: Exception) -> str:
-    """An error's type and the start of its message, on one line."""
-    text = f"{type(error).__name__}: {str(error).strip() or 'no message'}".splitlines()[0]
-    return text if len(text) <= 200 else text[:197] + "..."

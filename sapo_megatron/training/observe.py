@@ -180,11 +180,10 @@ class Observer:
     def _bound(self, batch: PackedBatch, forward: Forward) -> Metrics:
         return bound_metrics(
             Ratio.of(_log_ratio(batch, forward), batch.advantages, batch.mask),
+            self._recipe.algorithm.temperatures,
             batch.sequence_ids,
             batch.lengths,
-            tau_pos=self._recipe.algorithm.tau_pos,
-            tau_neg=self._recipe.algorithm.tau_neg,
-            cp_group=self._groups.cp,
+            self._groups.cp,
         )
 
     def _split(

@@ -1,5 +1,6 @@
 """``plan``: every recipe on its cluster; against published numbers, hand counts, measurements."""
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -348,7 +349,7 @@ def test_bytes_of_a_packed_batch():
         truncated=False,
     )
     batch = pack([sample])
-    batch.old_logprob = torch.zeros(len(batch.tokens))
+    batch = dataclasses.replace(batch, old_logprob=torch.zeros(len(batch.tokens)))
     tensors = [x for x in vars(batch).values() if isinstance(x, torch.Tensor)]
     per_token = sum(x.numel() * x.element_size() for x in tensors if len(x) == 1000) / 1000
     assert per_token == 45

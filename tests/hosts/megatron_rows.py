@@ -92,11 +92,10 @@ def ours(rows, algorithm, with_correction):
     (gradient,) = torch.autograd.grad(loss, rows.logprobs)
     log_ratio = (rows.logprobs - rows.old).detach().flatten()
     r = Ratio.of(log_ratio, batch.advantages, batch.mask)
-    taus = {"tau_pos": algorithm.tau_pos, "tau_neg": algorithm.tau_neg}
     metrics = Metrics()
     metrics.update(ratio_metrics(r))
-    metrics.update(gate_metrics(r, **taus))
-    metrics.update(bound_metrics(r, ids, batch.lengths, **taus))
+    metrics.update(gate_metrics(r, algorithm.temperatures))
+    metrics.update(bound_metrics(r, algorithm.temperatures, ids, batch.lengths))
     return loss.detach(), gradient, metrics.values()
 
 

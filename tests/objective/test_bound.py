@@ -13,6 +13,7 @@ from sapo_megatron.metrics import Metrics
 from sapo_megatron.objective import bound
 from sapo_megatron.objective.bound import bound_metrics
 from sapo_megatron.objective.ratio import Ratio
+from sapo_megatron.sample import Temperatures
 from tests.support.gloo import run_ranks
 
 
@@ -27,10 +28,9 @@ def measured(sequences, advantages, *, tau_pos=1.0, tau_neg=1.05):
     )
     return bound_metrics(
         r,
+        Temperatures(tau_pos, tau_neg),
         torch.repeat_interleave(torch.arange(len(sequences)), sizes),
         torch.tensor([sum(z is not None for z in sequence) for sequence in sequences]),
-        tau_pos=tau_pos,
-        tau_neg=tau_neg,
     )
 
 
@@ -145,11 +145,10 @@ LENGTHS = torch.tensor([4, 1, 0])
 def bound_of(rows, cp_group=None):
     return bound_metrics(
         Ratio.of(Z[rows], ADVANTAGES[rows], COUNTS[rows]),
+        Temperatures(0.9, 1.3),
         SEQUENCE_IDS[rows],
         LENGTHS,
-        tau_pos=0.9,
-        tau_neg=1.3,
-        cp_group=cp_group,
+        cp_group,
     )
 
 

@@ -74,8 +74,8 @@ def check_layouts(folder: Path, layouts: list[dict[str, int]]) -> list[list[Samp
             scorer=Half() if groups.is_leader else None,
             config=recipe.rollout,
             with_routes=True,
-            share_rank=groups.dp_cp.rank(),
-            shares=groups.dp_cp.size(),
+            part=groups.dp_cp.rank(),
+            parts=groups.dp_cp.size(),
             world=groups.world,
         )
         prompts = [Prompt(uid=i, text="", answer="", tokens=t) for i, t in enumerate(PROMPTS)]

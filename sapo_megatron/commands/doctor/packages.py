@@ -10,6 +10,7 @@ from types import ModuleType
 
 from sapo_megatron.commands.doctor.finding import Finding
 from sapo_megatron.commands.doctor.machine import Driver
+from sapo_megatron.errors import one_line
 
 PYTHON = (3, 11)
 SUPPORTED: dict[str, str] = {
@@ -62,8 +63,8 @@ def torch(module: ModuleType | Exception | None, driver: Driver | None) -> Findi
     if module is None:
         return required("torch")
     if isinstance(module, Exception):
-        reason = " ".join(str(module).split())
-        return Finding("torch", "fail", f"does not import: {reason}", "Install torch again.")
+        found = f"does not import: {one_line(module)}"
+        return Finding("torch", "fail", found, "Install torch again.")
     if not _within(module.__version__, SUPPORTED["torch"]):
         return required("torch")
     cuda = module.version.cuda

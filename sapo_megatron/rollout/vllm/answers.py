@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, Field, ValidationError
 
-from sapo_megatron.errors import RunFailed, UserError
+from sapo_megatron.errors import RunFailed, UserError, one_line
 from sapo_megatron.hf.architecture import Architecture, Experts
 from sapo_megatron.rollout.generate import Request, SamplingParams
 from sapo_megatron.sample import Sample, SampleRoutes
@@ -285,5 +285,4 @@ def _wrong(url: str, field: str, problem: str) -> RunFailed:
 
 def _short(value: object) -> str:
     text = value.decode("utf-8", "replace") if isinstance(value, bytes) else repr(value)
-    text = " ".join(text.split())
-    return text if len(text) <= 80 else f"{text[:80]} ..."
+    return one_line(text, 80)

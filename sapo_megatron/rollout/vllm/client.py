@@ -6,7 +6,7 @@ from typing import Any
 
 import httpx
 
-from sapo_megatron.errors import RunFailed, UserError
+from sapo_megatron.errors import RunFailed, UserError, one_line, with_type
 from sapo_megatron.hf.architecture import Architecture
 from sapo_megatron.rollout.generate import Request, SamplingParams
 from sapo_megatron.rollout.vllm.answers import (
@@ -168,7 +168,7 @@ class Server:
         try:
             response = await self._http.request(method, self.url + path, json=body)
         except httpx.TransportError as error:
-            raise Away(f"{type(error).__name__} {error}".strip()) from None
+            raise Away(with_type(error)) from None
         if response.status_code >= 500:
             raise _Trouble(f"HTTP {response.status_code}: {_message(response)}")
         if response.status_code >= 300:
@@ -193,5 +193,4 @@ def _message(response: httpx.Response) -> str:
         text = response.json()["error"]["message"]
     except (ValueError, KeyError, TypeError):
         text = response.text
-    text = " ".join(str(text).split())
-    return text if len(text) <= 300 else f"{text[:300]} ..."
+    return one_line(text, 300)

@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 import httpx
 from torch import Tensor
 
-from sapo_megatron.errors import RunFailed, UserError
+from sapo_megatron.errors import RunFailed, UserError, one_line, with_type
 from sapo_megatron.hf.folder import Listed
 
 
@@ -63,10 +63,9 @@ class Transfer:
         except (AssertionError, RuntimeError, ValueError) as error:
             if self._client.problem:
                 raise self._client.problem from error
-            text = " ".join(str(error).split())
             raise RunFailed(
                 f"rollout.weight_transfer: expected vLLM to send the weights over NCCL, got "
-                f"{type(error).__name__} {text}; restart all servers, and resume the run"
+                f"{with_type(error)}; restart all servers, and resume the run"
             ) from error
 
 
@@ -133,10 +132,10 @@ class _Client:
         try:
             response = self._http.request(method, f"{url}/{path}", json=body)
         except httpx.TransportError as error:
-            raise RunFailed(_told(url, path, f"{type(error).__name__} {error}".strip())) from None
+            raise RunFailed(_told(url, path, with_type(error))) from None
         if response.status_code != 200:
-            text = " ".join(response.text.split())[:300]
-            raise RunFailed(_told(url, path, f"HTTP {response.status_code}: {text}"))
+            text = f"HTTP {response.status_code}: {one_line(response.text, 300)}"
+            raise RunFailed(_told(url, path, text))
         return response
 
 
