@@ -172,6 +172,15 @@ def variants(folder: Path) -> dict[str, Any]:
     for name, algorithm in VARIANTS.items():
         changes = {f"algorithm__{key}": value for key, value in algorithm.items()}
         found[name] = run(folder, train__run_dir=folder / name, **changes)
+    for mode in ("disabled", "R2", "R3"):
+        for observe in (True, False):
+            run(
+                folder,
+                train__run_dir=folder / f"{mode} {observe}",
+                routing__router_replay=mode,
+                routing__observe=observe,
+                routing__decompose_every=1,
+            )
     found["dynamic"] = run(
         folder,
         train__run_dir=folder / "dynamic",

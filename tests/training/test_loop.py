@@ -218,6 +218,18 @@ def test_losses_differ(one_rank):
     assert len({read_metrics(folder / name)[0]["actor/grad_norm"] for name in VARIANTS}) == 4
 
 
+@pytest.mark.parametrize("mode", ["disabled", "R2", "R3"])
+def test_a_run_that_observes_nothing_trains_the_same(one_rank, mode):
+    folder, _ = one_rank
+    (seen,), (unseen,) = (read_metrics(folder / f"{mode} {observe}") for observe in (True, False))
+    observed = ("routing/", "variance/", "sapo/bound", "rollout_train/flip", "rollout_train/tv")
+    assert not [name for name in unseen if name.startswith(observed)]
+    assert all(any(name.startswith(prefix) for name in seen) for prefix in observed)
+    trained = [name for name in unseen if name.startswith(("actor/", "ratio/", "reward/"))]
+    assert len(trained) > 10
+    assert {name: unseen[name] for name in trained} == {name: seen[name] for name in trained}
+
+
 def test_dynamic_sampling(one_rank):
     folder, found = one_rank
     (line,) = read_metrics(folder / "dynamic")
