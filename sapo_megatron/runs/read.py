@@ -86,7 +86,10 @@ class Run:
 
     @property
     def wall_s(self) -> float | None:
-        """Seconds of the whole run; the steps alone where there is no summary."""
+        """Seconds of evaluations, steps and checkpoints, not of the cold start before them.
+
+        Of the steps alone where there is no summary; None where no step was timed either.
+        """
         if _is_number(self.summary.get("wall_s")):
             return float(self.summary["wall_s"])
         return float(self.series("perf/step_s")[1].sum()) if self.has("perf/step_s") else None
