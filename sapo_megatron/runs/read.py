@@ -45,6 +45,7 @@ class Run:
         return np.array(steps), np.array(rows).reshape(len(names), len(steps))
 
     def has(self, name: str) -> bool:
+        """Whether the metric was ever logged with a finite value."""
         return any(_is_number(r.get(name)) for r in self.records)
 
     def histogram(self, name: str) -> tuple[Floats, Floats] | None:
@@ -82,6 +83,7 @@ class Run:
 
     @property
     def steps_done(self) -> int:
+        """Steps behind the run, also where it was cut off."""
         return int(self.summary.get("steps", self.records[-1]["step"]))
 
     @property
@@ -96,6 +98,7 @@ class Run:
 
     @property
     def world_size(self) -> int | None:
+        """Ranks of the run; None where it has not ended."""
         return self.summary.get("world_size")
 
 
