@@ -130,8 +130,8 @@ def curve(ax: Axes, x: Floats, y: Floats, color: str, label: str | None = None) 
 
 def dots(ax: Axes, x: Floats, y: Floats, color: str, label: str) -> None:
     """The values of a series as faint points."""
-    size = 4 if len(y) < SMOOTH_FROM else 2.5
-    ax.plot(x, y, "o", color=color, alpha=0.5, markersize=size, markeredgewidth=0, label=label)
+    size = 4 if len(y) <= 200 else 2.5
+    ax.plot(x, y, "o", color=color, alpha=0.6, markersize=size, markeredgewidth=0, label=label)
 
 
 def rim(theme: Theme) -> list[withStroke]:
