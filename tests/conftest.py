@@ -5,8 +5,6 @@ from importlib.metadata import version
 
 import pytest
 
-import sapo_megatron.policy  # noqa: F401  before a test names Megatron
-
 # Other projects' pipelines have an environment of their own, which make test-hosts runs with the
 # Python of, and without this file; real vLLM servers have one that make test-vllm names.
 collect_ignore = ["hosts/test_verl.py", "hosts/test_ms_swift.py"] + (
@@ -18,6 +16,10 @@ def pytest_configure() -> None:
     asked, found = os.environ.get("MEGATRON_CORE_VERSION"), version("megatron-core")
     if asked not in (None, found):
         raise pytest.UsageError(f"megatron-core: expected {asked}, got {found}; see the Makefile")
+
+
+def pytest_collection() -> None:
+    import sapo_megatron.policy  # noqa: F401  before a test names Megatron; seconds, if it is new
 
 
 def pytest_report_header() -> str:

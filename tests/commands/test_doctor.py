@@ -107,7 +107,7 @@ def test_a_table_of_this_machine(tmp_path):
     done = cli("doctor", cwd=tmp_path, env={"WANDB_API_KEY": "a-secret"})
     assert done.returncode == 0, done.stdout
     lines = done.stdout.splitlines()
-    assert max(map(len, lines)) <= 100
+    assert max(len(line) for line in lines if str(tmp_path) not in line) <= 100
     assert re.search(
         rf"^ok +megatron-core +{re.escape(version('megatron-core'))}$", done.stdout, re.M
     )

@@ -14,7 +14,7 @@ class Real:
     real = True
 
     def __init__(self):
-        absent.stand_in_for(["openai", "triton"])
+        absent.stand_in_for(["openai", "triton", "fastapi", "uvicorn"])
         absent.newer_names_of_typing()
         torch.Tensor.cuda = lambda self, *args, **kwargs: self
         self.rl = importlib.import_module("megatron.rl.rl_utils")
