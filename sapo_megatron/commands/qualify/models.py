@@ -104,9 +104,14 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 
 def make_model(
-    family: str, folder: Path, dtype: torch.dtype = torch.float32, **changes: Any
+    family: str,
+    folder: Path,
+    dtype: torch.dtype = torch.float32,
+    *,
+    shard: str = "50KB",
+    **changes: Any,
 ) -> Any:
-    """A model of the family that transformers makes and saves, in several files.
+    """A model of the family that transformers makes and saves, in files of ``shard``.
 
     Its weights are larger than at initialisation, so that attention and routing are far from
     uniform; biases and norms are random as well.
@@ -131,7 +136,7 @@ def make_model(
             if name.endswith("e_score_correction_bias"):
                 # Above 0: below it transformers may choose from a group that is ruled out.
                 bias.copy_(0.1 * noise(bias).abs())
-    model.to(dtype).save_pretrained(folder, max_shard_size="50KB")
+    model.to(dtype).save_pretrained(folder, max_shard_size=shard)
     return model
 
 
