@@ -25,6 +25,7 @@ from sapo_megatron.sample import Sample
 from sapo_megatron.training.coldstart import supervised_loss
 from tests.support.exactness import gradients_as_weights
 from tests.support.gloo import TIMEOUT_S
+
 __all__ = ["FAMILIES", "Place", "make_model", "measure", "sequences"]
 
 

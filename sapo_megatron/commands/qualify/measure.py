@@ -36,7 +36,7 @@ LAYOUTS = {
 
 def machine(setting: Setting) -> Result:
     """Versions, and what is there beside torch."""
-    found: Result = {"python": platform.python_version(), "torch": torch.__version__}
+    found: Result = {"python": platform.python_version(), "torch": str(torch.__version__)}
     for name in ("megatron-core", "transformer-engine"):
         try:
             found[name] = version(name)
@@ -152,9 +152,7 @@ def families(setting: Setting) -> Result:
 def greedy(setting: Setting) -> Result:
     """What every family's fp32 model answers at temperature 0, token by token."""
     length = 16
-    params = SamplingParams(
-        temperature=0.0, top_p=1.0, max_new_tokens=length, eos_id=0, seed=0
-    )
+    params = SamplingParams(temperature=0.0, top_p=1.0, max_new_tokens=length, eos_id=0, seed=0)
     requests = [Request(uid=s.uid, prompt_tokens=s.prompt_tokens) for s in sequences()]
     found: Result = {}
     for family in FAMILIES:
@@ -249,7 +247,9 @@ def replay(setting: Setting) -> Result:
         routes = [forward.routes for forward in recorded]
         experts = [route.experts for route in routes if route]
         again = model.forward(batches, replay=experts)
-        others = model.forward(batches, replay=[(e + 1) % model.routers.num_experts for e in experts])
+        others = model.forward(
+            batches, replay=[(e + 1) % model.routers.num_experts for e in experts]
+        )
         layers = len(model.routers.moe_layers)
 
     def distance(other: list) -> float:
@@ -257,7 +257,8 @@ def replay(setting: Setting) -> Result:
         return max(float((a.logprob - b.logprob).abs().max()) for a, b in pairs)
 
     whole = all(
-        e.shape[:2] == (len(batch.tokens), layers) for e, batch in zip(experts, batches, strict=True)
+        e.shape[:2] == (len(batch.tokens), layers)
+        for e, batch in zip(experts, batches, strict=True)
     )
     return {
         "recorded": float(whole and len(experts) == len(batches)),

@@ -70,7 +70,9 @@ def finite(result: Result) -> bool:
 def _train(setting: Setting, folder: Path, dtype: str, steps: int, updates: int) -> list[dict]:
     """The lines of ``metrics.jsonl``."""
     make_model("qwen3-moe", folder / "model", getattr(torch, dtype))
-    rows = [{"prompt": f"{a} + {b} =", "answer": str((a + b) % 2)} for a in range(9) for b in (3, 8)]
+    rows = [
+        {"prompt": f"{a} + {b} =", "answer": str((a + b) % 2)} for a in range(9) for b in (3, 8)
+    ]
     (folder / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     base = recipe_for(setting, folder / "model", dtype)
     recipe = dataclasses.replace(
