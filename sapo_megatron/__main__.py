@@ -1,4 +1,5 @@
-"""The command line: ``sapo-megatron train | plan | eval | export | report | gates | doctor``.
+"""The command line: ``sapo-megatron train | plan | eval | export | report | gates | doctor |
+qualify``.
 
 Exit status: 0 done, 1 the work failed, 2 the input is wrong (one line on stderr says what).
 """
@@ -129,6 +130,10 @@ def _parser() -> argparse.ArgumentParser:
         choices=HOSTS,
         help="look instead at a pipeline that is to be patched (docs/patches.md)",
     )
+    qualify = command("qualify", _qualify, "Compare what this machine's GPUs compute with the CPU.")
+    qualify.add_argument("--section", choices=("A", "B", "C"), help="only these checks")
+    qualify.add_argument("--json", action="store_true", help="write a JSON list, not a table")
+    qualify.add_argument("--list", action="store_true", help="say what the checks are; run none")
     return parser
 
 
@@ -236,6 +241,24 @@ def _doctor(arguments: argparse.Namespace, rest: list[str], words: list[str]) ->
     findings = examine_host(host) if host else examine(Path(arguments.run_dir))
     sys.stdout.write(show(findings, as_json=arguments.json))
     return int(any(finding.status == "fail" for finding in findings))
+
+
+def _qualify(arguments: argparse.Namespace, rest: list[str], words: list[str]) -> int:
+    if rest:
+        raise UserError(f"qualify: expected its own options only, got also {' '.join(rest)}")
+    from sapo_megatron.commands.qualify import first_failure, listed, qualify, read_machine, show
+
+    if arguments.list:
+        sys.stdout.write(listed(arguments.section))
+        return 0
+    outcomes = qualify(arguments.section, read_machine())
+    sys.stdout.write(show(outcomes, as_json=arguments.json))
+    if failed := first_failure(outcomes):
+        raise RunFailed(
+            f"{failed.check}: expected {failed.expected}, got {failed.got}; docs/gpu.md says what "
+            f"it proves"
+        )
+    return 0
 
 
 def _on_all_processes(recipe: Recipe, words: list[str], work: Callable) -> int:
