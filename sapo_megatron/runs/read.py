@@ -88,7 +88,7 @@ class Run:
 
     @property
     def wall_s(self) -> float | None:
-        """Seconds of evaluations, steps and checkpoints, not of the cold start before them.
+        """Seconds of the whole run, with the cold start where it was made and not found.
 
         Of the steps alone where there is no summary; None where no step was timed either.
         """
