@@ -24,12 +24,22 @@ from sapo_megatron.recipe.schema import Recipe
 
 logger = logging.getLogger("sapo_megatron")
 
+ENVIRONMENT = {
+    "CUDA_DEVICE_MAX_CONNECTIONS": "1",
+    "NCCL_DEBUG": "WARN",
+    "PYTORCH_ALLOC_CONF": "expandable_segments:True",
+    "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
+}
+"""What a process that trains has in its environment unless it is set there. ``launch/env.sh`` says
+what each is for, and sets what torchrun needs besides."""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
     words = sys.argv[1:] if argv is None else list(argv)
     debug = "--debug" in words
     _set_up_logging(debug)
+    _set_up_environment()
     try:
         arguments, rest = _parser().parse_known_args(words)
         return arguments.command(arguments, rest, words)
@@ -350,6 +360,16 @@ def _set_up_logging(debug: bool) -> None:
     """Plain lines on stderr; of ranks above 0 only what is wrong."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING, force=True)
     logger.setLevel(logging.DEBUG if debug else logging.INFO if _is_main() else logging.ERROR)
+
+
+def _set_up_environment() -> None:
+    """:data:`ENVIRONMENT`, before torch is imported and starts CUDA."""
+    older = "PYTORCH_CUDA_ALLOC_CONF"  # the name that releases of torch before 2.9 read
+    if older in os.environ:
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", os.environ[older])
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    os.environ[older] = os.environ["PYTORCH_ALLOC_CONF"]
 
 
 def _fail(error: Exception, status: int, debug: bool, *, everywhere: bool) -> int:
