@@ -9,6 +9,9 @@ ARGS ?=
 STAMP := $(VENV)/.installed
 BIN := $(VENV)/bin
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+# A file per core at a time: what its tests share, such as ranks, is made once.
+CORES ?= 2
+ALL_CORES := --numprocesses $(CORES) --dist loadfile
 
 # The other release of megatron-core, and what of the tests make test runs on it.
 MCORE_019 := venvs/mcore-0.19
@@ -53,15 +56,15 @@ train: venv
 # All tests on the megatron-core of requirements.txt, then some of them on the other release; with
 # ARGS, those tests on the first alone: make test ARGS="tests/objective/test_sapo.py -k gate"
 test: venv $(if $(ARGS),,$(MCORE_019_STAMP))
-	$(PYTEST) $(ARGS)
-	$(if $(ARGS),,$(ON_MCORE_019) $(PYTEST) $(SLICE))
+	$(PYTEST) $(or $(ARGS),$(ALL_CORES))
+	$(if $(ARGS),,$(ON_MCORE_019) $(PYTEST) $(ALL_CORES) $(SLICE))
 
 test-mcore-0.19: venv $(MCORE_019_STAMP)
-	$(ON_MCORE_019) $(PYTEST) $(or $(ARGS),$(SLICE))
+	$(ON_MCORE_019) $(PYTEST) $(or $(ARGS),$(ALL_CORES) $(SLICE))
 
 test-all: venv $(MCORE_019_STAMP)
-	$(PYTEST) -m "slow or not slow" $(ARGS)
-	$(ON_MCORE_019) $(PYTEST) -m "slow or not slow" $(ARGS)
+	$(PYTEST) -m "slow or not slow" $(or $(ARGS),$(ALL_CORES))
+	$(ON_MCORE_019) $(PYTEST) -m "slow or not slow" $(or $(ARGS),$(ALL_CORES))
 
 $(MCORE_019_STAMP): requirements-mcore-0.19.txt | $(STAMP)
 	rm -rf $(MCORE_019)
@@ -94,6 +97,7 @@ $(HOSTS_STAMP): requirements-hosts.txt
 lint: venv
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 	$(BIN)/shellcheck -x launch/*.sh launch/slurm.sbatch
 
 # Tables on the screen, rows as JSON below runs/benchmarks. For instance: make bench ARGS=--full

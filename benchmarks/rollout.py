@@ -78,7 +78,7 @@ def measured(recipe: Recipe, folder: Path, rounds: int) -> list[dict[str, Any]]:
     params = SamplingParams(temperature=1.0, top_p=1.0, max_new_tokens=NEW_TOKENS, eos_id=1, seed=3)
     with open_engine(recipe, inputs, policy, folder) as servers:
         engines = {
-            "in process": InProcess(MegatronDecoder(policy), batch_size=REQUESTS),
+            "in process": InProcess(MegatronDecoder(policy.model), batch_size=REQUESTS),
             "vLLM": servers,
         }
         speeds = [
@@ -87,7 +87,7 @@ def measured(recipe: Recipe, folder: Path, rounds: int) -> list[dict[str, Any]]:
         ][1:]
         generator = torch.Generator().manual_seed(5)
         with torch.no_grad():
-            for weight in policy.chunks[0].parameters():
+            for weight in policy.model.chunks[0].parameters():
                 weight.add_(0.05 * weight.std() * torch.randn(weight.shape, generator=generator))
         before = difference(policy, servers)
         servers._updates = None

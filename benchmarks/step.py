@@ -28,10 +28,11 @@ import torch
 import torch.distributed as dist
 
 from sapo_megatron.policy import checkpoint, parallel
-from sapo_megatron.policy.model import PolicyModel
+from sapo_megatron.policy.gpt import LogprobGPT
 from sapo_megatron.policy.step import Policy
 from sapo_megatron.recipe.load import load
 from sapo_megatron.training import loop as train
+from sapo_megatron.training import update
 from sapo_megatron.training.inputs import read_inputs
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "tiny-moe-cpu.yaml"
@@ -76,18 +77,18 @@ class Clocks:
     def watching(self):
         """Measures each step; leaves out what belongs to a run and not to a step."""
 
-        def step(trainer, *args, **kwargs):
-            metrics = whole_step(trainer, *args, **kwargs)
+        def step(*args):
+            metrics = whole_step(*args)
             self.updates.append(self.split())
             return metrics
 
-        whole_step = train.Trainer._step
+        whole_step = train.run_step
         patches = [
-            mock.patch.object(PolicyModel, "forward", self.timed("forward", PolicyModel.forward)),
-            mock.patch.object(train, "policy_loss", self.timed("loss", train.policy_loss)),
+            mock.patch.object(LogprobGPT, "forward", self.timed("forward", LogprobGPT.forward)),
+            mock.patch.object(update, "policy_loss", self.timed("loss", update.policy_loss)),
             mock.patch.object(Policy, "backward", self.timed("backward", Policy.backward)),
             mock.patch.object(Policy, "update", self.timed("update", Policy.update)),
-            mock.patch.object(train.Trainer, "_step", step),
+            mock.patch.object(train, "run_step", step),
             mock.patch.object(checkpoint, "save"),
         ]
         with contextlib.ExitStack() as stack:

@@ -178,7 +178,7 @@ def _eval(arguments: argparse.Namespace, rest: list[str], words: list[str]) -> i
         raise UserError(f"--out: expected a file in a folder that exists, got {out}; name another")
 
     def work(inputs: Inputs) -> None:
-        from sapo_megatron.training.loop import evaluate_checkpoint
+        from sapo_megatron.training.session import evaluate_checkpoint
 
         scores = evaluate_checkpoint(recipe, inputs, Path(arguments.checkpoint))
         if not _is_main():
@@ -199,7 +199,7 @@ def _export(arguments: argparse.Namespace, rest: list[str], words: list[str]) ->
         raise UserError(f"--out: expected a folder that is not there yet, got {out}; name another")
 
     def work(inputs: Inputs) -> None:
-        from sapo_megatron.training.loop import export_checkpoint
+        from sapo_megatron.training.session import export_checkpoint
 
         export_checkpoint(recipe, inputs, Path(arguments.checkpoint), out)
 

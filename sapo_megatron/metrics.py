@@ -54,24 +54,27 @@ class Mean(Metric):
 
 
 @dataclass(frozen=True)
-class Variance(Metric):
-    """Population variance."""
+class _Moments(Metric):
+    """Count, sum and sum of squares of a series."""
 
     count: Scalar
     total: Scalar
     squares: Scalar
 
     @classmethod
-    def of(cls, x: Tensor, mask: Tensor | None = None) -> "Variance":
-        """Population variance of ``x`` over the entries where ``mask`` is True."""
+    def of(cls, x: Tensor, mask: Tensor | None = None) -> Self:
+        """Of the entries of ``x`` where ``mask`` is True."""
         x, count = _select(x, mask)
         return cls(count, x.sum(), x.square().sum())
+
+
+class Variance(_Moments):
+    """Population variance."""
 
     def value(self) -> float:
         return max(_covariance(self.count, self.total, self.total, self.squares), 0.0)
 
 
-@dataclass(frozen=True)
 class Std(Variance):
     """Population standard deviation."""
 
@@ -79,29 +82,16 @@ class Std(Variance):
         return math.sqrt(super().value())
 
 
-@dataclass(frozen=True)
-class Covariance(Metric):
-    """Population covariance of two series."""
-
-    count: Scalar
-    x: Scalar
-    y: Scalar
-    xy: Scalar
-
-    @classmethod
-    def of(cls, x: Tensor, y: Tensor, mask: Tensor | None = None) -> "Covariance":
-        """Of the pairs of ``x`` and ``y`` where ``mask`` is True."""
-        x, count = _select(x, mask)
-        y, _ = _select(y, mask)
-        return cls(count, x.sum(), y.sum(), (x * y).sum())
+class EffectiveSampleSize(_Moments):
+    """Kish's effective sample size of weights w as a share of n: (sum w)^2 / (n sum w^2)."""
 
     def value(self) -> float:
-        return _covariance(self.count, self.x, self.y, self.xy)
+        return _ratio(float(self.total) ** 2, float(self.count) * float(self.squares))
 
 
 @dataclass(frozen=True)
-class Correlation(Metric):
-    """Pearson's correlation of two series; NaN where one of them is constant."""
+class _PairMoments(Metric):
+    """Count, sums and sums of products of two series."""
 
     count: Scalar
     x: Scalar
@@ -111,12 +101,23 @@ class Correlation(Metric):
     yy: Scalar
 
     @classmethod
-    def of(cls, x: Tensor, y: Tensor, mask: Tensor | None = None) -> "Correlation":
+    def of(cls, x: Tensor, y: Tensor, mask: Tensor | None = None) -> Self:
         """Of the pairs of ``x`` and ``y`` where ``mask`` is True."""
         x, count = _select(x, mask)
         y, _ = _select(y, mask)
-        sums = (x.sum(), y.sum(), x.square().sum(), (x * y).sum(), y.square().sum())
-        return cls(count, *sums)
+        products = (x.square().sum(), (x * y).sum(), y.square().sum())
+        return cls(count, x.sum(), y.sum(), *products)
+
+
+class Covariance(_PairMoments):
+    """Population covariance of two series."""
+
+    def value(self) -> float:
+        return _covariance(self.count, self.x, self.y, self.xy)
+
+
+class Correlation(_PairMoments):
+    """Pearson's correlation of two series; NaN where one of them is constant."""
 
     def value(self) -> float:
         spread = [
@@ -128,52 +129,24 @@ class Correlation(Metric):
         return _covariance(self.count, self.x, self.y, self.xy) / math.sqrt(math.prod(spread))
 
 
-@dataclass(frozen=True)
-class Share(Metric):
-    """The part of the variance of z = a + b that b explains.
+class Share(_PairMoments):
+    """The part of the variance of a + b that b explains, with x = b and y = a + b.
 
-    (Var b + Cov(a, b)) / Var z, that is Cov(b, z) / Var z: the shares of a and b add up to one,
-    and either can lie outside [0, 1] where a and b cancel.
+    (Var b + Cov(a, b)) / Var(a + b), that is Cov(x, y) / Var y: the shares of a and b add up to
+    one, and either can lie outside [0, 1] where a and b cancel.
     """
 
-    count: Scalar
-    b: Scalar
-    z: Scalar
-    bz: Scalar
-    zz: Scalar
-
     @classmethod
-    def of(cls, a: Tensor, b: Tensor, mask: Tensor | None = None) -> "Share":
+    def of(cls, a: Tensor, b: Tensor, mask: Tensor | None = None) -> Self:
         """The share of ``b`` in ``a + b`` over the entries where ``mask`` is True."""
-        a, count = _select(a, mask)
-        b, _ = _select(b, mask)
-        z = a + b
-        return cls(count, b.sum(), z.sum(), (b * z).sum(), z.square().sum())
+        return super().of(b, a.double() + b.double(), mask)
 
     def value(self) -> float:
-        variance = _covariance(self.count, self.z, self.z, self.zz)
-        # Sums of a constant z leave no exact zero; what is below their rounding counts as none.
-        if variance <= 1e-13 * _ratio(self.zz, self.count):
+        variance = _covariance(self.count, self.y, self.y, self.yy)
+        # Sums of a constant y leave no exact zero; what is below their rounding counts as none.
+        if variance <= 1e-13 * _ratio(self.yy, self.count):
             return math.nan
-        return _covariance(self.count, self.b, self.z, self.bz) / variance
-
-
-@dataclass(frozen=True)
-class EffectiveSampleSize(Metric):
-    """Kish's effective sample size of weights w as a share of n: (sum w)^2 / (n sum w^2)."""
-
-    count: Scalar
-    total: Scalar
-    squares: Scalar
-
-    @classmethod
-    def of(cls, x: Tensor, mask: Tensor | None = None) -> "EffectiveSampleSize":
-        """Of the weights ``x`` where ``mask`` is True."""
-        x, count = _select(x, mask)
-        return cls(count, x.sum(), x.square().sum())
-
-    def value(self) -> float:
-        return _ratio(float(self.total) ** 2, float(self.count) * float(self.squares))
+        return _covariance(self.count, self.x, self.y, self.xy) / variance
 
 
 @dataclass(frozen=True)
@@ -300,7 +273,12 @@ class Metrics:
             self.add(name, metric)
 
     def average_sums(self, share: float) -> None:
-        """Turn sums into means over updates: ``share`` is this bag's part of one update."""
+        """Turn each sum over the pieces of an update into a mean over updates, in place.
+
+        A rank holds a piece of every update and counts it as ``share`` of one, 1 / the number of
+        such ranks. Merged over the ranks, totals are those of whole updates and the counts of each
+        update add up to 1; merged over k updates they add up to k.
+        """
         for name, metric in self._metrics.items():
             if isinstance(metric, Sum):
                 self._metrics[name] = Mean(metric.total, share)
@@ -316,26 +294,25 @@ class Metrics:
         return self._metrics[name]
 
     def to_host(self) -> "Metrics":
-        """The same bag with plain floats: one device-to-host transfer for all scalars."""
-        tensors = [
-            getattr(m, f.name)
-            for m in self._metrics.values()
+        """The same bag with plain floats: one transfer for all scalars of a device.
+
+        There may be several devices: what a rollout says of its responses was never on a GPU.
+        """
+        scalars = {
+            (name, f.name): value
+            for name, m in self._metrics.items()
             for f in fields(m)
-            if isinstance(getattr(m, f.name), Tensor) and getattr(m, f.name).dim() == 0
-        ]
-        stacked = torch.stack([t.double() for t in tensors]).tolist() if tensors else []
-        floats = iter(stacked)
+            if isinstance(value := getattr(m, f.name), Tensor) and value.dim() == 0
+        }
+        floats: dict[tuple[str, str], float] = {}
+        for device in {value.device for value in scalars.values()}:
+            here = {place: value for place, value in scalars.items() if value.device == device}
+            stacked = torch.stack([value.double() for value in here.values()])
+            floats.update(zip(here, stacked.tolist(), strict=True))
         bag = Metrics()
         for name, m in self._metrics.items():
-            values = [getattr(m, f.name) for f in fields(m)]
-            bag._metrics[name] = type(m)(
-                *(
-                    next(floats)
-                    if isinstance(v, Tensor) and v.dim() == 0
-                    else (v.cpu() if isinstance(v, Tensor) else v)
-                    for v in values
-                )
-            )
+            values = (floats.get((name, f.name), getattr(m, f.name)) for f in fields(m))
+            bag._metrics[name] = type(m)(*(v.cpu() if isinstance(v, Tensor) else v for v in values))
         return bag
 
     def gather(self, group: dist.ProcessGroup | None = None) -> "Metrics":

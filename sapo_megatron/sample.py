@@ -1,10 +1,13 @@
 """The nouns that travel between the stages of a training step.
 
-Shape legend: T tokens of a packed micro-batch, S sequences in it, R tokens of one response.
+Shape legend: T tokens of a packed micro-batch, S sequences in it, R tokens of one response. Routes
+are ``[tokens, layers, experts]`` everywhere: N tokens, M layers with experts, k experts per token
+of E; router probabilities, kept at P of the tokens, are ``[P, M, E]``.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
@@ -97,6 +100,24 @@ class Group:
     samples: list[Sample]
 
 
+@dataclass(frozen=True)
+class Temperatures:
+    """How steep SAPO's gate is, by the sign of a token's advantage.
+
+    Raises ValueError unless both are finite and > 0. Example: ``Temperatures(1.0, 1.05)``.
+    """
+
+    pos: float
+    """tau of a token with a positive advantage."""
+    neg: float
+    """tau of every other token."""
+
+    def __post_init__(self) -> None:
+        for name, tau in (("tau_pos", self.pos), ("tau_neg", self.neg)):
+            if not (math.isfinite(tau) and tau > 0):
+                raise ValueError(f"{name}: expected a finite number > 0, got {tau}")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Denominators:
     """Sizes of the whole global mini-batch, over every rank and micro-batch.
@@ -119,12 +140,12 @@ class Routes:
     """
 
     experts: Tensor
-    """int16 [M, N, k]."""
+    """int16 [N, M, k]."""
     probs: Tensor | None = None
-    """fp32 [M, P, E]: router probabilities of the P tokens at which they are kept."""
+    """fp32 [P, M, E]: router probabilities of the P tokens at which they are kept."""
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class PackedBatch:
     """A micro-batch as one context-parallel rank sees it: sequences laid end to end.
 
@@ -167,7 +188,10 @@ class PackedBatch:
     rollout_probs_row: Tensor | None = None
     """Row of ``rollout_probs`` that belongs to each token; -1 where none was kept."""
     old_routes: Routes | None = None
-    """What this rank's routers chose in the pass that computed ``old_logprob``."""
+    """What this rank's routers chose, or under replay would have chosen, in the pass that computed
+    ``old_logprob``."""
+    old_experts: Tensor | None = None
+    """int16 [N, M, k]: the experts of this rank that ``old_logprob`` was computed with."""
 
     def to(self, device: torch.device) -> PackedBatch:
         """The same batch with its tensors on ``device``."""

@@ -52,7 +52,7 @@ def refuses(monkeypatch, capsys, work):
         monkeypatch.chdir(work)
         before = sorted(work.rglob("*"))
         status = main(words)
-        refused(Done(status, *capsys.readouterr(), 0), *expected)
+        refused(Done(status, *capsys.readouterr(), []), *expected)
         assert sorted(work.rglob("*")) == before
 
     return refuses
@@ -103,7 +103,7 @@ def test_wrong_words(refuses, words, expected):
 
 
 def test_through_the_shell(work):
-    refused(cli(cwd=work), "COMMAND")
+    refused(cli(cwd=work, fresh=True), "COMMAND")
     (work / "model" / "config.json").unlink()
     refused(cli("train", "recipe.yaml", cwd=work), "model.path", "config.json")
 

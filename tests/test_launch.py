@@ -23,7 +23,7 @@ import pytest
 import yaml
 
 from sapo_megatron.rollout.vllm.client import EXTENSION
-from tests.support.tiny import ROOT, _bearing, read_metrics, write_recipe
+from tests.support.tiny import ROOT, bearing, end, read_metrics, still_there, write_recipe
 
 LAUNCH = ROOT / "launch"
 SCRIPTS = sorted([*LAUNCH.glob("*.sh"), LAUNCH / "slurm.sbatch"])
@@ -63,18 +63,16 @@ class Script:
         """Its exit status; nothing of it may be left."""
         try:
             status = self.process.wait(timeout)
-            until(lambda: not self.processes(), f"gone: {self.log.name}", self, timeout=10)
+            assert still_there(self.mark) == []
         finally:
             self.end()
         return status
 
     def processes(self):
-        return _bearing(self.mark)
+        return bearing(self.mark)
 
     def end(self):
-        for pid in self.processes():
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        end(self.mark)
 
 
 def until(true, what, *scripts, timeout=120.0):

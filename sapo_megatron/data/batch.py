@@ -7,6 +7,7 @@ on the layout: only which rank works on a sequence does.
 import dataclasses
 import itertools
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -30,32 +31,50 @@ def denominators(samples: Sequence[Sample]) -> Denominators:
     return Denominators(sequences=sum(n > 0 for n in lengths), tokens=sum(lengths))
 
 
-def micro_batches(
-    samples: Sequence[Sample],
-    *,
-    dp_rank: int,
-    dp_size: int,
-    cp_rank: int,
-    cp_size: int,
-    tp_size: int,
-    max_tokens: int,
-    count_multiple: int = 1,
-    packing: bool = True,
-) -> list[PackedBatch]:
+@dataclass(frozen=True, kw_only=True)
+class MicroBatching:
+    """How this rank's part of a mini-batch is cut into micro-batches."""
+
+    dp_rank: int
+    dp_size: int
+    cp_rank: int
+    cp_size: int
+    tp_size: int
+    max_tokens: int
+    """Tokens of one micro-batch over all context-parallel ranks, padding included except for the
+    few tokens that sequence parallelism asks for."""
+    count_multiple: int = 1
+    """What the number of micro-batches must divide by."""
+    packing: bool = True
+    """Lay sequences end to end; False: pad them to one length."""
+
+
+def micro_batches(samples: Sequence[Sample], cut: MicroBatching) -> list[PackedBatch]:
     """This rank's micro-batches of a mini-batch.
 
-    ``max_tokens`` bounds the tokens of one micro-batch over all context-parallel ranks, padding
-    included except for the few tokens that sequence parallelism asks for. The number of
-    micro-batches is the same on every rank and a multiple of ``count_multiple``; a rank with
+    Their number is the same on every rank and a multiple of ``cut.count_multiple``; a rank with
     nothing to do gets a filler without valid tokens.
     """
-    lengths = [_padded(_length(s), cp_size) for s in samples]
-    plan = plan_micro_batches(lengths, dp_size, max_tokens, count_multiple, packing=packing)
     batches = []
-    for bin_ in plan[dp_rank]:
-        batch = pack([samples[i] for i in bin_], cp_size, tp_size, packing=packing)
-        batches.append(cp_slice(batch, cp_rank, cp_size))
+    for bin_ in _plan(samples, cut)[cut.dp_rank]:
+        batch = pack([samples[i] for i in bin_], cut.cp_size, cut.tp_size, packing=cut.packing)
+        batches.append(cp_slice(batch, cut.cp_rank, cut.cp_size))
     return batches
+
+
+def data_parallel_ranks(samples: Sequence[Sample], cut: MicroBatching) -> list[int]:
+    """Which data-parallel rank trains on each sample of a mini-batch."""
+    place = {
+        i: rank for rank, bins in enumerate(_plan(samples, cut)) for bin_ in bins for i in bin_
+    }
+    return [place[i] for i in range(len(samples))]
+
+
+def _plan(samples: Sequence[Sample], cut: MicroBatching) -> list[list[list[int]]]:
+    lengths = [_padded(_length(s), cut.cp_size) for s in samples]
+    return plan_micro_batches(
+        lengths, cut.dp_size, cut.max_tokens, cut.count_multiple, packing=cut.packing
+    )
 
 
 def plan_micro_batches(
@@ -121,7 +140,8 @@ def pack(
         mask[response] = True
         rollout_logprob[response] = torch.tensor(sample.rollout_logprobs)
     per_sequence = torch.tensor(sizes)
-    batch = PackedBatch(
+    experts, probs, probs_row = _lay_out_routes(samples, starts)
+    return PackedBatch(
         tokens=tokens,
         targets=targets,
         mask=mask,
@@ -136,35 +156,40 @@ def pack(
         rollout_logprob=rollout_logprob,
         sample_uids=tuple(s.uid for s in samples),
         padded=not packing,
+        rollout_experts=experts,
+        rollout_probs=probs,
+        rollout_probs_row=probs_row,
     )
-    if any(s.routes for s in samples):
-        _lay_out_routes(batch, samples)
-    return batch
 
 
-def _lay_out_routes(batch: PackedBatch, samples: Sequence[Sample]) -> None:
-    """Bring the rollout engine's routes into the order of the tokens."""
-    first = next(s.routes for s in samples if s.routes)
-    experts = torch.full((len(batch.tokens), *first.experts.shape[1:]), -1, dtype=torch.int16)
-    rows = torch.full((len(batch.tokens),), -1)
+def _lay_out_routes(
+    samples: Sequence[Sample], starts: Sequence[int]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The rollout engine's routes in the order of the tokens, as far as there are some.
+
+    ``rollout_experts``, ``rollout_probs`` and ``rollout_probs_row`` of a PackedBatch; ``starts``
+    bounds the samples' sequences, as its ``cu_seqlens`` does.
+    """
+    first = next((s.routes for s in samples if s.routes), None)
+    if first is None:
+        return None, None, None
+    experts = torch.full((starts[-1], *first.experts.shape[1:]), -1, dtype=torch.int16)
+    rows = torch.full((starts[-1],), -1)
     probs: list[Tensor] = []
     kept = 0
-    for sample, start in zip(samples, batch.cu_seqlens.tolist(), strict=False):
-        routes = sample.routes
-        if routes is None:
+    for sample, start in zip(samples, starts, strict=False):
+        if sample.routes is None:
             continue
-        fed = len(routes.experts)
+        fed = len(sample.routes.experts)
         assert fed == _length(sample), f"sample {sample.uid}: routes of {fed} tokens"
-        experts[start : start + fed] = torch.from_numpy(routes.experts)
-        if routes.probs is not None:
-            assert routes.positions is not None, "what is kept has a place"
-            positions = torch.from_numpy(routes.positions)
-            rows[start + positions] = torch.arange(kept, kept + len(positions))
-            probs.append(torch.from_numpy(routes.probs))
+        experts[start : start + fed] = torch.from_numpy(sample.routes.experts)
+        if sample.routes.probs is not None:
+            positions = sample.routes.positions
+            assert positions is not None, "probabilities come with their positions"
+            rows[start + torch.from_numpy(positions)] = torch.arange(kept, kept + len(positions))
+            probs.append(torch.from_numpy(sample.routes.probs))
             kept += len(positions)
-    batch.rollout_experts = experts
-    if probs:
-        batch.rollout_probs, batch.rollout_probs_row = torch.cat(probs), rows
+    return (experts, torch.cat(probs), rows) if probs else (experts, None, None)
 
 
 def cp_slice(batch: PackedBatch, cp_rank: int, cp_size: int) -> PackedBatch:

@@ -11,7 +11,7 @@ import hashlib
 import logging
 import os
 import random
-from collections.abc import Container, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -57,11 +57,10 @@ class PromptSource:
         tokenizer: Tokenizer,
         *,
         max_prompt_length: int,
-        exclude: Container[str] = frozenset(),
         where: str = "data.train",
     ) -> None:
-        """``max_prompt_length`` in tokens, template included; a problem whose text is in
-        ``exclude`` is never drawn; ``where`` names the source in messages.
+        """``max_prompt_length`` in tokens, template included; ``where`` names the source in
+        messages.
 
         Raises UserError for an unknown task, bad options, a missing or malformed file.
         """
@@ -70,7 +69,7 @@ class PromptSource:
         self._apply_chat_template = data.apply_chat_template
         self._tokenizer = tokenizer
         self._max_prompt_length = max_prompt_length
-        self._exclude = exclude
+        self._excluded: set[str] = set()
         self._where = where
         self._index = 0
         self.skipped = {"too_long": 0, "held_out": 0, "failed": 0}
@@ -78,6 +77,10 @@ class PromptSource:
     def next(self, n: int) -> list[Prompt]:
         """The next ``n`` prompts. Raises UserError when the source has none that can be used."""
         return [self._draw() for _ in range(n)]
+
+    def exclude(self, texts: Iterable[str]) -> None:
+        """Never draw a problem that has one of these texts."""
+        self._excluded.update(texts)
 
     def state_dict(self) -> dict[str, Any]:
         """Where the cursor stands, as plain values."""
@@ -100,7 +103,7 @@ class PromptSource:
             problem = self._problems.get(index)
             if problem is None:
                 self.skipped["failed"] += 1
-            elif problem.text in self._exclude:
+            elif problem.text in self._excluded:
                 self.skipped["held_out"] += 1
             else:
                 tokens = self._tokenize(problem)
@@ -148,8 +151,8 @@ def held_out(
     """``n`` evaluation problems with different texts; fewer, with a warning, if there are fewer.
 
     They come from ``data.eval``, or, where that is None, from ``data.train`` under a seed that
-    training cannot have. Give their texts to the training source as ``exclude``. Raises UserError
-    as ``PromptSource`` does.
+    training cannot have. Give their texts to the training source's ``exclude``. Raises UserError as
+    ``PromptSource`` does.
     """
     where = "data.eval" if data.eval else "data.train (for evaluation)"
     source = data.eval or dataclasses.replace(data.train, seed=-1 - data.train.seed)
@@ -158,7 +161,6 @@ def held_out(
         dataclasses.replace(data, train=source),
         tokenizer,
         max_prompt_length=max_prompt_length,
-        exclude=found,
         where=where,
     )
     while len(found) < n:
@@ -170,6 +172,7 @@ def held_out(
             logger.warning("%s: expected %d different problems, got %d", where, n, len(found))
             break
         found[prompt.text] = prompt
+        prompts.exclude([prompt.text])
     return list(found.values())
 
 

@@ -2,14 +2,14 @@
 
 All take the log-ratio ``log pi_theta - log pi_old`` of each token in nats and return the loss of
 each token, same shape, zero where ``mask`` is False, not reduced. They follow SAPO's order of
-operations (:func:`~sapo_megatron.objective.ratio.safe_log_ratio`): masked first, fp32 (fp64 stays
-fp64), clamped, then exp. Clip ranges are distances from a ratio of 1.
+operations (:class:`~sapo_megatron.objective.ratio.Ratio`): masked first, fp32 (fp64 stays fp64),
+clamped, then exp. Clip ranges are distances from a ratio of 1.
 """
 
 import torch
 from torch import Tensor
 
-from sapo_megatron.objective.ratio import masked, safe_advantages, safe_log_ratio
+from sapo_megatron.objective.ratio import Ratio, masked
 
 
 def grpo_token_loss(
@@ -27,9 +27,8 @@ def grpo_token_loss(
     ``clip_ratio_c`` is dual clip (arXiv 1912.09729): where A < 0 the objective is at
     least ``c A``, so a token whose ratio exceeds c has no gradient.
     """
-    ratio = safe_log_ratio(log_ratio, mask).exp()
-    advantages = safe_advantages(advantages, ratio, mask)
-    return _clipped_loss(ratio, advantages, clip_ratio_low, clip_ratio_high, clip_ratio_c)
+    r = Ratio.of(log_ratio, advantages, mask)
+    return clipped_loss(r, clip_ratio_low, clip_ratio_high, clip_ratio_c)
 
 
 def gspo_token_loss(
@@ -50,11 +49,8 @@ def gspo_token_loss(
     (:func:`~sapo_megatron.objective.reduce.sequence_mean`, which sees all context-parallel ranks);
     taken as a constant.
     """
-    token = safe_log_ratio(log_ratio, mask)
-    sequence = safe_log_ratio(sequence_log_ratio.detach(), mask)
-    ratio = (sequence + token - token.detach()).exp()
-    advantages = safe_advantages(advantages, ratio, mask)
-    return _clipped_loss(ratio, advantages, clip_ratio_low, clip_ratio_high, None)
+    r = Ratio.of(log_ratio, advantages, mask).of_sequences(sequence_log_ratio)
+    return clipped_loss(r, clip_ratio_low, clip_ratio_high)
 
 
 def cispo_token_loss(
@@ -71,9 +67,8 @@ def cispo_token_loss(
     The clip bounds the weight of a token and never silences it. ``logprob``: log pi_theta of each
     token; the only argument that receives gradient.
     """
-    ratio = safe_log_ratio(log_ratio.detach(), mask).exp()
-    weight = ratio.clamp(1 - clip_ratio_low, 1 + clip_ratio_high)
-    return -weight * safe_advantages(advantages, ratio, mask) * masked(logprob, mask)
+    r = Ratio.of(log_ratio, advantages, mask, logprob)
+    return cispo_loss(r, clip_ratio_low, clip_ratio_high)
 
 
 def outside_clip(ratio: Tensor, advantages: Tensor, low: float, high: float) -> Tensor:
@@ -81,12 +76,18 @@ def outside_clip(ratio: Tensor, advantages: Tensor, low: float, high: float) -> 
     return ((advantages > 0) & (ratio > 1 + high)) | ((advantages < 0) & (ratio < 1 - low))
 
 
-def _clipped_loss(
-    ratio: Tensor, advantages: Tensor, low: float, high: float, bound: float | None
-) -> Tensor:
-    clipped = ratio.clamp(1 - low, 1 + high)
-    objective = torch.minimum(ratio * advantages, clipped * advantages)
+def clipped_loss(r: Ratio, low: float, high: float, bound: float | None = None) -> Tensor:
+    """:func:`grpo_token_loss` of a ratio; of that of the sequences, :func:`gspo_token_loss`."""
+    clipped = r.ratio.clamp(1 - low, 1 + high)
+    objective = torch.minimum(r.ratio * r.advantages, clipped * r.advantages)
     if bound is not None:
-        dual = torch.maximum(objective, bound * advantages)
-        objective = torch.where(advantages < 0, dual, objective)
+        dual = torch.maximum(objective, bound * r.advantages)
+        objective = torch.where(r.advantages < 0, dual, objective)
     return -objective
+
+
+def cispo_loss(r: Ratio, low: float, high: float) -> Tensor:
+    """:func:`cispo_token_loss` of a ratio that comes with its log-probs."""
+    assert r.logprob is not None, "cispo weighs log pi"
+    weight = r.ratio.detach().clamp(1 - low, 1 + high)
+    return -weight * r.advantages * masked(r.logprob, r.mask)

@@ -1,7 +1,7 @@
 """The bound of SAPO's analysis, checked live.
 
-With g(z) = sech^2(tau z / 2), the gate as
-a function of the log-ratio, and Var_i the population variance of log r within sequence i,
+With g(z) = sech^2(tau z / 2), the gate as a function of the log-ratio, and Var_i the population
+variance of log r within sequence i,
 
     D_i = |mean_t g(z_it) - g(mean_t z_it)| <= tau^2 / 4 Var_i
 
@@ -11,13 +11,15 @@ log r: ``sapo/gate_distance`` is the distance |mean_t w(r_it) - g(mean_t z_it)| 
 Variances are population variances, in nats^2 (arXiv 2511.20347).
 """
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from sapo_megatron.metrics import Histogram, Mean, Metrics, Points, Sum
-from sapo_megatron.objective.ratio import masked, safe_log_ratio
+from sapo_megatron.objective.ratio import Ratio
 from sapo_megatron.objective.reduce import sequence_mean
 from sapo_megatron.objective.sapo import sapo_weight, token_temperature
+from sapo_megatron.sample import Temperatures
 
 SMALL_DISPERSION = 0.02
 """nats^2; the paper finds Var_i mostly below it (arXiv 2511.20347, figures 2 and 3)."""
@@ -25,29 +27,26 @@ VARIANCE_EDGES = tuple(i / 500 for i in range(101))
 """Bins of the histogram of Var_i: 0 to 0.2 nats^2 by 0.002; larger ones count in the last bin."""
 
 
+@torch.no_grad()
 def bound_metrics(
-    log_ratio: Tensor,
-    advantages: Tensor,
-    mask: Tensor,
+    r: Ratio,
+    temperatures: Temperatures,
     sequence_ids: Tensor,
     lengths: Tensor,
-    *,
-    tau_pos: float,
-    tau_neg: float,
     cp_group: dist.ProcessGroup | None = None,
 ) -> Metrics:
     """The paper's bound on a micro-batch: ``sapo/bound_*`` and what goes with it, by sequence.
 
-    Arguments as in :func:`~sapo_megatron.objective.reduce.sequence_mean`, tensors ``[T]`` and
-    ``lengths [S]``. Collective over ``cp_group``; its first rank alone has metrics.
+    Tokens [T], ``sequence_ids`` int [T] into ``lengths`` int [S], the valid tokens of each whole
+    sequence. Collective over ``cp_group``; its first rank alone has metrics.
     """
-    whole = (mask, sequence_ids, lengths, cp_group)
-    z = masked(log_ratio.double(), mask)
-    tau = token_temperature(advantages.double(), tau_pos, tau_neg)
+    whole = (r.mask, sequence_ids, lengths, cp_group)
+    z = r.log_ratio.double()
+    tau = token_temperature(r.advantages.double(), temperatures)
     mean = sequence_mean(z, *whole)
     variance = sequence_mean((z - mean[sequence_ids]).square(), *whole)
     gates = sequence_mean(_gate_of_log_ratio(z, tau), *whole)
-    weights = sequence_mean(sapo_weight(safe_log_ratio(z, mask).exp(), tau), *whole)
+    weights = sequence_mean(sapo_weight(z.exp(), tau), *whole)
     taus = sequence_mean(tau, *whole)
     at_mean = _gate_of_log_ratio(mean, taus)
 

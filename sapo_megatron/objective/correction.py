@@ -59,6 +59,7 @@ def correction_weights(
     weights = None
     mask = batch.mask
     if config.rollout_is != "disabled":
+        assert batch.old_logprob is not None, "old_logprob is set before the first update"
         ratio = safe_log_ratio(batch.old_logprob - batch.rollout_logprob, mask).exp()
         if config.rollout_is == "tis":
             outside = ratio > config.tis_cap

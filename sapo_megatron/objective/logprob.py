@@ -118,9 +118,8 @@ def linear_logprobs(
     tokens = hidden.shape[0] * (ranks if sequence_parallel else 1)
     _check((tokens,), targets, temperature, chunk_size)
     vocab = _Vocab.of(weight.shape[0], vocab_size, tp_group)
-    scatter = sequence_parallel and tp_group is not None
     logprobs, entropy = _LogprobsOfHidden.apply(
-        hidden, weight, targets, vocab, scatter, temperature, with_entropy, chunk_size
+        hidden, weight, targets, vocab, sequence_parallel, temperature, with_entropy, chunk_size
     )
     return logprobs, entropy
 
@@ -160,12 +159,6 @@ class _Vocab:
         start = rank * columns
         return cls(start, min(max(vocab_size - start, 0), columns), group)
 
-    def locate(self, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Which targets live here, and their column (0 for the others)."""
-        column = targets - self.start
-        here = (column >= 0) & (column < self.valid)
-        return here, torch.where(here, column, 0)
-
 
 class _LogprobsOfLogits(torch.autograd.Function):
     @staticmethod
@@ -180,7 +173,7 @@ class _LogprobsOfLogits(torch.autograd.Function):
         inplace: bool,
     ) -> tuple[Tensor, Tensor | None]:
         rows = logits.reshape(targets.numel(), logits.shape[-1])
-        here, column = vocab.locate(targets.flatten())
+        here, column = _locate(targets.flatten(), vocab.start, vocab.valid)
         bits = _bits(temperature)
         chunk_rows = min(chunk_size or _rows_in_cache(rows), max(len(rows), 1))
         scratch = _scratch(rows, 2 if with_entropy else 1, chunk_rows * max(vocab.valid, 1))
@@ -219,7 +212,7 @@ class _LogprobsOfLogits(torch.autograd.Function):
                 rows[cut, : vocab.valid],
                 grad[cut, : vocab.valid],
                 column[cut],
-                [None if f is None else f[cut] for f in factors],
+                factors[:, cut],
                 _bits(temperature),
                 scratch,
             )
@@ -240,8 +233,8 @@ class _LogprobsOfHidden(torch.autograd.Function):
         with_entropy: bool,
         chunk_size: int | None,
     ) -> tuple[Tensor, Tensor | None]:
-        full = _gather(hidden, vocab.group) if sequence_parallel else hidden
-        here, column = vocab.locate(targets)
+        full = _gather(hidden, vocab.group, sequence_parallel)
+        here, column = _locate(targets, vocab.start, vocab.valid)
         bits = _bits(temperature)
         budget = chunk_size * len(weight) if chunk_size else _numel(BLOCK_NUMEL, hidden)
         columns = max(min(budget // max(len(full), 1), vocab.valid), 1)
@@ -254,8 +247,9 @@ class _LogprobsOfHidden(torch.autograd.Function):
             x = torch.mm(full, block.t(), out=_part(buffer, len(full), len(block)))
             parts.append(_stats(x, bits, scratch))
             if len(block):
-                inside, local = _locate_in(column, start, len(block))
-                target = torch.where(inside, x.gather(1, local).squeeze(1).to(target.dtype), target)
+                inside, local = _locate(column, start, len(block))
+                found = x.gather(1, local.unsqueeze(1)).squeeze(1)
+                target = torch.where(inside, found.to(target.dtype), target)
         stats = torch.stack(parts)
         peak = stats[:, 0].amax(0)
         stats = torch.cat([peak.unsqueeze(0), _rebase(stats.transpose(0, 1), peak).sum(1)])
@@ -273,7 +267,7 @@ class _LogprobsOfHidden(torch.autograd.Function):
         vocab, sequence_parallel, temperature, columns = ctx.settings
         hidden, weight, here, column, *row_stats = ctx.saved_tensors
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
-        full = _gather(hidden, vocab.group) if sequence_parallel else hidden
+        full = _gather(hidden, vocab.group, sequence_parallel)
         factors = _gradient_factors(grad_logprobs, grad_entropy, here, temperature, *row_stats)
         buffer = full.new_empty(len(full) * columns)
         scratch = _scratch(full, 2, len(full) * columns)
@@ -282,11 +276,9 @@ class _LogprobsOfHidden(torch.autograd.Function):
         for start in range(0, vocab.valid, columns):
             block = weight[start : min(start + columns, vocab.valid)]
             x = torch.mm(full, block.t(), out=_part(buffer, len(full), len(block)))
-            inside, local = _locate_in(column, start, len(block))
-            at_target = torch.where(inside, factors[0], 0.0)
-            _gradient(
-                x, x, local.squeeze(1), [at_target, *factors[1:]], _bits(temperature), scratch
-            )
+            inside, local = _locate(column, start, len(block))
+            of_block = torch.cat([torch.where(inside, factors[:1], 0.0), factors[1:]])
+            _gradient(x, x, local, of_block, _bits(temperature), scratch)
             if grad_weight is not None:
                 torch.mm(x.t(), full, out=grad_weight[start : start + len(block)])
             if grad_hidden is not None:
@@ -353,40 +345,37 @@ def _gradient_factors(
     peak: Tensor,
     total: Tensor,
     mean: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Per row: ``at_target, peak, constant, slope`` such that the gradient of the logits is
-    ``2^z (constant + slope z)``, plus ``at_target`` where the target is; no slope without entropy.
+) -> Tensor:
+    """``at_target, peak, constant, slope`` of each row: [3 or 4, T], without entropy no slope.
+
+    The gradient of the logits is ``2^z (constant + slope z)``, plus ``at_target`` at the target.
     """
     g = torch.zeros_like(total) if grad_logprobs is None else grad_logprobs.flatten() / temperature
     at_target = torch.where(here, g, 0.0)
     constant = -g / total
     if grad_entropy is None:
-        return at_target, peak, constant, None
+        return torch.stack([at_target, peak, constant])
+    assert mean is not None, "a gradient of an entropy that was computed"
     # log p + entropy = ln2 (z - mean)
     slope = grad_entropy.flatten() * (-LN2 / temperature) / total
-    return at_target, peak, constant - slope * mean, slope
+    return torch.stack([at_target, peak, constant - slope * mean, slope])
 
 
 def _gradient(
-    x: Tensor,
-    grad: Tensor,
-    column: Tensor,
-    factors: list[Tensor | None],
-    bits: float,
-    scratch: Tensor,
+    x: Tensor, grad: Tensor, column: Tensor, factors: Tensor, bits: float, scratch: Tensor
 ) -> None:
     """The gradient of logits ``x`` [R, V] into ``grad``, which may be ``x`` itself."""
     if x.shape[1] == 0:
         return
-    at_target, peak, constant, slope = (None if f is None else f.unsqueeze(1) for f in factors)
+    at_target, peak, constant, *slope = factors.unsqueeze(2)
     # Rounded to the dtype of the logits once, at the end.
     wide = grad if grad.dtype == scratch.dtype else _part(scratch[1], *x.shape)
     torch.add(-peak, x, alpha=bits, out=wide)
-    if slope is None:
+    if not slope:
         wide.exp2_().mul_(constant)
     else:
         power = torch.exp2(wide.clamp_(min=ZERO_BITS), out=_part(scratch[0], *x.shape))
-        torch.addcmul(constant, wide, slope, out=wide).mul_(power)
+        torch.addcmul(constant, wide, slope[0], out=wide).mul_(power)
     wide.scatter_add_(1, column.unsqueeze(1), at_target)
     if wide is not grad:
         grad.copy_(wide)
@@ -415,11 +404,11 @@ def _part(flat: Tensor, rows: int, columns: int) -> Tensor:
     return flat[: rows * columns].view(rows, columns)
 
 
-def _locate_in(column: Tensor, start: int, width: int) -> tuple[Tensor, Tensor]:
-    """Which columns [T] lie in the block, and their index in it [T, 1] (0 for the others)."""
-    local = column - start
-    inside = (local >= 0) & (local < width)
-    return inside, torch.where(inside, local, 0).unsqueeze(1)
+def _locate(index: Tensor, start: int, columns: int) -> tuple[Tensor, Tensor]:
+    """Which indices [T] lie in the columns from ``start``, and their column (0 for the others)."""
+    column = index - start
+    inside = (column >= 0) & (column < columns)
+    return inside, torch.where(inside, column, 0)
 
 
 def _add_product(total: Tensor, x: Tensor, y: Tensor) -> None:
@@ -430,7 +419,10 @@ def _add_product(total: Tensor, x: Tensor, y: Tensor) -> None:
         total.add_(x @ y)
 
 
-def _gather(hidden: Tensor, group: dist.ProcessGroup) -> Tensor:
+def _gather(hidden: Tensor, group: dist.ProcessGroup | None, sequence_parallel: bool) -> Tensor:
+    """The hidden states of all tokens, of which each rank has a slice if they are split."""
+    if group is None or not sequence_parallel:
+        return hidden
     full = hidden.new_empty(len(hidden) * dist.get_world_size(group), hidden.shape[1])
     # Tensor-parallel group: sequence parallelism gave each of its ranks a slice of the tokens
     # whose log-probs all of them compute.

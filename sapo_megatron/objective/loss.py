@@ -1,5 +1,8 @@
 """The policy loss of one micro-batch, and what it says about itself."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -14,19 +17,14 @@ from sapo_megatron.metrics import (
     Sum,
     Variance,
 )
-from sapo_megatron.objective.baselines import (
-    cispo_token_loss,
-    grpo_token_loss,
-    gspo_token_loss,
-    outside_clip,
-)
+from sapo_megatron.objective.baselines import cispo_loss, clipped_loss, outside_clip
 from sapo_megatron.objective.correction import correction_weights
 from sapo_megatron.objective.kl import kl_penalty
-from sapo_megatron.objective.ratio import masked, safe_log_ratio
+from sapo_megatron.objective.ratio import Ratio, masked
 from sapo_megatron.objective.reduce import sequence_mean, token_weights
-from sapo_megatron.objective.sapo import sapo_gate, sapo_token_loss, sapo_weight, token_temperature
-from sapo_megatron.recipe.schema import AlgorithmConfig, CorrectionConfig
-from sapo_megatron.sample import Denominators, PackedBatch
+from sapo_megatron.objective.sapo import sapo_gate, sapo_loss, sapo_weight, token_temperature
+from sapo_megatron.recipe.schema import AlgorithmConfig, CorrectionConfig, LossType
+from sapo_megatron.sample import Denominators, PackedBatch, Temperatures
 
 RATIO_EDGES = tuple(i / 20 for i in range(61))
 """Bins of the ratio histograms: 0 to 3 by 0.05; larger ratios count in the last bin."""
@@ -51,20 +49,21 @@ def policy_loss(
     loss + kl_coef * KL - entropy_coef * entropy)`` with the weights of
     :func:`~sapo_megatron.objective.reduce.token_weights`; shares of all pieces add up to the loss
     of the global mini-batch. Without a valid token it is zero and still has a gradient (of zero),
-    so a backward pass runs on every rank. Collective over ``cp_group`` for gspo and for masking by
-    sequence.
+    so a backward pass runs on every rank. Collective over ``cp_group`` for a loss of sequences and
+    for masking by sequence.
     """
     assert batch.old_logprob is not None, "old_logprob is set before the first update"
     assert algorithm.kl_coef == 0 or batch.ref_logprob is not None, "kl_coef needs ref_logprob"
     assert algorithm.entropy_coef == 0 or entropy is not None, "entropy_coef needs entropy"
     mask = batch.mask
     log_ratio = logprob - batch.old_logprob
-    sequence_log_ratio = None
-    if algorithm.loss_type == "gspo":
+    kind = LOSSES[algorithm.loss_type]
+    own = r = Ratio.of(log_ratio, batch.advantages, mask, logprob)
+    if kind.of_sequences:
         means = sequence_mean(log_ratio, mask, batch.sequence_ids, batch.lengths, cp_group)
-        sequence_log_ratio = means[batch.sequence_ids]
+        own = r.of_sequences(means[batch.sequence_ids])
 
-    token_loss = _policy_token_loss(batch, logprob, log_ratio, sequence_log_ratio, algorithm)
+    token_loss = kind.of_tokens(own, algorithm)
     metrics = Metrics()
     if correction is not None:
         multiplier, metrics = correction_weights(batch, logprob, correction, cp_group)
@@ -80,116 +79,110 @@ def policy_loss(
     ).to(token_loss.dtype)
     loss = (weights * token_loss).sum()
     metrics.add("actor/pg_loss", Sum(loss.detach()))
+    loss, terms = _with_kl_and_entropy(loss, weights, batch, logprob, entropy, algorithm)
+    metrics.update(terms)
+    metrics.update(ratio_metrics(r))
+    metrics.update(kind.metrics(own, algorithm))
+    return loss, metrics
+
+
+def _with_kl_and_entropy(
+    loss: Tensor,
+    weights: Tensor,
+    batch: PackedBatch,
+    logprob: Tensor,
+    entropy: Tensor | None,
+    algorithm: AlgorithmConfig,
+) -> tuple[Tensor, Metrics]:
+    """``loss`` with the terms that have a coefficient, and the metrics of those that are known."""
+    metrics = Metrics()
     if batch.ref_logprob is not None:
-        kl = kl_penalty(logprob, batch.ref_logprob, algorithm.kl_type, mask=mask)
+        kl = kl_penalty(logprob, batch.ref_logprob, algorithm.kl_type, mask=batch.mask)
         kl_loss = (weights * kl).sum()
         metrics.add("actor/kl_loss", Sum(kl_loss.detach()))
         if algorithm.kl_coef > 0:
             loss = loss + algorithm.kl_coef * kl_loss
     if entropy is not None:
-        metrics.add("actor/entropy", Mean.of(entropy, mask))
+        metrics.add("actor/entropy", Mean.of(entropy, batch.mask))
         if algorithm.entropy_coef > 0:
-            loss = loss - algorithm.entropy_coef * (weights * masked(entropy, mask)).sum()
-    with torch.no_grad():
-        metrics.update(ratio_metrics(log_ratio, batch.advantages, mask))
-        if algorithm.loss_type == "sapo":
-            taus = {"tau_pos": algorithm.tau_pos, "tau_neg": algorithm.tau_neg}
-            metrics.update(gate_metrics(log_ratio, batch.advantages, mask, **taus))
-        else:
-            metrics.update(_clip_metrics(batch, log_ratio, sequence_log_ratio, algorithm))
+            loss = loss - algorithm.entropy_coef * (weights * masked(entropy, batch.mask)).sum()
     return loss, metrics
 
 
-def _policy_token_loss(
-    batch: PackedBatch,
-    logprob: Tensor,
-    log_ratio: Tensor,
-    sequence_log_ratio: Tensor | None,
-    algorithm: AlgorithmConfig,
-) -> Tensor:
-    mask, advantages = batch.mask, batch.advantages
-    if algorithm.loss_type == "sapo":
-        return sapo_token_loss(
-            log_ratio,
-            advantages,
-            tau_pos=algorithm.tau_pos,
-            tau_neg=algorithm.tau_neg,
-            mask=mask,
-        )
-    low, high = algorithm.clip_range
-    clip = {"clip_ratio_low": low, "clip_ratio_high": high, "mask": mask}
-    match algorithm.loss_type:
-        case "grpo":
-            return grpo_token_loss(
-                log_ratio, advantages, clip_ratio_c=algorithm.clip_ratio_c, **clip
-            )
-        case "gspo":
-            return gspo_token_loss(log_ratio, sequence_log_ratio, advantages, **clip)
-        case "cispo":
-            return cispo_token_loss(log_ratio, logprob, advantages, **clip)
-        case _:
-            raise ValueError(f"loss_type: expected a known loss, got {algorithm.loss_type!r}")
-
-
 @torch.no_grad()
-def ratio_metrics(log_ratio: Tensor, advantages: Tensor, mask: Tensor) -> Metrics:
-    """``ratio/*`` and ``actor/ppo_kl``: how far the policy has moved from the one that sampled.
-
-    Tensors of one shape; ``log_ratio`` in nats; over the tokens where ``mask`` is True.
-    """
-    log_ratio = safe_log_ratio(log_ratio, mask)
-    ratio = log_ratio.exp()
+def ratio_metrics(r: Ratio) -> Metrics:
+    """``ratio/*`` and ``actor/ppo_kl``: how far the policy has moved from the one that sampled."""
     metrics = Metrics()
     # mean(log pi_old - log pi_theta): the k1 estimate of KL(pi_old || pi_theta), as the tokens
     # were drawn from pi_old; positive on average.
-    metrics.add("actor/ppo_kl", Mean.of(-log_ratio, mask))
-    metrics.add("ratio/mean", Mean.of(ratio, mask))
-    metrics.add("ratio/min", Min.of(ratio, mask))
-    metrics.add("ratio/max", Max.of(ratio, mask))
-    metrics.add("ratio/log_var", Variance.of(log_ratio, mask))
-    metrics.add("ratio/ess", EffectiveSampleSize.of(ratio, mask))
-    metrics.add("ratio/hist_pos", Histogram.of(ratio, RATIO_EDGES, mask & (advantages > 0)))
-    metrics.add("ratio/hist_neg", Histogram.of(ratio, RATIO_EDGES, mask & (advantages < 0)))
+    metrics.add("actor/ppo_kl", Mean.of(-r.log_ratio, r.mask))
+    metrics.add("ratio/mean", Mean.of(r.ratio, r.mask))
+    metrics.add("ratio/min", Min.of(r.ratio, r.mask))
+    metrics.add("ratio/max", Max.of(r.ratio, r.mask))
+    metrics.add("ratio/log_var", Variance.of(r.log_ratio, r.mask))
+    metrics.add("ratio/ess", EffectiveSampleSize.of(r.ratio, r.mask))
+    metrics.add("ratio/hist_pos", Histogram.of(r.ratio, RATIO_EDGES, r.advantages > 0))
+    metrics.add("ratio/hist_neg", Histogram.of(r.ratio, RATIO_EDGES, r.advantages < 0))
     return metrics
 
 
 @torch.no_grad()
-def gate_metrics(
-    log_ratio: Tensor, advantages: Tensor, mask: Tensor, *, tau_pos: float, tau_neg: float
-) -> Metrics:
-    """``sapo/gate_*`` and ``sapo/weight_*``; arguments as in :func:`ratio_metrics`."""
-    ratio = safe_log_ratio(log_ratio, mask).exp()
-    positive, negative = mask & (advantages > 0), mask & (advantages < 0)
-    tau = token_temperature(advantages.to(ratio.dtype), tau_pos, tau_neg)
-    gate, weight = sapo_gate(ratio, tau), sapo_weight(ratio, tau)
+def gate_metrics(r: Ratio, temperatures: Temperatures) -> Metrics:
+    """``sapo/gate_*`` and ``sapo/weight_*``, and the histograms of the weights."""
+    positive, negative = r.advantages > 0, r.advantages < 0
+    tau = token_temperature(r.advantages, temperatures)
+    gate, weight = sapo_gate(r.ratio, tau), sapo_weight(r.ratio, tau)
     metrics = Metrics()
-    metrics.add("sapo/gate_mean", Mean.of(gate, mask))
+    metrics.add("sapo/gate_mean", Mean.of(gate, r.mask))
     metrics.add("sapo/gate_pos_mean", Mean.of(gate, positive))
     metrics.add("sapo/gate_neg_mean", Mean.of(gate, negative))
-    metrics.add("sapo/weight_mean", Mean.of(weight, mask))
+    metrics.add("sapo/weight_mean", Mean.of(weight, r.mask))
     metrics.add("sapo/hist_weight_pos", Histogram.of(weight, WEIGHT_EDGES, positive))
     metrics.add("sapo/hist_weight_neg", Histogram.of(weight, WEIGHT_EDGES, negative))
     return metrics
 
 
-def _clip_metrics(
-    batch: PackedBatch,
-    log_ratio: Tensor,
-    sequence_log_ratio: Tensor | None,
-    algorithm: AlgorithmConfig,
-) -> Metrics:
-    """Which share of the tokens a clipped loss silences."""
-    mask, advantages = batch.mask, batch.advantages
-    per_token = sequence_log_ratio is None
-    ratio = safe_log_ratio(log_ratio if per_token else sequence_log_ratio, mask).exp()
-    low, high = algorithm.clip_range
-    if algorithm.loss_type == "cispo":
-        clipped = (ratio < 1 - low) | (ratio > 1 + high)
-    else:
-        clipped = outside_clip(ratio, advantages, low, high)
+@torch.no_grad()
+def clip_metrics(r: Ratio, algorithm: AlgorithmConfig) -> Metrics:
+    """``actor/clip_fraction``, the share of the tokens that clipping silences; with dual clip its
+    share too."""
     metrics = Metrics()
-    metrics.add("actor/clip_fraction", Mean.of(clipped, mask))
+    outside = outside_clip(r.ratio, r.advantages, *algorithm.clip_range)
+    metrics.add("actor/clip_fraction", Mean.of(outside, r.mask))
     if algorithm.clip_ratio_c is not None:
-        dual = mask & (advantages < 0) & (ratio > algorithm.clip_ratio_c)
-        metrics.add("actor/dual_clip_fraction", Mean.of(dual, mask))
+        dual = (r.advantages < 0) & (r.ratio > algorithm.clip_ratio_c)
+        metrics.add("actor/dual_clip_fraction", Mean.of(dual, r.mask))
     return metrics
+
+
+@torch.no_grad()
+def cispo_metrics(r: Ratio, algorithm: AlgorithmConfig) -> Metrics:
+    """``actor/clip_fraction``, the share of the tokens whose weight is clipped."""
+    metrics = Metrics()
+    low, high = algorithm.clip_range
+    metrics.add("actor/clip_fraction", Mean.of((r.ratio < 1 - low) | (r.ratio > 1 + high), r.mask))
+    return metrics
+
+
+@dataclass(frozen=True)
+class PolicyLoss:
+    """What a loss makes of a ratio."""
+
+    of_tokens: Callable[[Ratio, AlgorithmConfig], Tensor]
+    """The loss of each token, of the ratio's shape, not reduced."""
+    metrics: Callable[[Ratio, AlgorithmConfig], Metrics]
+    of_sequences: bool = False
+    """Whether the ratio is :meth:`~sapo_megatron.objective.ratio.Ratio.of_sequences`."""
+
+
+LOSSES: dict[LossType, PolicyLoss] = {
+    "sapo": PolicyLoss(
+        lambda r, a: sapo_loss(r, a.temperatures), lambda r, a: gate_metrics(r, a.temperatures)
+    ),
+    "grpo": PolicyLoss(lambda r, a: clipped_loss(r, *a.clip_range, a.clip_ratio_c), clip_metrics),
+    "gspo": PolicyLoss(
+        lambda r, a: clipped_loss(r, *a.clip_range), clip_metrics, of_sequences=True
+    ),
+    "cispo": PolicyLoss(lambda r, a: cispo_loss(r, *a.clip_range), cispo_metrics),
+}
+"""Which loss goes by which name; everything else that names losses looks here."""

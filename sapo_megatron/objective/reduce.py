@@ -98,7 +98,7 @@ def sequence_mean(
     """
     x = masked(x, mask)
     sums = x.new_zeros(lengths.shape).index_add_(0, sequence_ids, x)
-    if cp_group is not None:
+    if cp_group is not None and cp_group.size() > 1:
         # Context-parallel group: its ranks hold slices of the same sequences of the same
         # micro-batch, so all of them are here with the same [S], valid tokens or not.
         dist.all_reduce(sums, group=cp_group)

@@ -7,12 +7,11 @@ the update is the plain policy gradient; away from it w falls smoothly to zero. 
 loss values of different temperatures do not compare; their gradients do.
 """
 
-import math
-
 import torch
 from torch import Tensor
 
-from sapo_megatron.objective.ratio import safe_advantages, safe_log_ratio
+from sapo_megatron.objective.ratio import Ratio
+from sapo_megatron.sample import Temperatures
 
 
 def sapo_token_loss(
@@ -32,11 +31,12 @@ def sapo_token_loss(
 
     Raises ValueError unless both temperatures are finite and > 0.
     """
-    check_temperature("tau_pos", tau_pos)
-    check_temperature("tau_neg", tau_neg)
-    ratio = safe_log_ratio(log_ratio, mask).exp()
-    advantages = safe_advantages(advantages, ratio, mask)
-    return -sapo_gate(ratio, token_temperature(advantages, tau_pos, tau_neg)) * advantages
+    return sapo_loss(Ratio.of(log_ratio, advantages, mask), Temperatures(tau_pos, tau_neg))
+
+
+def sapo_loss(r: Ratio, temperatures: Temperatures) -> Tensor:
+    """:func:`sapo_token_loss` of a ratio."""
+    return -sapo_gate(r.ratio, token_temperature(r.advantages, temperatures)) * r.advantages
 
 
 def sapo_gate(ratio: Tensor, tau: float | Tensor) -> Tensor:
@@ -50,12 +50,7 @@ def sapo_weight(ratio: Tensor, tau: float | Tensor) -> Tensor:
     return 4 * torch.sigmoid(x) * torch.sigmoid(-x)
 
 
-def token_temperature(advantages: Tensor, tau_pos: float, tau_neg: float) -> Tensor:
-    """``tau_pos`` where the advantage is positive, ``tau_neg`` elsewhere; shape of advantages."""
-    positive = torch.full_like(advantages, tau_pos)
-    return torch.where(advantages > 0, positive, tau_neg)
-
-
-def check_temperature(name: str, tau: float) -> None:
-    if not (math.isfinite(tau) and tau > 0):
-        raise ValueError(f"{name}: expected a finite number > 0, got {tau}")
+def token_temperature(advantages: Tensor, temperatures: Temperatures) -> Tensor:
+    """tau of each token, of the shape and dtype of ``advantages``."""
+    positive = torch.full_like(advantages, temperatures.pos)
+    return torch.where(advantages > 0, positive, temperatures.neg)

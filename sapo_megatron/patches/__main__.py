@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import NoReturn
 
 from sapo_megatron.errors import UserError, one_line
-from sapo_megatron.objective.sapo import check_temperature
 from sapo_megatron.recipe.load import load
 from sapo_megatron.recipe.schema import AlgorithmConfig
+from sapo_megatron.sample import Temperatures
 
 USAGE = """python -m sapo_megatron.patches megatron_rl|nemo_rl -- SCRIPT [ITS FLAGS]
            --loss_type sapo|grpo [--tau_pos TAU] [--tau_neg TAU]
@@ -75,10 +75,9 @@ def _run(host: str, script: str, flags: Sequence[str]) -> None:
 
 def _install(host: str, ours: argparse.Namespace) -> None:
     try:
-        check_temperature("--tau_pos", ours.tau_pos)
-        check_temperature("--tau_neg", ours.tau_neg)
+        Temperatures(ours.tau_pos, ours.tau_neg)
     except ValueError as error:
-        raise UserError(str(error)) from None
+        raise UserError(f"--{error}") from None
     algorithm = AlgorithmConfig(tau_pos=ours.tau_pos, tau_neg=ours.tau_neg)
     if host == "nemo_rl":
         from sapo_megatron.patches import nemo_rl

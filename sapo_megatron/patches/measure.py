@@ -5,6 +5,7 @@ log r comes as its first two moments, and ``ratio/log_var`` is made of them wher
 finish (:func:`log_variance`).
 """
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -14,6 +15,8 @@ from torch import Tensor
 from sapo_megatron.metrics import Max, Mean, Metrics, Min, Sum, Variance
 from sapo_megatron.objective.bound import bound_metrics
 from sapo_megatron.objective.loss import gate_metrics, ratio_metrics
+from sapo_megatron.objective.ratio import Ratio
+from sapo_megatron.sample import Temperatures
 
 PER_TOKEN = (
     "ratio/mean",
@@ -33,11 +36,16 @@ PER_SEQUENCE = (
 """What is a mean over sequences with a valid token."""
 
 
-class Part(NamedTuple):
+@dataclass(frozen=True)
+class Part:
     """A micro-batch's part of a mean, 0-dim fp64."""
 
     total: Tensor
     count: Tensor
+
+    def pair(self) -> Tensor:
+        """``[total, count]``."""
+        return torch.stack([self.total, self.count])
 
 
 class Measured(NamedTuple):
@@ -54,44 +62,28 @@ class Measured(NamedTuple):
 
 @torch.no_grad()
 def measure(
-    log_ratio: Tensor,
-    advantages: Tensor,
-    mask: Tensor,
+    r: Ratio,
+    temperatures: Temperatures,
     sequence_ids: Tensor,
     lengths: Tensor,
-    *,
-    tau_pos: float,
-    tau_neg: float,
     cp_group: dist.ProcessGroup | None = None,
 ) -> Measured:
-    """Of tokens ``[T]``; arguments as in :func:`~sapo_megatron.objective.bound.bound_metrics`.
+    """Of tokens [T]; arguments as in :func:`~sapo_megatron.objective.bound.bound_metrics`.
 
     With a ``cp_group`` its ranks hold parts of the same sequences; what is per sequence comes from
     its first rank alone. Collective over it.
     """
-    taus = {"tau_pos": tau_pos, "tau_neg": tau_neg}
-    bag = ratio_metrics(log_ratio, advantages, mask)
-    bag.update(gate_metrics(log_ratio, advantages, mask, **taus))
-    bag.update(
-        bound_metrics(log_ratio, advantages, mask, sequence_ids, lengths, cp_group=cp_group, **taus)
-    )
-    return _measured(bag, mask.device)
+    bag = ratio_metrics(r)
+    bag.update(gate_metrics(r, temperatures))
+    bag.update(bound_metrics(r, temperatures, sequence_ids, lengths, cp_group))
+    return _measured(bag, r.mask.device)
 
 
-def measure_rows(
-    log_ratio: Tensor, advantages: Tensor, mask: Tensor, *, tau_pos: float, tau_neg: float
-) -> Measured:
-    """Of sequences that are whole, a row each: ``[B, S]``."""
-    rows = torch.arange(len(mask), device=mask.device)
-    return measure(
-        log_ratio.flatten(),
-        advantages.expand_as(mask).flatten(),
-        mask.flatten(),
-        rows.repeat_interleave(mask.shape[1]),
-        mask.sum(1),
-        tau_pos=tau_pos,
-        tau_neg=tau_neg,
-    )
+def measure_rows(r: Ratio, temperatures: Temperatures) -> Measured:
+    """Of sequences that are whole, one per row: [B, S]."""
+    rows = torch.arange(len(r.mask), device=r.mask.device)
+    sequence_ids = rows.repeat_interleave(r.mask.shape[1])
+    return measure(r.flatten(), temperatures, sequence_ids, r.mask.sum(1))
 
 
 def log_variance(mean: float, square: float) -> float:

@@ -28,9 +28,9 @@ from torch import Tensor
 from sapo_megatron.errors import UserError
 from sapo_megatron.objective.kl import kl_penalty
 from sapo_megatron.objective.logprob import vocab_parallel_logprobs
-from sapo_megatron.objective.ratio import masked, safe_log_ratio
+from sapo_megatron.objective.ratio import Ratio, masked, safe_log_ratio
 from sapo_megatron.objective.reduce import token_weights
-from sapo_megatron.objective.sapo import sapo_token_loss
+from sapo_megatron.objective.sapo import sapo_loss
 from sapo_megatron.patches.measure import Measured, Part, log_variance, measure
 from sapo_megatron.patches.replace import Host, Symbol, check, find, replace, restore
 from sapo_megatron.recipe.schema import AlgorithmConfig
@@ -149,7 +149,7 @@ class _Sapo:
     """The host's loss, its reduction and its report, for one algorithm."""
 
     def __init__(self, algorithm: AlgorithmConfig) -> None:
-        self.taus = {"tau_pos": algorithm.tau_pos, "tau_neg": algorithm.tau_neg}
+        self.temperatures = algorithm.temperatures
         self.micro_batch: _MicroBatch | None = None
         self.sequences = 0.0
         """Sequences with a valid token in the collection, a data-parallel rank."""
@@ -188,16 +188,16 @@ class _Sapo:
         self.micro_batch = _MicroBatch(
             log_ratio.detach(), token_advantages, sequence_ids, advantages.numel()
         )
-        policy = sapo_token_loss(log_ratio, token_advantages, **self.taus)
+        r = Ratio.of(log_ratio, token_advantages)
+        policy = sapo_loss(r, self.temperatures)
         if inference_logprobs is not None:
             cap = math.inf if is_truncation_coef is None else is_truncation_coef
             weights = safe_log_ratio(old - inference_logprobs, None).exp()
             policy = policy * weights.clamp(max=cap)
         kl = kl_penalty(logprobs, masked(ref_logprobs, None), "k3")
         entropy = -logprobs.exp() * logprobs
-        ratio = safe_log_ratio(log_ratio, None).exp()
-        above, below = ratio > 1 + clamp_eps_upper, ratio < 1 - clamp_eps_lower
-        return policy + kl_beta * kl - entropy_weight * entropy, kl, ratio, entropy, above, below
+        above, below = r.ratio > 1 + clamp_eps_upper, r.ratio < 1 - clamp_eps_lower
+        return policy + kl_beta * kl - entropy_weight * entropy, kl, r.ratio, entropy, above, below
 
     def counting(self, host: Callable) -> Callable:
         """``prepare_trajectories``, which comes once a collection, on every data-parallel rank."""
@@ -229,9 +229,9 @@ class _Sapo:
 
         @functools.wraps(host)
         def forward_step(*args: Any, **kwargs: Any) -> Any:
-            self.micro_batch = None
+            self._take()
             output, loss_func = host(*args, **kwargs)
-            batch, self.micro_batch = self.micro_batch, None
+            batch = self._take()
             if batch is None:  # a pipeline stage before the last
                 return output, loss_func
             _check_reduction(loss_func)
@@ -242,18 +242,17 @@ class _Sapo:
             weights = token_weights(
                 mask, ids, lengths, ONE, "seq-mean-token-mean", max_response_length=1
             ) * (mask.sum() / self._sequences_per_micro_batch())
-            measured = measure(
-                batch.log_ratio.flatten(),
-                batch.advantages.flatten(),
-                mask,
-                ids,
-                lengths,
-                **self.taus,
-            )
+            r = Ratio.of(batch.log_ratio.flatten(), batch.advantages.flatten(), mask)
+            measured = measure(r, self.temperatures, ids, lengths)
             weighted = output * weights.view_as(output).to(output.dtype)
             return weighted, functools.partial(_report, loss_func, measured)
 
         return forward_step
+
+    def _take(self) -> _MicroBatch | None:
+        """What the loss function saw since the last call."""
+        batch, self.micro_batch = self.micro_batch, None
+        return batch
 
     def _sequences_per_micro_batch(self) -> float:
         assert self.rows > 0, "rollouts come before training"
@@ -332,7 +331,7 @@ def _report(loss_func: Callable, measured: Measured, output: Tensor) -> tuple:
     one = torch.ones((), dtype=torch.float64, device=loss.device)
     parts["lm loss"] = Part(loss.detach().double() / num_tokens, one)
     parts["sapo/bound_violations"] = Part(measured.violations, one / _micro_batches_of_a_step())
-    return loss, num_tokens, report | {name: torch.stack(p).float() for name, p in parts.items()}
+    return loss, num_tokens, report | {name: p.pair().float() for name, p in parts.items()}
 
 
 def _finishing(host: Callable) -> Callable:

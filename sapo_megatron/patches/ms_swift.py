@@ -9,6 +9,7 @@ beyond 88 that is inf in fp32, with a NaN for a gradient. :func:`install`, calle
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -16,10 +17,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sapo_megatron.errors import UserError
-from sapo_megatron.objective.ratio import MAX_LOG_RATIO, masked
+from sapo_megatron.objective.ratio import MAX_LOG_RATIO, Ratio, masked
 from sapo_megatron.patches.measure import log_variance, measure_rows
 from sapo_megatron.patches.replace import Host, Symbol, check, replace, restore
 from sapo_megatron.recipe.schema import Recipe
+from sapo_megatron.sample import Temperatures
 
 LOSS = Symbol(
     "swift.megatron.trainers.grpo_trainer",
@@ -112,13 +114,10 @@ def _safe_loss(original: Callable[..., Any]) -> Callable[..., Any]:
         safe_batch = dataclasses.replace(batch, old_per_token_logps=old_logprob)
         loss, report = original(self, clamped, {**data, "grpo_batch": safe_batch})
         measured = measure_rows(
-            (logprob - old_logprob).detach(),
-            batch.advantages,
-            mask,
-            tau_pos=self.tau_pos,
-            tau_neg=self.tau_neg,
+            Ratio.of((logprob - old_logprob).detach(), batch.advantages, mask),
+            Temperatures(self.tau_pos, self.tau_neg),
         )
-        pairs = {name: torch.stack(part) for name, part in measured.means.items()}
+        pairs = {name: part.pair() for name, part in measured.means.items()}
         violations = measured.violations
         pairs["sapo/bound_violations"] = torch.stack([violations, torch.zeros_like(violations)])
         # Data-parallel group, ms-swift's default here: all ranks of the last pipeline stage are at
@@ -171,70 +170,48 @@ def _refused(recipe: Recipe) -> Iterator[str]:
     kl = algorithm.kl_coef > 0
     loss = algorithm.loss_type
     modes = [mode for name, mode in _LOSS_TYPES if name == loss]
-    chunks = recipe.parallel.virtual_pipeline_model_parallel_size
     rules = (
-        ("model.tokenizer", model.tokenizer, model.tokenizer is not None, "the model's own only"),
-        ("model.init", model.init, model.init == "random", "pretrained weights only"),
-        ("model.params_dtype", model.params_dtype, model.params_dtype == "float64", "no fp64"),
+        ("model.tokenizer", model.tokenizer is not None, "the model's own only"),
+        ("model.init", model.init == "random", "pretrained weights only"),
+        ("model.params_dtype", model.params_dtype == "float64", "no fp64"),
         (
             "parallel.virtual_pipeline_model_parallel_size",
-            chunks,
-            chunks is not None,
+            recipe.parallel.virtual_pipeline_model_parallel_size is not None,
             "its GRPO takes log-probs from the first chunk",
         ),
         (
             "rollout.async_steps",
-            recipe.rollout.async_steps,
             recipe.rollout.async_steps > 0,
             "its Megatron trainer waits for the responses",
         ),
         (
             "algorithm.loss_agg_mode",
-            algorithm.loss_agg_mode,
             algorithm.loss_agg_mode not in modes,
             f"with {loss}, {' or '.join(modes)}",
         ),
         (
             "algorithm.clip_ratio_low",
-            algorithm.clip_ratio_low,
             loss == "cispo" and algorithm.clip_range[0] < 1,
             "with cispo, no lower bound",
         ),
-        ("algorithm.kl_type", algorithm.kl_type, kl and algorithm.kl_type != "k3", "k3 only"),
-        (
-            "algorithm.entropy_coef",
-            algorithm.entropy_coef,
-            algorithm.entropy_coef > 0,
-            "no entropy term",
-        ),
+        ("algorithm.kl_type", kl and algorithm.kl_type != "k3", "k3 only"),
+        ("algorithm.entropy_coef", algorithm.entropy_coef > 0, "no entropy term"),
+        ("correction.rollout_is", correction.rollout_is == "icepop", "no lower bound"),
         (
             "correction.rollout_is",
-            correction.rollout_is,
-            correction.rollout_is == "icepop",
-            "no lower bound",
-        ),
-        (
-            "correction.rollout_is",
-            correction.rollout_is,
             correction.rollout_is == "tis" and kl,
             "it would weight the KL term, too",
         ),
         (
             "correction.sequence_mask_kl",
-            correction.sequence_mask_kl,
             correction.sequence_mask_kl is not None,
             "its loss then takes every run for a distillation, and stops",
         ),
-        (
-            "cold_start.steps",
-            recipe.cold_start.steps,
-            recipe.cold_start.steps > 0,
-            "a training run of its own there",
-        ),
+        ("cold_start.steps", recipe.cold_start.steps > 0, "a training run of its own there"),
     )
-    for key, value, refused, reason in rules:
+    for key, refused, reason in rules:
         if refused:
-            yield f"{key} {value} ({reason})"
+            yield f"{key} {attrgetter(key)(recipe)} ({reason})"
 
 
 def _of_model(recipe: Recipe) -> _Flags:

@@ -21,7 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sapo_megatron.errors import UserError
-from sapo_megatron.objective.sapo import check_temperature, sapo_token_loss
+from sapo_megatron.objective.ratio import Ratio
+from sapo_megatron.objective.sapo import sapo_loss
 from sapo_megatron.patches.measure import PER_SEQUENCE, PER_TOKEN, log_variance, measure_rows
 from sapo_megatron.patches.replace import Host, Symbol, check, replace, restore
 from sapo_megatron.recipe.schema import AlgorithmConfig
@@ -73,9 +74,7 @@ class SapoLoss:
         self, cfg: Any, use_fused_linear_logprobs: bool = False, *, algorithm: AlgorithmConfig
     ) -> None:
         refuse(cfg)
-        self.taus = {"tau_pos": algorithm.tau_pos, "tau_neg": algorithm.tau_neg}
-        for name, tau in self.taus.items():
-            check_temperature(name, tau)
+        self.temperatures = algorithm.temperatures
         clipped = importlib.import_module(_LOSS).ClippedPGLossFn
         rest = cfg.model_copy(update={"disable_ppo_ratio": True})
         alone = {
@@ -113,8 +112,8 @@ class SapoLoss:
         mask = (data["token_mask"][:, 1:] * data["sample_mask"].unsqueeze(-1)).bool()
         advantages = data["advantages"][:, 1:]
         old = logprob.detach() if self.force_on_policy_ratio else data["prev_logprobs"][:, 1:]
-        log_ratio = logprob - old
-        token_loss = sapo_token_loss(log_ratio, advantages, mask=mask, **self.taus)
+        r = Ratio.of(logprob - old, advantages, mask)
+        token_loss = sapo_loss(r, self.temperatures)
 
         without = {**data, "advantages": torch.zeros_like(data["advantages"])}
         rest, metrics = self.rest(torch.where(mask, logprob, 0.0), without, *denominators)
@@ -127,21 +126,16 @@ class SapoLoss:
         }
         policy, _ = self.mean(token_loss, of_losses, *denominators)
         loss = rest + policy
-        metrics |= self._measured(log_ratio.detach(), advantages, mask, *denominators)
+        metrics |= self._measured(r, *denominators)
         for name in [name for name in metrics if name.startswith("probs_ratio_clamped")]:
             del metrics[name]
         return loss, {**metrics, "loss": loss.item()}
 
     def _measured(
-        self,
-        log_ratio: Tensor,
-        advantages: Tensor,
-        mask: Tensor,
-        global_valid_seqs: Tensor,
-        global_valid_toks: Tensor,
+        self, r: Ratio, global_valid_seqs: Tensor, global_valid_toks: Tensor
     ) -> dict[str, float]:
         """``ratio/*``, ``sapo/*``, and the host's names for the ratio, as its driver adds them."""
-        found = measure_rows(log_ratio, advantages, mask, **self.taus)
+        found = measure_rows(r, self.temperatures)
         tokens, sequences = global_valid_toks.clamp(min=1), global_valid_seqs.clamp(min=1)
         numbers = {
             **{name: found.means[name].total / tokens for name in PER_TOKEN},

@@ -161,4 +161,4 @@ def _owner(symbol: Symbol) -> tuple[Any, str]:
 
 def _numbers(version: str) -> tuple[int, ...]:
     """``0.20.0rc1`` -> (0, 20, 0)."""
-    return tuple(map(int, re.findall(r"\d+", re.match(r"[\d.]*", version)[0])))
+    return tuple(map(int, re.findall(r"\d+", re.split(r"[^\d.]", version)[0])))

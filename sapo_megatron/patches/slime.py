@@ -24,17 +24,17 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sapo_megatron.errors import UserError
-from sapo_megatron.objective.ratio import safe_log_ratio
+from sapo_megatron.objective.ratio import Ratio
 from sapo_megatron.objective.sapo import (
-    check_temperature,
     sapo_gate,
-    sapo_token_loss,
+    sapo_loss,
     sapo_weight,
     token_temperature,
 )
-from sapo_megatron.patches.measure import PER_SEQUENCE, measure
+from sapo_megatron.patches.measure import PER_SEQUENCE, Part, measure
 from sapo_megatron.patches.replace import Host, Symbol, check
 from sapo_megatron.recipe.schema import AlgorithmConfig
+from sapo_megatron.sample import Temperatures
 
 logger = logging.getLogger(__name__)
 
@@ -93,10 +93,10 @@ def sapo_policy_loss(
     ``masks``: of each sample, the part of its loss mask whose tokens this rank has.
     """
     refuse(args)
-    taus = temperatures(args)
-    announce(**taus)
+    temperatures = temperatures_of(args)
+    announce(temperatures)
     mask = torch.cat(masks).to(logits.device).bool()
-    seen: list[tuple[Tensor, Tensor]] = []
+    seen: list[Ratio] = []
 
     def token_loss(
         ppo_kl: Tensor,
@@ -105,11 +105,9 @@ def sapo_policy_loss(
         eps_clip_high: float,
         eps_clip_c: float | None = None,
     ) -> tuple[Tensor, Tensor]:
-        log_ratio = -ppo_kl
-        seen.append((log_ratio.detach(), advantages.detach()))
-        with torch.no_grad():
-            removed = 1 - token_values(log_ratio, advantages, mask, **taus)["sapo/weight_mean"]
-        return sapo_token_loss(log_ratio, advantages, mask=mask, **taus), removed
+        r = Ratio.of(-ppo_kl, advantages, mask)
+        seen.append(r)
+        return sapo_loss(r, temperatures), 1 - token_values(r, temperatures)["sapo/weight_mean"]
 
     with exchanged(module, "compute_policy_loss", token_loss):
         loss, reported = module.policy_loss_function(args, batch, logits, sum_of_sample_mean)
@@ -118,7 +116,9 @@ def sapo_policy_loss(
             f"{module.__name__}.policy_loss_function: expected one call of compute_policy_loss, "
             f"got {len(seen)}; take the version that docs/patches.md names"
         )
-    reported |= dashboard(*seen[0], masks, batch["loss_masks"], sum_of_sample_mean, cp_group, taus)
+    reported |= dashboard(
+        seen[0], masks, batch["loss_masks"], sum_of_sample_mean, cp_group, temperatures
+    )
     return loss, reported
 
 
@@ -135,47 +135,41 @@ def refuse(args: Namespace) -> None:
         )
 
 
-def temperatures(args: Namespace) -> dict[str, float]:
+def temperatures_of(args: Namespace) -> Temperatures:
     """``tau_pos`` and ``tau_neg`` of the arguments, or SAPO's own."""
-    taus = {}
-    for name in ("tau_pos", "tau_neg"):
-        taus[name] = vars(args).get(name, getattr(AlgorithmConfig, name))
-        try:
-            check_temperature(name, taus[name])
-        except (TypeError, ValueError):
-            raise UserError(
-                f"{name}: expected a number > 0 in --custom-config-path, got {taus[name]!r}; "
-                f"write it as 1.05"
-            ) from None
-    return taus
+    given = vars(args)
+    pos = given.get("tau_pos", AlgorithmConfig.tau_pos)
+    neg = given.get("tau_neg", AlgorithmConfig.tau_neg)
+    try:
+        return Temperatures(pos, neg)
+    except (TypeError, ValueError):
+        raise UserError(
+            f"tau_pos, tau_neg: expected two numbers > 0 in --custom-config-path, got {pos!r}, "
+            f"{neg!r}; write them as 1.0 and 1.05"
+        ) from None
 
 
 @torch.no_grad()
-def token_values(
-    log_ratio: Tensor, advantages: Tensor, mask: Tensor, *, tau_pos: float, tau_neg: float
-) -> dict[str, Tensor]:
+def token_values(r: Ratio, temperatures: Temperatures) -> dict[str, Tensor]:
     """What is a mean over tokens, of each token."""
-    z = safe_log_ratio(log_ratio, mask)
-    ratio = z.exp()
-    tau = token_temperature(advantages.to(ratio.dtype), tau_pos, tau_neg)
+    tau = token_temperature(r.advantages, temperatures)
     return {
-        "ratio/mean": ratio,
-        "ratio/log_mean": z,
-        "ratio/log_square": z.square(),
-        "sapo/gate_mean": sapo_gate(ratio, tau),
-        "sapo/weight_mean": sapo_weight(ratio, tau),
+        "ratio/mean": r.ratio,
+        "ratio/log_mean": r.log_ratio,
+        "ratio/log_square": r.log_ratio.square(),
+        "sapo/gate_mean": sapo_gate(r.ratio, tau),
+        "sapo/weight_mean": sapo_weight(r.ratio, tau),
     }
 
 
 @torch.no_grad()
 def dashboard(
-    log_ratio: Tensor,
-    advantages: Tensor,
+    r: Ratio,
     masks: list[Tensor],
     whole_masks: list[Tensor],
     sum_of_sample_mean: Reducer,
     cp_group: dist.ProcessGroup | None,
-    taus: dict[str, float],
+    temperatures: Temperatures,
 ) -> dict[str, Tensor]:
     """``ratio/*`` and ``sapo/*`` of a micro-batch, as the host adds and divides them.
 
@@ -183,8 +177,7 @@ def dashboard(
     micro-batch and weighed with all its tokens: ``ratio/log_var`` is the variance within
     micro-batches. Collective over ``cp_group``, whose ranks hold parts of the same samples.
     """
-    mask = torch.cat(masks).to(log_ratio.device).bool()
-    values = token_values(log_ratio, advantages, mask, **taus)
+    values = token_values(r, temperatures)
     reported = {name: sum_of_sample_mean(value) for name, value in values.items()}
 
     z = values["ratio/log_mean"]
@@ -196,22 +189,18 @@ def dashboard(
     center = total / weight.clamp(min=torch.finfo(weight.dtype).tiny)
     reported["ratio/log_var"] = sum_of_sample_mean((z - center).square())
 
-    device = log_ratio.device
+    device = r.mask.device
     sizes = torch.tensor([len(part) for part in masks], device=device)
     measured = measure(
-        log_ratio,
-        advantages,
-        mask,
+        r,
+        temperatures,
         torch.arange(len(masks), device=device).repeat_interleave(sizes),
         torch.stack([part.sum() for part in whole_masks]).to(device).long(),
-        cp_group=cp_group,
-        **taus,
+        cp_group,
     )
     parts = {name: measured.means[name] for name in PER_SEQUENCE}
     count = parts["sapo/bound_lhs"].count
-    parts["sapo/bound_violation_share"] = parts["sapo/bound_lhs"]._replace(
-        total=measured.violations
-    )
+    parts["sapo/bound_violation_share"] = Part(measured.violations, count)
     reported |= {name: weight * part.total / count.clamp(min=1) for name, part in parts.items()}
     return reported
 
@@ -233,6 +222,6 @@ def ready(host: Host) -> None:
 
 
 @functools.cache
-def announce(tau_pos: float, tau_neg: float) -> None:
+def announce(temperatures: Temperatures) -> None:
     """Once a process: a misspelt name in the YAML file would leave a default unnoticed."""
-    logger.info("SAPO: tau_pos %s, tau_neg %s", tau_pos, tau_neg)
+    logger.info("SAPO: tau_pos %s, tau_neg %s", temperatures.pos, temperatures.neg)

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from sapo_megatron.errors import UserError
-from sapo_megatron.objective.ratio import masked
-from sapo_megatron.objective.sapo import sapo_token_loss
+from sapo_megatron.objective.ratio import Ratio, masked
+from sapo_megatron.objective.sapo import sapo_loss
 from sapo_megatron.patches.measure import Measured, log_variance, measure_rows
 from sapo_megatron.patches.replace import Host, Symbol, check
+from sapo_megatron.sample import Temperatures
 
 logger = logging.getLogger(__name__)
 
@@ -87,16 +88,16 @@ def policy_loss(
 
     if loss_agg_mode != SEQUENCE_MEAN:
         _warn_of_mode(loss_agg_mode)
-    taus = {"tau_pos": config.tau_pos, "tau_neg": config.tau_neg}
+    temperatures = Temperatures(config.tau_pos, config.tau_neg)
     mask = response_mask.bool()
-    log_ratio = log_prob - old_log_prob
-    token_loss = sapo_token_loss(log_ratio, advantages, mask=mask, **taus)
+    r = Ratio.of(log_prob - old_log_prob, advantages, mask)
+    token_loss = sapo_loss(r, temperatures)
     if rollout_is_weights is not None:
         token_loss = token_loss * masked(rollout_is_weights, mask)
     loss = agg_loss(
         loss_mat=token_loss, loss_mask=mask, loss_agg_mode=loss_agg_mode, **config.global_batch_info
     )
-    return loss, _report(measure_rows(log_ratio, advantages, mask, **taus), **taus)
+    return loss, _report(measure_rows(r, temperatures), temperatures)
 
 
 def install() -> None:
@@ -130,7 +131,7 @@ def _warn_of_mode(mode: str) -> None:
     logger.warning("loss_agg_mode %s: SAPO's own average is %s", mode, SEQUENCE_MEAN)
 
 
-def _report(measured: Measured, tau_pos: float, tau_neg: float) -> dict[str, float]:
+def _report(measured: Measured, temperatures: Temperatures) -> dict[str, float]:
     """One finite number a name for every micro-batch.
 
     verl averages over data-parallel ranks and micro-batches with equal weights, needs the same
@@ -139,16 +140,16 @@ def _report(measured: Measured, tau_pos: float, tau_neg: float) -> dict[str, flo
     """
     at_rest = {
         "ratio/mean": 1.0,
-        "sapo/gate_mean": 2 / tau_pos,
-        "sapo/gate_pos_mean": 2 / tau_pos,
-        "sapo/gate_neg_mean": 2 / tau_neg,
+        "sapo/gate_mean": 2 / temperatures.pos,
+        "sapo/gate_pos_mean": 2 / temperatures.pos,
+        "sapo/gate_neg_mean": 2 / temperatures.neg,
         "sapo/weight_mean": 1.0,
     }
     names = sorted(measured.means)
     parts = [measured.means[name] for name in names]
     others = torch.stack([measured.violations, measured.ratio_min, measured.ratio_max])
     # One transfer from the device for all.
-    totals, counts = torch.stack([torch.stack(part) for part in parts]).T.tolist()
+    totals, counts = torch.stack([part.pair() for part in parts]).T.tolist()
     violations, smallest, largest = others.tolist()
     report = {
         name: total / count if count else at_rest.get(name, 0.0)

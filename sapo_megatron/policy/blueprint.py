@@ -4,14 +4,14 @@ Process groups are pretended and tensors are on the meta device, so what is coun
 that training builds, with torch's layers in the place of Transformer Engine's.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
 from sapo_megatron.errors import UserError, one_line
 from sapo_megatron.hf.architecture import Architecture
 from sapo_megatron.policy import parallel
-from sapo_megatron.policy.model import PolicyModel, build_model
+from sapo_megatron.policy.gpt import LogprobGPT, build_model
 from sapo_megatron.policy.parallel import ParallelGroups
 from sapo_megatron.policy.spec import transformer_config
 from sapo_megatron.recipe.schema import Recipe
@@ -60,6 +60,12 @@ def stages(recipe: Recipe, arch: Architecture, world_size: int) -> list[Stage]:
 
 
 def _stage(recipe: Recipe, arch: Architecture, world_size: int, rank: int) -> Stage:
+    # Of the same shapes as those that the recipe may ask for, which need a GPU.
+    recipe = replace(
+        recipe,
+        model=replace(recipe.model, layers="torch", attention_backend="auto"),
+        parallel=replace(recipe.parallel, moe_token_dispatcher_type="alltoall"),
+    )
     config = transformer_config(arch, recipe.model, recipe.parallel)
     # Random numbers for tensors without data are most of the time that building takes.
     config.init_method = config.output_layer_init_method = config.embedding_init_method = _leave
@@ -75,7 +81,7 @@ def _stage(recipe: Recipe, arch: Architecture, world_size: int, rank: int) -> St
         return _count(chunks, groups, expert_tp=recipe.parallel.expert_tensor_parallel_size)
 
 
-def _count(chunks: list[PolicyModel], groups: ParallelGroups, *, expert_tp: int) -> Stage:
+def _count(chunks: list[LogprobGPT], groups: ParallelGroups, *, expert_tp: int) -> Stage:
     tp, expert_ranks = groups.tp.size(), groups.ep.size() * expert_tp
     dense = experts = total = total_experts = embeddings = 0
     for chunk in chunks:

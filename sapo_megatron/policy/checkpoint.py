@@ -16,7 +16,9 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing, tensor_parallel
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 
+from sapo_megatron.policy import compat
 from sapo_megatron.policy.step import Policy
 from sapo_megatron.runs.state import RunState, checkpoints, write_state
 
@@ -33,14 +35,18 @@ def save(policy: Policy, folder: Path, state: RunState, *, keep: int) -> Path:
         temporary.mkdir(parents=True)
     dist.barrier(policy.groups.world)
     metadata = _metadata(policy)
-    # Upstream's queue belongs to a process of its own, which outlives a rank that is killed; the
-    # one thread that writes needs no more than this.
+    # Upstream's queue belongs to a process of its own, which outlives a rank that is killed, as do
+    # its writers; threads need no more than this.
+    compat.write_with_threads()
     filesystem_async._results_queue = queue.SimpleQueue()
     dist_checkpointing.save(
         _sharded_state(policy, metadata, loading=False, with_rng=True),
         str(temporary),
         content_metadata={k: v for k, v in metadata.items() if isinstance(v, str)},
     )
+    if torch.cuda.is_available():
+        # The writer copied the whole state through pinned memory, which torch would keep.
+        torch._C._host_emptyCache()
     if dist.get_rank() == 0:
         write_state(temporary, state)
         shutil.rmtree(target, ignore_errors=True)
@@ -57,7 +63,7 @@ def load(policy: Policy, checkpoint: Path, state: RunState) -> None:
     with torch.no_grad():
         template = _sharded_state(policy, _metadata(policy), loading=True, with_rng=same_world)
         loaded = dist_checkpointing.load(template, str(checkpoint))
-        for i, chunk in enumerate(policy.chunks):
+        for i, chunk in enumerate(policy.model.chunks):
             chunk.load_state_dict(loaded[f"model{i}"])
         policy.optimizer.load_state_dict(loaded["optimizer"])
         _restore_steps(policy)
@@ -68,9 +74,19 @@ def load(policy: Policy, checkpoint: Path, state: RunState) -> None:
 
 
 def _restore_steps(policy: Policy) -> None:
-    """Give torch's Adam its step counts back: upstream leaves them in the parameter groups."""
+    """Give torch's Adam its step counts back: upstream leaves them in the parameter groups.
+
+    Of Adam in host memory it loads the moments and leaves the counts of a first, made-up step:
+    updates behind a resume would be up to a third too small until the counts have caught up.
+    """
     for part in policy.optimizer.chained_optimizers:
-        if isinstance(part.optimizer, torch.optim.Adam):
+        if isinstance(part.optimizer, HybridDeviceOptimizer):
+            step = float(part.optimizer.param_groups[0]["step"])
+            for inner in part.optimizer.sub_optimizers:
+                for state in inner.state.values():
+                    if "step" in state:
+                        state["step"] = torch.tensor(step)
+        elif isinstance(part.optimizer, torch.optim.Adam):
             for group in part.optimizer.param_groups:
                 step = group.pop("step")
                 for weight in group["params"]:
@@ -89,9 +105,9 @@ def _sharded_state(
 ) -> dict[str, Any]:
     state: dict[str, Any] = {
         f"model{i}": chunk.sharded_state_dict(metadata=metadata)
-        for i, chunk in enumerate(policy.chunks)
+        for i, chunk in enumerate(policy.model.chunks)
     }
-    models = dict(state) if len(policy.chunks) > 1 else state["model0"]
+    models = dict(state) if len(policy.model.chunks) > 1 else state["model0"]
     state["optimizer"] = policy.optimizer.sharded_state_dict(
         models, is_loading=loading, metadata=metadata
     )

@@ -70,8 +70,10 @@ def _patch_torch_cuda() -> None:
     cuda.get_rng_state = lambda device=None: torch.get_rng_state()
     cuda.set_rng_state = lambda state, device=None: torch.set_rng_state(state)
     cuda.manual_seed = torch.manual_seed
-    Tensor.cuda = lambda self, *args, **kwargs: self
-    torch.nn.Module.cuda = lambda self, device=None: self
+    tensor: Any = Tensor
+    tensor.cuda = lambda self, *args, **kwargs: self
+    module: Any = torch.nn.Module
+    module.cuda = lambda self, device=None: self
 
     # The distributed optimizer and gradient clipping recognise dtypes by their CUDA type names.
     # fp64 goes by the name of fp32: weights that are their own master copy.
@@ -83,7 +85,7 @@ def _patch_torch_cuda() -> None:
         name = type_of(self).replace("torch.", "torch.cuda.", 1)
         return name.replace("DoubleTensor", "FloatTensor")
 
-    Tensor.type = type_named_as_on_cuda
+    tensor.type = type_named_as_on_cuda
 
 
 class _TorchOnCpu(types.ModuleType):
@@ -107,14 +109,6 @@ def _softmax(x: Tensor, dim: int, dtype: torch.dtype | None = None) -> Tensor:
     return torch.softmax(x, dim, dtype=None if x.dtype == torch.float64 else dtype)
 
 
-def _without_fp8(init: Any) -> Any:
-    @functools.wraps(init)
-    def initialise(self: Any, fp8: Any = None) -> None:
-        init(self, None)
-
-    return initialise
-
-
 def _fp64_gradients(copy: Any) -> Any:
     """The optimizer's shards of fp64 weights take fp64 gradients, which upstream makes fp32."""
 
@@ -130,7 +124,7 @@ def _fp64_gradients(copy: Any) -> Any:
     return copy_gradients
 
 
-_torch_on_cpu = _TorchOnCpu("torch")
+_torch_on_cpu: Any = _TorchOnCpu("torch")
 for _name in ("tensor", "zeros", "ones", "empty", "full", "empty_like"):
     setattr(_torch_on_cpu, _name, _on_cpu(getattr(torch, _name)))
 _torch_on_cpu.softmax = _softmax
@@ -144,10 +138,7 @@ def _patch_megatron() -> None:
     from megatron.core.optimizer import clip_grads, distrib_optimizer, grad_scaler, optimizer
     from megatron.core.pipeline_parallel import schedules
     from megatron.core.tensor_parallel import random
-    from megatron.core.transformer import multi_latent_attention
     from megatron.core.transformer.moe import moe_utils, token_dispatcher
-
-    from sapo_megatron.policy.layers import DuplicatedLinear
 
     for module in (
         clip_grads,
@@ -165,21 +156,10 @@ def _patch_megatron() -> None:
     random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
 
-    # Upstream takes "no fp8" (False) for fp8 and goes on to ask Transformer Engine about it.
-    random.CheckpointWithoutOutput.__init__ = _without_fp8(random.CheckpointWithoutOutput.__init__)
-
     distributed = distrib_optimizer.DistributedOptimizer
     distributed._copy_model_grads_to_main_grads = _fp64_gradients(
         distributed._copy_model_grads_to_main_grads
     )
-
-    # It asks whether a layer is one of Transformer Engine's although there are none.
-    multi_latent_attention.HAVE_TE = False
-    # The kinds of linear that it accepts are Transformer Engine's, ModelOpt's and its own.
-    multi_latent_attention.Linear = DuplicatedLinear
-
-    # Named whether or not Transformer Engine is there; None selects the torch path.
-    moe_utils.te_general_gemm = None
 
     # The dispatcher wants its splits as numpy arrays; upstream converts only what was on a GPU.
     def to_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:

@@ -8,9 +8,10 @@ import torch
 import torch.distributed as dist
 from megatron.core.inference.contexts import StaticInferenceContext
 from megatron.core.models.common.embeddings import RotaryEmbedding
-from torch import Tensor, nn
+from megatron.core.transformer.module import MegatronModule
+from torch import Tensor
 
-from sapo_megatron.policy.step import FrozenPolicy
+from sapo_megatron.policy.model import Model
 from sapo_megatron.sample import DecodedRoutes
 
 
@@ -25,19 +26,20 @@ class _Alone:
 
 
 class MegatronDecoder:
-    """Implements ``rollout.generate.Decoder`` on this rank's chunks of the policy.
+    """Implements ``rollout.generate.Decoder`` on this rank's chunks of a model.
 
     Context-parallel ranks hold the same weights and decode as if they were data parallel.
     """
 
-    def __init__(self, policy: FrozenPolicy) -> None:
-        self.chunks = policy.chunks
-        self.groups = policy.groups
-        self.device = policy.groups.device
-        self._routers = policy.routers
-        self._prob_every = policy.view.prob_every
+    def __init__(self, model: Model) -> None:
+        self.chunks = model.chunks
+        self.groups = model.groups
+        self.device = model.groups.device
+        self._routers = model.routers
+        self._prob_every = model.view.prob_every
         self._recording = False
         self._fed: list[tuple[int, int]] = []
+        self._kept: list[Tensor] = []
         self._contexts: list[StaticInferenceContext] = []
         self._batch_size = self._max_length = 0
 
@@ -73,8 +75,8 @@ class MegatronDecoder:
     def start(self, batch_size: int, max_length: int) -> None:
         self._contexts = [StaticInferenceContext(batch_size, max_length) for _ in self.chunks]
         self._batch_size, self._max_length = batch_size, max_length
-        self._fed = []
-        keep = self._kept_rows if self._prob_every else None
+        self._fed, self._kept = [], []
+        keep = self._kept.__getitem__ if self._prob_every else None
         self._routers.begin(record=self._recording, keep=keep)
 
     def logits(self, tokens: Tensor) -> Tensor | None:
@@ -88,6 +90,7 @@ class MegatronDecoder:
         positions = torch.arange(offset, offset + length, device=self.device).expand(batch, -1)
         stages = self.groups.pp.size()
         self._fed.append((offset, length))
+        self._kept.append(self._kept_rows(offset, length))
         out: Tensor | None = None
         for chunk, (model, context) in enumerate(zip(self.chunks, self._contexts, strict=True)):
             context.sequence_len_offset = offset
@@ -102,7 +105,7 @@ class MegatronDecoder:
             assert model.post_process == (
                 chunk == len(self.chunks) - 1 and self.groups.pp.rank() == stages - 1
             )
-        if not self.groups.is_last_stage:
+        if out is None or not self.groups.is_last_stage:
             return None
         return out[:, -1, : self.chunks[-1].true_vocab_size]
 
@@ -122,13 +125,13 @@ class MegatronDecoder:
             (self._batch_size, len(positions), layers, routers.num_experts), device=self.device
         )
         for (offset, length), routes in zip(self._fed, routers.recorded(), strict=False):
-            # The routers' rows go position by position: [M, s B, k] -> [B, s, M, k].
-            chosen = routes.experts.int().unflatten(1, (length, self._batch_size))
-            experts[:, offset : offset + length, places] = chosen.permute(2, 1, 0, 3)
+            # The routers' rows go position by position: [s B, M, k] -> [B, s, M, k].
+            chosen = routes.experts.int().unflatten(0, (length, self._batch_size))
+            experts[:, offset : offset + length, places] = chosen.transpose(0, 1)
             kept = [positions.index(p) for p in range(offset, offset + length) if self._keeps(p)]
             if kept and routes.probs is not None:
-                values = routes.probs.unflatten(1, (len(kept), self._batch_size))
-                probs[:, kept[0] : kept[-1] + 1, places] = values.permute(2, 1, 0, 3)
+                values = routes.probs.unflatten(0, (len(kept), self._batch_size))
+                probs[:, kept[0] : kept[-1] + 1, places] = values.transpose(0, 1)
         for part in (experts, probs):
             # Pipeline group: each stage brings its layers, and all stages generate together.
             dist.all_reduce(part, group=self.groups.pp)
@@ -141,9 +144,8 @@ class MegatronDecoder:
     def _keeps(self, position: int) -> bool:
         return self._prob_every > 0 and position % self._prob_every == 0
 
-    def _kept_rows(self, call: int) -> Tensor:
-        """Rows of what was fed last at whose positions router probabilities are kept."""
-        offset, length = self._fed[call]
+    def _kept_rows(self, offset: int, length: int) -> Tensor:
+        """Rows of what is fed at whose positions router probabilities are kept."""
         kept = [s for s in range(length) if self._keeps(offset + s)]
         rows = torch.arange(self._batch_size * length, device=self.device)
         return rows.view(length, -1)[kept].flatten()
@@ -179,7 +181,7 @@ class MegatronDecoder:
         )
 
 
-def _set_sequence_parallel(model: nn.Module, on: bool) -> None:
+def _set_sequence_parallel(model: MegatronModule, on: bool) -> None:
     """Upstream's function of this kind remembers modules by ``id(model)``.
 
     That is wrong once a model is gone and another has taken its place in memory; and what it

@@ -55,7 +55,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def _norm_weight(config: TransformerConfig, size: int) -> nn.Parameter:
-    weight = nn.Parameter(
+    weight: Any = nn.Parameter(
         torch.ones(size, dtype=config.params_dtype, device=torch.cuda.current_device())
     )
     weight.sequence_parallel = config.sequence_parallel
@@ -100,10 +100,11 @@ class DuplicatedLinear(nn.Module):
             dtype=config.params_dtype,
             device=torch.cuda.current_device(),
         )
-        self.weight = nn.Parameter(weight)
+        parameter: Any = nn.Parameter(weight)
         if config.perform_initialization:
-            init_method(self.weight)
-        self.weight.sequence_parallel = config.sequence_parallel
+            init_method(parameter)
+        parameter.sequence_parallel = config.sequence_parallel
+        self.weight = parameter
 
     def forward(self, x: Tensor) -> tuple[Tensor, None]:
         return F.linear(x, self.weight), None

@@ -1,122 +1,149 @@
-"""The policy: a megatron-core GPTModel of an architecture, which answers with log-probs."""
+"""A model cut over the ranks: its weights, its routers, and passes over micro-batches."""
 
+import functools
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
-from megatron.core.models.gpt import GPTModel
-from megatron.core.transformer.multi_latent_attention import MLASelfAttention
-from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from sapo_megatron.hf.architecture import Architecture
-from sapo_megatron.objective.logprob import linear_logprobs, vocab_parallel_logprobs
+from sapo_megatron.policy import weights
+from sapo_megatron.policy.gpt import build_model
 from sapo_megatron.policy.parallel import ParallelGroups
-from sapo_megatron.policy.spec import block_spec
+from sapo_megatron.policy.routers import ModelRouters, RouterView
+from sapo_megatron.policy.spec import moe_layers, transformer_config
 from sapo_megatron.recipe.schema import Recipe
-
-LATENT_NORM_EPS = 1e-6
-"""Of the norms inside latent attention, whatever ``rms_norm_eps`` says, as in transformers."""
+from sapo_megatron.sample import PackedBatch, Routes
 
 
-class PolicyModel(GPTModel):
-    """A GPTModel that answers ``labels`` with log-probs and entropy instead of a loss."""
+@dataclass(frozen=True, kw_only=True)
+class Forward:
+    """What one rank has of a micro-batch's forward pass."""
 
-    def __init__(self, *, recipe: Recipe, true_vocab_size: int, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.fused = recipe.train.logprob == "fused"
-        self.chunk_size = recipe.train.logprob_chunk_size
-        self.temperature = recipe.rollout.temperature
-        self.entropy_has_gradient = recipe.algorithm.entropy_coef > 0
-        self.true_vocab_size = true_vocab_size
-        if self.config.params_dtype == torch.float64:
-            # Upstream computes the rotary frequencies in fp32, whatever the model's dtype.
-            for module in self.modules():
-                if isinstance(module, RotaryEmbedding):
-                    pairs = len(module.inv_freq)
-                    exponents = torch.arange(pairs, dtype=torch.float64) / pairs
-                    module.inv_freq = 1.0 / self.rotary_base**exponents
-        for module in self.modules():
-            if isinstance(module, MLASelfAttention):
-                for name in ("linear_q_up_proj", "linear_kv_up_proj"):
-                    if hasattr(module, name):
-                        getattr(module, name).eps = LATENT_NORM_EPS
-        for name, weight in self.named_parameters():
-            # Experts are reduced over their own data-parallel group in every layout. Upstream
-            # marks them only where ep > 1, which leaves tp > 1 with ep = 1 without a reduction
-            # over the ranks that the tokens are split over.
-            if ".mlp.experts." in name:
-                weight.allreduce = False
+    logprob: Tensor | None
+    """[T] of the targets; None off the last stage."""
+    routes: Routes | None = None
+    """None where nothing was recorded, or this rank has no layer with experts."""
 
-    def _postprocess(
-        self, hidden_states: Tensor, labels: Tensor | None = None, **kwargs: Any
-    ) -> Tensor:
-        """With ``labels [B, S]`` on the last stage: log-probs and entropy, ``[2, B, S]``."""
-        if labels is None or not self.post_process:
-            return super()._postprocess(hidden_states, labels=labels, **kwargs)
-        weight = (
-            self.shared_embedding_or_output_weight()
-            if self.share_embeddings_and_output_weights
-            else self.output_layer.weight
+
+class Model:
+    """The model of a Hugging Face folder on this rank, which answers with log-probs."""
+
+    def __init__(
+        self, recipe: Recipe, arch: Architecture, groups: ParallelGroups, folder: Path
+    ) -> None:
+        """Collective over all ranks. Raises UserError for weights that do not fit."""
+        self.groups = groups
+        self.config = transformer_config(arch, recipe.model, recipe.parallel)
+        self.chunks = build_model(arch, self.config, groups, recipe)
+        self.weights = weights.HuggingFaceWeights(self.chunks, arch, groups, folder)
+        self.weights.load()
+        self.routers = ModelRouters(self.chunks, self.config, moe_layers(self.config))
+        self.view = RouterView(
+            routers=self.routers, groups=groups, prob_every=recipe.routing.kept_every
         )
-        options = {
-            "temperature": self.temperature,
-            "with_entropy": True,
-            "chunk_size": self.chunk_size,
-            "vocab_size": self.true_vocab_size,
-        }
-        # [B, S] -> [S, B], the order of the hidden states.
-        targets = labels.transpose(0, 1).contiguous()
-        if self.fused:
-            logprob, entropy = linear_logprobs(
-                hidden_states.flatten(0, 1),
-                weight,
-                targets.flatten(),
-                self.pg_collection.tp,
-                sequence_parallel=self.config.sequence_parallel,
-                **options,
-            )
-            logprob, entropy = logprob.view_as(targets), entropy.view_as(targets)
-        else:
-            logits, _ = self.output_layer(hidden_states, weight=weight)
-            logprob, entropy = vocab_parallel_logprobs(
-                logits, targets, self.pg_collection.tp, **options
-            )
-        if not self.entropy_has_gradient:
-            entropy = entropy.detach()
-        return torch.stack((logprob, entropy)).transpose(1, 2)
 
+    @torch.no_grad()
+    def forward(
+        self,
+        batches: Sequence[PackedBatch],
+        *,
+        replay: Sequence[Tensor] | None = None,
+        record: bool = False,
+    ) -> list[Forward]:
+        """Each micro-batch's log-probs and, with ``record``, routes. Collective over all ranks.
 
-def build_model(
-    arch: Architecture, config: TransformerConfig, groups: ParallelGroups, recipe: Recipe
-) -> list[PolicyModel]:
-    """This rank's chunks of the model, one per virtual stage; weights are not initialised."""
-    stages = config.virtual_pipeline_model_parallel_size
-    chunks = []
-    for chunk in range(stages or 1):
-        vp_stage = None if stages is None else chunk
-        first, last = chunk == 0, chunk == (stages or 1) - 1
-        model = PolicyModel(
-            config=config,
-            transformer_layer_spec=block_spec(config, groups, vp_stage),
-            vocab_size=padded_vocab_size(arch.vocab_size, config),
-            max_sequence_length=arch.max_position_embeddings,
-            pre_process=groups.is_first_stage and first,
-            post_process=groups.is_last_stage and last,
-            share_embeddings_and_output_weights=arch.tied_embeddings,
-            position_embedding_type="rope",
-            rotary_percent=arch.rope.fraction,
-            rotary_base=arch.rope.theta,
-            pg_collection=groups.megatron,
-            vp_stage=vp_stage,
-            recipe=recipe,
-            true_vocab_size=arch.vocab_size,
+        ``replay`` has each micro-batch's experts ``[N, M, k]``, as in ``sample.Routes``.
+        """
+
+        def loss_function(batch: PackedBatch) -> Callable[..., Tensor]:
+            return lambda output, non_loss_data: output[0].flatten()
+
+        outputs, routes = self.run(
+            batches, loss_function, models=self.chunks, train=False, replay=replay, record=record
         )
-        chunks.append(model.to(groups.device))
-    return chunks
+        return forwards_of(outputs, routes, batches)
+
+    def run(
+        self,
+        batches: Sequence[PackedBatch],
+        loss_function: Callable[[PackedBatch], Callable[..., Any]],
+        *,
+        models: Sequence[Any],
+        train: bool,
+        replay: Sequence[Tensor] | None,
+        record: bool,
+    ) -> tuple[list[Any], list[Routes]]:
+        """Through Megatron's schedule, forward or (``train``) there and back.
+
+        ``models``: the chunks, or what wraps them. Returns what ``loss_function(batch)`` reported,
+        on the last stage, and routes (where ``record`` and there are experts), both in the order of
+        the micro-batches. Collective over all ranks.
+        """
+
+        def forward_step(iterator: Iterator[PackedBatch], model: Any) -> tuple[Any, Callable]:
+            batch = next(iterator)
+            rows = len(batch.lengths) if batch.padded else 1
+            output = model(
+                input_ids=batch.tokens.view(rows, -1),
+                position_ids=batch.position_ids.view(rows, -1),
+                attention_mask=None,
+                labels=batch.targets.view(rows, -1),
+                packed_seq_params=None if batch.padded else _packed_seq_params(batch),
+            )
+            return output, loss_function(batch)
+
+        @functools.cache  # every layer's router asks, and the answer makes the host wait
+        def kept_rows(number: int) -> Tensor:
+            return self.view.kept_rows(batches[number])
+
+        keep = kept_rows if self.view.prob_every else None
+        with self.routers.watching(replay=replay, record=record, keep=keep) as routes:
+            outputs = get_forward_backward_func()(
+                forward_step_func=forward_step,
+                data_iterator=[iter(batches) for _ in models],
+                model=list(models),
+                num_microbatches=len(batches),
+                seq_length=len(batches[0].tokens) * self.groups.cp.size(),
+                micro_batch_size=1,
+                forward_only=not train,
+                collect_non_loss_data=not train,
+            )
+        return outputs, routes
+
+    @contextmanager
+    def at_temperature(self, temperature: float) -> Iterator[None]:
+        """Log-probs at another temperature than the recipe's, while the block lasts."""
+        head = self.chunks[-1]
+        before, head.temperature = head.temperature, temperature
+        try:
+            yield
+        finally:
+            head.temperature = before
 
 
-def padded_vocab_size(vocab_size: int, config: TransformerConfig) -> int:
-    """The vocabulary rounded up so that it divides by the tensor-parallel size."""
-    tp = config.tensor_model_parallel_size
-    return -(-vocab_size // tp) * tp
+def forwards_of(
+    logprobs: Sequence[Tensor], routes: Sequence[Routes], batches: Sequence[PackedBatch]
+) -> list[Forward]:
+    """By micro-batch; a rank may have neither the log-probs nor the routes."""
+    return [
+        Forward(logprob=logprob, routes=route)
+        for _, logprob, route in itertools.zip_longest(batches, logprobs, routes)
+    ]
+
+
+def _packed_seq_params(batch: PackedBatch) -> PackedSeqParams:
+    return PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=batch.cu_seqlens,
+        cu_seqlens_kv=batch.cu_seqlens,
+        max_seqlen_q=batch.max_seqlen,
+        max_seqlen_kv=batch.max_seqlen,
+    )

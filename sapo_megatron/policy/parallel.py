@@ -16,8 +16,10 @@ from megatron.core.models.common.embeddings import RotaryEmbedding, YarnRotaryEm
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch.distributed import ProcessGroup
 
+from sapo_megatron.data.batch import MicroBatching
 from sapo_megatron.errors import RunFailed, UserError, one_line
 from sapo_megatron.policy import cpu
+from sapo_megatron.policy.machine import check_parallel
 from sapo_megatron.recipe.schema import ParallelConfig, Recipe
 
 T = TypeVar("T")
@@ -58,20 +60,20 @@ class ParallelGroups:
     def is_leader(self) -> bool:
         return dist.get_rank() == self.leader
 
-    def batch_layout(self, recipe: Recipe) -> dict[str, Any]:
-        """What ``batch.micro_batches`` needs to know of this rank's place."""
+    def micro_batching(self, recipe: Recipe) -> MicroBatching:
+        """How this rank's part of a mini-batch is cut."""
         parallel = recipe.parallel
         interleaved = parallel.virtual_pipeline_model_parallel_size is not None
-        return {
-            "dp_rank": self.dp.rank(),
-            "dp_size": self.dp.size(),
-            "cp_rank": self.cp.rank(),
-            "cp_size": self.cp.size(),
-            "tp_size": self.tp.size(),
-            "max_tokens": recipe.train.max_tokens_per_gpu * self.cp.size(),
-            "packing": recipe.train.packing,
-            "count_multiple": self.pp.size() if interleaved else 1,
-        }
+        return MicroBatching(
+            dp_rank=self.dp.rank(),
+            dp_size=self.dp.size(),
+            cp_rank=self.cp.rank(),
+            cp_size=self.cp.size(),
+            tp_size=self.tp.size(),
+            max_tokens=recipe.train.max_tokens_per_gpu * self.cp.size(),
+            packing=recipe.train.packing,
+            count_multiple=self.pp.size() if interleaved else 1,
+        )
 
 
 def launched() -> bool:
@@ -79,13 +81,14 @@ def launched() -> bool:
     return "RANK" in os.environ
 
 
-def setup(parallel: ParallelConfig, *, seed: int, timeout_s: float = 1800.0) -> ParallelGroups:
+def setup(parallel: ParallelConfig, *, seed: int) -> ParallelGroups:
     """Join the processes of this run and cut them into groups.
 
     Collective over all processes. Uses nccl where there is CUDA, gloo elsewhere. Raises UserError
     for a layout that needs a GPU where there is none.
     """
-    check_device(parallel)
+    check_parallel(parallel)
+    timeout_s = parallel.distributed_timeout_s
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
@@ -109,7 +112,7 @@ def pretended(parallel: ParallelConfig, *, rank: int, world_size: int) -> Iterat
     """
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    check_device(parallel)
+    check_parallel(parallel)
     assert not dist.is_initialized(), "this process is part of a real world"
     cpu.enable()
     hook = sys.excepthook
@@ -118,7 +121,7 @@ def pretended(parallel: ParallelConfig, *, rank: int, world_size: int) -> Iterat
         _lay_out(parallel, create_gloo_process_groups=False)
         meta = torch.device("meta")
         with meta:
-            yield _groups(dist.group.WORLD, meta)
+            yield _groups(dist.distributed_c10d._get_default_group(), meta)
     finally:
         teardown()
         shutdown()
@@ -152,14 +155,18 @@ def _groups(world: ProcessGroup, device: torch.device) -> ParallelGroups:
     )
 
 
-def check_device(parallel: ParallelConfig) -> None:
-    """Raises UserError for a layout that this machine's kind of device cannot run."""
-    size = parallel.expert_tensor_parallel_size
-    if size > 1 and not torch.cuda.is_available():
-        raise UserError(
-            f"parallel.expert_tensor_parallel_size: expected 1 without a GPU (gloo has no uneven "
-            f"all-gather), got {size}; remove it"
-        )
+def data_parallel_blocks(groups: ParallelGroups) -> list[list[int]]:
+    """The global ranks that have the sequences of each data-parallel rank, in its order.
+
+    Collective over all ranks.
+    """
+    places: list[Any] = [None] * dist.get_world_size()
+    # Over the world: each rank says its own place.
+    dist.all_gather_object(places, groups.dp.rank(), group=groups.world)
+    return [
+        [rank for rank, found in enumerate(places) if found == place]
+        for place in range(groups.dp.size())
+    ]
 
 
 def on_first_rank(groups: ParallelGroups, function: Callable[[], T]) -> T:
@@ -192,9 +199,9 @@ def failing_together(groups: ParallelGroups) -> Iterator[None]:
     errors: list[Any] = [None] * dist.get_world_size()
     # Over the world: every rank comes here, whatever happened in its block.
     dist.all_gather_object(errors, mine, group=groups.world)
-    for error in errors:
-        if error is not None:
-            raise error from None
+    first = next((error for error in errors if error is not None), None)
+    if first is not None:
+        raise first from None
 
 
 def shutdown() -> None:

@@ -41,6 +41,8 @@ class LayerRouter(RouterReplay):
         # Not upstream's: that would enter this router in the list of the process.
         self.layer = router.layer_number - 1
         self._router = router
+        self._replay: Sequence[Tensor] | None
+        self._keep: KeptRows | None
         self.reset()
 
     def begin(self, replay: Sequence[Tensor] | None, record: bool, keep: KeptRows | None) -> None:
@@ -52,8 +54,8 @@ class LayerRouter(RouterReplay):
     def reset(self) -> None:
         """Back to a router that is neither watched nor told what to choose."""
         self._active = self._recording = False
-        self._replay: Sequence[Tensor] | None = None
-        self._keep: KeptRows | None = None
+        self._replay = None
+        self._keep = None
         self._forwards = self._recomputations = 0
         self.experts: list[Tensor] = []
         self.probs: list[Tensor] = []
@@ -69,6 +71,7 @@ class LayerRouter(RouterReplay):
         """Called by the router with ``scores [N, E]``: values and indices ``[N, k]``."""
 
         def choose(among: Tensor) -> tuple[Tensor, Tensor]:
+            assert default_compute_topk is not None, "upstream's router passes its own"
             return default_compute_topk(among, topk, num_groups=num_groups, group_topk=group_topk)
 
         if not self._active:
@@ -77,17 +80,15 @@ class LayerRouter(RouterReplay):
             batch, self._recomputations = self._recomputations, self._recomputations + 1
             return choose(scores) if self._replay is None else self._replayed(scores, batch)
         batch, self._forwards = self._forwards, self._forwards + 1
-        if self._replay is None:
-            own = used = choose(scores)
-        else:
-            used = self._replayed(scores, batch)
-            # Outside the graph: a recomputation, which records nothing, must build the same.
-            own = choose(scores.detach()) if self._recording else None
+        used = choose(scores) if self._replay is None else self._replayed(scores, batch)
         if self._recording:
+            # Outside the graph: a recomputation, which records nothing, must build the same.
+            own = used if self._replay is None else choose(scores.detach())
             self._record(scores.detach(), own[1], batch)
         return used
 
     def _replayed(self, scores: Tensor, batch: int) -> tuple[Tensor, Tensor]:
+        assert self._replay is not None
         experts = self._replay[batch].to(scores.device, torch.int64)
         assert len(experts) == len(scores), (
             f"layer {self.layer}, micro-batch {batch}: routes of {len(experts)} tokens for "
@@ -147,7 +148,7 @@ class ModelRouters:
         record: bool = False,
         keep: KeptRows | None = None,
     ) -> Iterator[list[Routes]]:
-        """One pass over micro-batches, each of which replays its ``[M, N, k]`` of ``replay``.
+        """One pass over micro-batches, each of which replays its ``[N, M, k]`` of ``replay``.
 
         With ``record``, the list holds what the routers chose, or under replay would have chosen,
         for each micro-batch once the block is through. The passes may recompute activations.
@@ -169,9 +170,9 @@ class ModelRouters:
     ) -> None:
         """What :meth:`watching` does at its start."""
         for routes in replay or ():
-            assert len(routes) == len(self._routers), "routes of every layer of this rank"
+            assert routes.shape[1] == len(self._routers), "routes of every layer of this rank"
         for i, router in enumerate(self._routers):
-            router.begin(None if replay is None else [r[i] for r in replay], record, keep)
+            router.begin(None if replay is None else [r[:, i] for r in replay], record, keep)
 
     def recorded(self) -> list[Routes]:
         """What was chosen since :meth:`begin`, by call."""
@@ -179,8 +180,8 @@ class ModelRouters:
         probs = list(zip(*(r.probs for r in self._routers), strict=True))
         return [
             Routes(
-                experts=torch.stack(chosen),
-                probs=torch.stack(probs[i]) if probs else None,
+                experts=torch.stack(chosen, dim=1),
+                probs=torch.stack(probs[i], dim=1) if probs else None,
             )
             for i, chosen in enumerate(experts)
         ]
@@ -244,10 +245,11 @@ class RouterView:
         experts = padded_experts(experts, fed, routers.num_experts)
         probs = None
         if batch.rollout_probs is not None:
+            assert batch.rollout_probs_row is not None, "probabilities come with their rows"
             kept = batch.rollout_probs_row[rows][self.kept_rows(batch)]
             assert bool((kept >= 0).all()), "both engines keep them at the same positions"
-            probs = batch.rollout_probs[kept][:, routers.places].transpose(0, 1)
-        return Routes(experts=experts[rows][:, routers.places].transpose(0, 1), probs=probs)
+            probs = batch.rollout_probs[kept][:, routers.places]
+        return Routes(experts=experts[rows][:, routers.places], probs=probs)
 
 
 def padded_experts(experts: Tensor, fed: Tensor, num_experts: int) -> Tensor:

@@ -1,8 +1,9 @@
 """What megatron-core builds of an architecture: its TransformerConfig and its layer specs.
 
-Transformer Engine's layers where there is CUDA, torch layers of the same names elsewhere.
+Transformer Engine's layers, or torch layers of the same names, as ``model.layers`` says.
 """
 
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.backends import BackendSpecProvider
 from megatron.core.models.gpt.gpt_layer_specs import get_mlp_module_spec_for_backend
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
-from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.enums import AttnBackend, AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.multi_latent_attention import MLASelfAttentionSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -35,12 +36,17 @@ from sapo_megatron.hf.architecture import (
     Experts,
     GroupedQueryAttention,
     LatentAttention,
+    Rope,
 )
+from sapo_megatron.policy import compat
 from sapo_megatron.policy.compat import LatentSelfAttention
-from sapo_megatron.policy.layers import TorchSpecProvider
+from sapo_megatron.policy.layers import DuplicatedLinear, TorchSpecProvider
+from sapo_megatron.policy.machine import with_transformer_engine
 from sapo_megatron.policy.parallel import ParallelGroups
 from sapo_megatron.recipe.schema import ModelConfig, ParallelConfig
 
+FUSED_GRADIENTS = "fused_weight_gradient_mlp_cuda"
+"""Apex's module that adds weight gradients to DDP's buffer inside the matrix product."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 
@@ -49,11 +55,6 @@ def transformer_config(
 ) -> TransformerConfig:
     """megatron-core's configuration of ``arch``. Raises UserError for what it refuses."""
     dtype = DTYPES[model.params_dtype]
-    if torch.cuda.is_available() and dtype == torch.float64:
-        raise UserError(
-            "model.params_dtype: expected float32 or bfloat16 on a GPU, got float64, which "
-            "Transformer Engine does not compute in; change it"
-        )
     settings = {
         "num_layers": arch.num_layers,
         "hidden_size": arch.hidden_size,
@@ -68,24 +69,28 @@ def transformer_config(
         "params_dtype": dtype,
         "pipeline_dtype": dtype,
         "bf16": dtype == torch.bfloat16,
-        **_execution(arch, parallel),
+        **_execution(arch, model, parallel),
     }
     if arch.experts:
         settings |= _expert_settings(arch, arch.experts, model)
-    latent = isinstance(arch.attention, LatentAttention)
-    settings |= _latent_settings(arch) if latent else _grouped_query_settings(arch.attention)
+    kind: type[TransformerConfig] = TransformerConfig
+    if isinstance(arch.attention, LatentAttention):
+        kind = MLATransformerConfig
+        settings |= _latent_settings(arch.attention, arch.rope)
+    else:
+        settings |= _grouped_query_settings(arch.attention)
     try:
-        return (MLATransformerConfig if latent else TransformerConfig)(**settings)
+        return kind(**settings)
     except (AssertionError, ValueError) as error:
         message = one_line(error)
         raise UserError(f"model and parallel: megatron-core refuses them: {message}") from None
 
 
-def _execution(arch: Architecture, parallel: ParallelConfig) -> dict[str, Any]:
+def _execution(arch: Architecture, model: ModelConfig, parallel: ParallelConfig) -> dict[str, Any]:
     """How the model is cut and run."""
-    on_gpu = torch.cuda.is_available()
+    on_gpu, with_te = torch.cuda.is_available(), with_transformer_engine(model)
     tp = parallel.tensor_model_parallel_size
-    settings = {
+    settings: dict[str, Any] = {
         "tensor_model_parallel_size": tp,
         "sequence_parallel": tp > 1,
         "pipeline_model_parallel_size": parallel.pipeline_model_parallel_size,
@@ -100,19 +105,21 @@ def _execution(arch: Architecture, parallel: ParallelConfig) -> dict[str, Any]:
         "recompute_num_layers": parallel.recompute_num_layers,
         "variable_seq_lengths": True,
         # Also where there are no experts: the default does not go with variable lengths.
-        "moe_token_dispatcher_type": "alltoall",
+        "moe_token_dispatcher_type": parallel.moe_token_dispatcher_type,
+        "attention_backend": AttnBackend[model.attention_backend],
         "deallocate_pipeline_outputs": True,
         # Interleaved stages send both ways at once; batched, two ranks would mistake one transfer
         # for the other.
         "overlap_p2p_comm": parallel.virtual_pipeline_model_parallel_size is not None,
         "batch_p2p_comm": False,
         "use_cpu_initialization": not on_gpu,
-        "gradient_accumulation_fusion": on_gpu,
+        # The output layer is megatron-core's own, and refuses without this module of Apex's.
+        "gradient_accumulation_fusion": on_gpu and find_spec(FUSED_GRADIENTS) is not None,
         "masked_softmax_fusion": on_gpu,
         "bias_activation_fusion": on_gpu,
         "bias_dropout_fusion": on_gpu,
         # Of latent attention upstream fuses yarn only, and not in inference.
-        "apply_rope_fusion": on_gpu and isinstance(arch.attention, GroupedQueryAttention),
+        "apply_rope_fusion": with_te and isinstance(arch.attention, GroupedQueryAttention),
     }
     if parallel.recompute_modules is not None:
         settings["recompute_modules"] = list(parallel.recompute_modules)
@@ -129,8 +136,8 @@ def _grouped_query_settings(attention: GroupedQueryAttention) -> dict[str, Any]:
     }
 
 
-def _latent_settings(arch: Architecture) -> dict[str, Any]:
-    attention, yarn = arch.attention, arch.rope.yarn
+def _latent_settings(attention: LatentAttention, rope: Rope) -> dict[str, Any]:
+    yarn = rope.yarn
     settings = {
         "num_attention_heads": attention.num_heads,
         "q_lora_rank": attention.q_lora_rank,
@@ -140,7 +147,7 @@ def _latent_settings(arch: Architecture) -> dict[str, Any]:
         "v_head_dim": attention.v_head_dim,
         "qk_layernorm": True,
         "rope_type": "yarn" if yarn else "rope",
-        "rotary_base": arch.rope.theta,
+        "rotary_base": rope.theta,
         # Also without yarn: the scale of the scores is computed from it.
         "rotary_scaling_factor": yarn.factor if yarn else 1.0,
     }
@@ -171,7 +178,7 @@ def _expert_settings(arch: Architecture, experts: Experts, model: ModelConfig) -
         "moe_router_load_balancing_type": "aux_loss" if model.moe_aux_loss_coeff else "none",
         "moe_aux_loss_coeff": model.moe_aux_loss_coeff,
         "moe_grouped_gemm": True,
-        "moe_permute_fusion": torch.cuda.is_available(),
+        "moe_permute_fusion": with_transformer_engine(model),
     }
     if experts.groups > 1:
         settings["moe_router_num_groups"] = experts.groups
@@ -185,10 +192,10 @@ def moe_layers(config: TransformerConfig) -> list[int]:
 
 
 def block_spec(
-    config: TransformerConfig, groups: ParallelGroups, vp_stage: int | None
+    config: TransformerConfig, groups: ParallelGroups, vp_stage: int | None, model: ModelConfig
 ) -> TransformerBlockSubmodules:
     """The specs of the layers that this virtual stage holds."""
-    backend = _backend()
+    backend = _backend(model)
     dense = _layer_spec(config, backend, num_experts=None)
     moe = _layer_spec(config, backend, config.num_moe_experts) if config.num_moe_experts else dense
     layers = [moe if freq else dense for freq in _layer_freq(config)]
@@ -200,8 +207,9 @@ def block_spec(
     )
 
 
-def _backend() -> BackendSpecProvider:
-    if not torch.cuda.is_available():
+def _backend(model: ModelConfig) -> BackendSpecProvider:
+    if not with_transformer_engine(model):
+        compat.allow_torch_layers(DuplicatedLinear)
         return TorchSpecProvider()
     from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
 

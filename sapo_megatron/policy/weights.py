@@ -26,7 +26,7 @@ from sapo_megatron.hf.architecture import Architecture
 from sapo_megatron.hf.folder import INDEX, NOT_WEIGHTS, Checkpoint, Listed
 from sapo_megatron.hf.names import Entry, Named, Plain, entry
 from sapo_megatron.policy import parallel
-from sapo_megatron.policy.model import PolicyModel
+from sapo_megatron.policy.gpt import LogprobGPT
 from sapo_megatron.policy.parallel import ParallelGroups
 from sapo_megatron.policy.spec import DTYPES
 from sapo_megatron.recipe.schema import ModelConfig
@@ -36,11 +36,17 @@ SHARD_BYTES = 4 * 2**30
 
 
 def save_random(arch: Architecture, model: ModelConfig, folder: Path, *, seed: int) -> None:
-    """Write a freshly initialised model of architecture ``arch`` to ``folder``."""
-    config = transformers.AutoConfig.for_model(**arch.config)
+    """Write a freshly initialised model of architecture ``arch`` to ``folder``.
+
+    Every row of the embedding is drawn. transformers leaves that of ``pad_token_id`` at zero, where
+    the first norm amplifies by 1 / sqrt(eps): once such a token is sampled, its gradient is a
+    hundred thousand times that of any other.
+    """
+    config = transformers.AutoConfig.for_model(**{**arch.config, "pad_token_id": None})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         fresh = transformers.AutoModelForCausalLM.from_config(config)
+    fresh.config.pad_token_id = arch.config.get("pad_token_id")
     with whole_folder(folder) as temporary:
         fresh.to(DTYPES[model.params_dtype]).save_pretrained(temporary)
 
@@ -72,7 +78,7 @@ class HuggingFaceWeights:
     """The chunks' weights as a Hugging Face folder: read here, written in the same format."""
 
     def __init__(
-        self, chunks: list[PolicyModel], arch: Architecture, groups: ParallelGroups, folder: Path
+        self, chunks: list[LogprobGPT], arch: Architecture, groups: ParallelGroups, folder: Path
     ) -> None:
         self._chunks = chunks
         self._arch = arch
@@ -127,7 +133,7 @@ class HuggingFaceWeights:
         """
         rank = dist.get_rank()
         weights = enumerate(self._weights())
-        position, tensors = -1, iter([])
+        position, tensors = -1, iter(list[Named]())
         for turn, owner, listed in self._schedule():
             while position < turn:  # every rank of a weight's group comes to it in the same turn
                 position, weight = next(weights, (turn, None))
@@ -199,12 +205,13 @@ class HuggingFaceWeights:
                 else:
                     yield _Weight(found, tensor, self._groups.tp, self._groups.dp_cp)
 
-    def _name_in_whole_model(self, name: str, chunk: PolicyModel) -> str:
+    def _name_in_whole_model(self, name: str, chunk: LogprobGPT) -> str:
         words = name.split(".")
         if words[:2] != ["decoder", "layers"]:
             return name
         words[2] = str(chunk.decoder.layers[int(words[2])].layer_number - 1)
         if ".mlp.experts." in name:
+            assert self._arch.experts, "only a model with experts has such weights"
             local = self._arch.experts.number // self._groups.ep.size()
             expert = self._groups.ep.rank() * local + int(words[-1].removeprefix("weight"))
             words[-1] = f"weight{expert}"

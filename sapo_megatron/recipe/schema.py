@@ -5,6 +5,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from sapo_megatron.sample import Temperatures
+
 Count = Annotated[int, Field(gt=0)]
 Whole = Annotated[int, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
@@ -29,6 +31,11 @@ class ModelConfig:
     init: Literal["pretrained", "random"] = "pretrained"
     """Start from the weights at ``path``, or from random ones of its architecture."""
     params_dtype: Literal["float32", "bfloat16", "float64"] = "bfloat16"
+    layers: Literal["auto", "transformer_engine", "torch"] = "auto"
+    """Whose layers: Transformer Engine's, torch's (a reference, and slower), or (auto) Transformer
+    Engine's on GPUs and torch's elsewhere."""
+    attention_backend: Literal["auto", "flash", "fused", "unfused"] = "auto"
+    """Which attention Transformer Engine takes; auto: its own choice."""
     moe_router_dtype: Literal["fp32", "fp64"] = "fp32"
     moe_aux_loss_coeff: NotNegative = 0.0
 
@@ -43,6 +50,11 @@ class ParallelConfig:
     context_parallel_size: Count = 1
     expert_model_parallel_size: Count = 1
     expert_tensor_parallel_size: Count = 1
+    moe_token_dispatcher_type: Literal["alltoall", "flex"] = "alltoall"
+    """How tokens reach their experts: NCCL's all-to-all, or DeepEP (flex), which is faster across
+    nodes and a package of its own."""
+    distributed_timeout_s: Positive = 1800.0
+    """Seconds that a rank waits for the others, rollouts and hand-overs of weights included."""
     num_layers_in_first_pipeline_stage: Count | None = None
     num_layers_in_last_pipeline_stage: Count | None = None
     recompute_granularity: Literal["full", "selective"] | None = None
@@ -150,12 +162,20 @@ class RoutingConfig:
     router_replay: Literal["disabled", "R2", "R3"] = "disabled"
     """Whose experts the training passes use: their own routers' (disabled), those of the old
     policy in the training engine (R2, from the first update on), or the rollout engine's (R3)."""
+    observe: bool = True
+    """Whether the routers' choices are recorded and compared, and the ratios' variance measured:
+    ``routing/*``, ``variance/*``, ``sapo/bound_*``; the rest of this section says how much."""
     decompose_every: Whole = 16
     """Updates between splits of Var[log r] into weights, router and covariance (two more forward
     passes of one mini-batch); 0: never."""
     prob_every: Whole = 16
     """Positions between tokens whose router probabilities are kept for ``tv`` and
     ``shift_factor``; 0: none are."""
+
+    @property
+    def kept_every(self) -> int:
+        """``prob_every`` where routers are observed, else 0."""
+        return self.prob_every if self.observe else 0
 
 
 LossType = Literal["sapo", "grpo", "gspo", "cispo"]
@@ -189,6 +209,11 @@ class AlgorithmConfig:
     """Weight of the KL to the frozen initial policy; > 0 keeps a reference model."""
     kl_type: Literal["k1", "k2", "k3"] = "k3"
     entropy_coef: NotNegative = 0.0
+
+    @property
+    def temperatures(self) -> Temperatures:
+        """Of SAPO's gate. Raises ValueError unless both are finite and > 0."""
+        return Temperatures(self.tau_pos, self.tau_neg)
 
     @property
     def clip_range(self) -> tuple[float, float]:

@@ -22,6 +22,7 @@ from sapo_megatron.errors import RunFailed, UserError
 from sapo_megatron.metrics import Max, Mean, Metrics, Std, Sum
 from sapo_megatron.objective.advantage import zero_std
 from sapo_megatron.recipe.schema import RolloutConfig
+from sapo_megatron.rollout.exchange import HeldRoutes, exchange_samples
 from sapo_megatron.rollout.generate import Request, SamplingParams, part_of
 from sapo_megatron.rollout.reward import Scorer
 from sapo_megatron.sample import Group, Prompt, Sample
@@ -79,7 +80,9 @@ class Responses:
     """Scored responses to some prompts, and what they took."""
 
     groups: list[Group]
-    """The same on every rank."""
+    """The same on every rank, routes aside, which are where they were made."""
+    held: dict[int, HeldRoutes]
+    """Where that is, by uid of the sample."""
     metrics: Metrics
     """Failures of rewards and times, of this rank; what making the engine ready took."""
 
@@ -94,19 +97,21 @@ class Collector:
         tokenizer: Tokenizer,
         scorer: Scorer | None,
         config: RolloutConfig,
+        with_routes: bool,
         part: int,
         parts: int,
         world: dist.ProcessGroup,
     ) -> None:
-        """``scorer``: on the leader of each model-parallel block, None elsewhere; ``part``: which
-        of ``parts`` of the requests this rank's block generates; ``world``: every rank, carries
-        host objects.
+        """``scorer``: on the leader of each model-parallel block, None elsewhere; ``with_routes``:
+        whether training wants them; ``part``: which of ``parts`` equal parts of the requests
+        this rank's block generates; ``world``: every rank, carries host objects.
         """
         self.tokenizer = tokenizer
         self._engine = engine
         self._scorer = scorer
         self._config = config
-        self._part = part, parts
+        self._with_routes = with_routes
+        self._place = part, parts
         self._world = world
         self._thread = ThreadPoolExecutor(1) if engine.background else None
         self._ahead: _Pending | None = None
@@ -134,13 +139,15 @@ class Collector:
         self._cursor_before = source.state_dict()
         prompts = source.next(self._config.rollout_batch_size)
         params = self._params(seed)
-        self._ahead = self._begin(prompts, self._config.num_generations, params, record=True)
+        self._ahead = self._begin(
+            prompts, self._config.num_generations, params, record=self._with_routes
+        )
 
     def cursor(self, source: PromptSource) -> dict[str, Any]:
         """Where the source stood before what is still under way, for a checkpoint."""
         return self._cursor_before if self._ahead else source.state_dict()
 
-    def collect(self, source: PromptSource, *, seed: int) -> tuple[list[Group], Metrics]:
+    def collect(self, source: PromptSource, *, seed: int) -> Responses:
         """One step's groups: those begun before, or new ones.
 
         With dynamic sampling, groups whose rewards are all equal are dropped and new prompts
@@ -150,6 +157,7 @@ class Collector:
         """
         config = self._config
         kept: list[Group] = []
+        held: dict[int, HeldRoutes] = {}
         metrics = Metrics()
         for _ in range(config.dynamic_sampling_max_rounds if config.dynamic_sampling else 1):
             age = self._engine.age if self._ahead else 0
@@ -159,8 +167,11 @@ class Collector:
             else:
                 prompts = source.next(config.rollout_batch_size - len(kept))
                 params = self._params(seed)
-                responses = self.respond(prompts, config.num_generations, params, record=True)
+                responses = self.respond(
+                    prompts, config.num_generations, params, record=self._with_routes
+                )
             metrics.update(responses.metrics)
+            held |= responses.held
             metrics.add("rollout/staleness", Max(float(age)))
             if dist.get_rank(self._world) == 0:
                 metrics.update(describe(responses.groups))
@@ -172,7 +183,7 @@ class Collector:
                 f"no group with different rewards in {config.dynamic_sampling_max_rounds} rounds "
                 f"of dynamic sampling; look at the reward function, or use easier or harder prompts"
             )
-        return kept, metrics
+        return Responses(groups=kept, held=held, metrics=metrics)
 
     def _params(self, seed: int) -> SamplingParams:
         return SamplingParams(
@@ -199,7 +210,7 @@ class Collector:
             for p in prompts
             for k in range(num_generations)
         ]
-        mine = part_of(requests, *self._part)
+        mine = part_of(requests, *self._place)
         arguments = (mine, prompts, num_generations, params)
         with self._engine.serving(record=record) as metrics:
             if self._thread:
@@ -239,7 +250,7 @@ class Collector:
     def _finish(self, pending: _Pending) -> Responses:
         metrics = pending.metrics
         began = time.monotonic()
-        mine: list[Sample] | Exception
+        mine: list[Sample] | UserError | RunFailed
         try:
             result = pending.part.result()
             mine = result.scored
@@ -250,19 +261,9 @@ class Collector:
             mine = error
         if self._thread:
             metrics.add("time/rollout_wait", Max(time.monotonic() - began))
-        gathered: list[list[Sample] | Exception] = [[]] * dist.get_world_size(self._world)
-        # Over the world: leaders bring what they scored or what went wrong, the others nothing, and
-        # all get everything. Every rank collects every step, also one whose own part failed.
-        dist.all_gather_object(gathered, mine, group=self._world)
-        samples: list[Sample] = []
-        for part in gathered:
-            if isinstance(part, Exception):
-                raise part
-            samples += part
-        samples.sort(key=lambda s: s.uid)
-        return Responses(
-            groups=_grouped(pending.prompts, samples, pending.num_generations), metrics=metrics
-        )
+        samples, held = exchange_samples(mine, self._world)
+        groups = _grouped(pending.prompts, samples, pending.num_generations)
+        return Responses(groups=groups, held=held, metrics=metrics)
 
 
 def rewards(groups: Sequence[Group]) -> torch.Tensor:

@@ -68,19 +68,20 @@ def compare(
     """
     metrics = Metrics()
     layers_flipped = torch.zeros(len(mask), dtype=torch.int32, device=mask.device)
-    with_probs = old.probs is not None and new.probs is not None
-    shift = torch.zeros(len(kept), device=mask.device) if with_probs else None
     for i, layer in enumerate(layers):
-        flipped = flips(old.experts[i], new.experts[i])
+        flipped = flips(old.experts[:, i], new.experts[:, i])
         layers_flipped += flipped > 0
         share = Mean.of(flipped / old.experts.shape[-1], mask)
         metrics.add(f"{prefix}/flip_fraction", share)
         metrics.add(f"{prefix}/flip_fraction/layer_{layer}", share)
-        if with_probs:
-            tv = Mean.of(total_variation(old.probs[i], new.probs[i]))
-            metrics.add(f"{prefix}/tv", tv)
-            metrics.add(f"{prefix}/tv/layer_{layer}", tv)
-            shift += router_shift(old.probs[i], new.probs[i], old.experts[i, kept])
+    if old.probs is None or new.probs is None:
+        return Divergence(metrics=metrics, layers_flipped=layers_flipped, shift=None)
+    shift = torch.zeros(len(kept), device=mask.device)
+    for i, layer in enumerate(layers):
+        tv = Mean.of(total_variation(old.probs[:, i], new.probs[:, i]))
+        metrics.add(f"{prefix}/tv", tv)
+        metrics.add(f"{prefix}/tv/layer_{layer}", tv)
+        shift += router_shift(old.probs[:, i], new.probs[:, i], old.experts[kept, i])
     return Divergence(metrics=metrics, layers_flipped=layers_flipped, shift=shift)
 
 
@@ -118,8 +119,12 @@ def load_metrics(
     """
     metrics = Metrics()
     counts = torch.zeros(num_layers, num_experts, dtype=torch.int64, device=mask.device)
-    for place, layer, experts in zip(places, layers, routes.experts, strict=True):
-        counts[place] = torch.bincount(experts[mask].flatten(), minlength=num_experts)
+    # All layers at once, since the host waits for each count: expert e of layer i is i E + e.
+    first = num_experts * torch.arange(len(layers), device=mask.device)[:, None]
+    numbered = (routes.experts[mask] + first).flatten()
+    found = torch.bincount(numbered, minlength=num_experts * len(layers))
+    counts[list(places)] = found.view(len(layers), num_experts)
+    for place, layer in zip(places, layers, strict=True):
         metrics.add(f"{prefix}/max_violation/layer_{layer}", MaxViolation(counts[place, None]))
     metrics.add(f"{prefix}/max_violation", MaxViolation(counts))
     return metrics

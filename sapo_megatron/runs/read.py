@@ -1,6 +1,7 @@
 """What a run folder holds, read back: the recipe, the series and the summary."""
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,13 @@ class Run:
         points = [(r["step"], r[name]) for r in self.records if _is_number(r.get(name))]
         table = np.array(points, dtype=np.float64).reshape(-1, 2)
         return table[:, 0], table[:, 1]
+
+    def table(self, names: list[str]) -> tuple[Floats, Floats]:
+        """(steps, ``[len(names), steps]``) of the steps that logged any of these; else NaN."""
+        held = [dict(zip(*self.series(name), strict=True)) for name in names]
+        steps = sorted({step for series in held for step in series})
+        rows = [[series.get(step, np.nan) for step in steps] for series in held]
+        return np.array(steps), np.array(rows).reshape(len(names), len(steps))
 
     def has(self, name: str) -> bool:
         return any(_is_number(r.get(name)) for r in self.records)
@@ -130,4 +138,5 @@ def _read_records(path: Path) -> list[dict[str, Any]]:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    real = isinstance(value, int | float) and not isinstance(value, bool)
+    return real and math.isfinite(value)

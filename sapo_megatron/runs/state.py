@@ -35,8 +35,8 @@ class RunState:
     """Where the source of prompts stands."""
     eval: dict[str, float]
     """Scores before the first step."""
-    router: dict[str, float]
-    """What the summary says of the router."""
+    router: dict[str, list[list[float]]]
+    """The moments of the router's latest measurements, by metric."""
     wall_s: float
     """Seconds of the run so far."""
     layout: dict[str, int | None]

@@ -5,18 +5,19 @@ by every run that would come to the same weights.
 """
 
 import dataclasses
+import functools
 import hashlib
 import logging
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
 from torch import Tensor
 
 from sapo_megatron.data.batch import denominators, micro_batches
 from sapo_megatron.metrics import Metrics, Sum
 from sapo_megatron.objective.reduce import token_weights
-from sapo_megatron.policy import weights
+from sapo_megatron.policy import parallel, weights
 from sapo_megatron.policy.parallel import ParallelGroups
 from sapo_megatron.policy.step import Policy
 from sapo_megatron.recipe.schema import OptimizerConfig, Recipe
@@ -26,6 +27,8 @@ from sapo_megatron.training.inputs import Inputs, demonstrations
 logger = logging.getLogger(__name__)
 
 LOG_EVERY = 50
+INITIALISATION = 2
+"""Counts the ways in which random weights were drawn: what another way made is not used again."""
 
 
 def initial_weights(recipe: Recipe, inputs: Inputs, groups: ParallelGroups, root: Path) -> Path:
@@ -36,16 +39,17 @@ def initial_weights(recipe: Recipe, inputs: Inputs, groups: ParallelGroups, root
     start = inputs.model
     if recipe.model.init == "random":
         start = root / f"random-{_model_key(recipe, inputs)}"
-        if dist.get_rank() == 0 and not start.exists():
-            weights.save_random(inputs.arch, recipe.model, start, seed=recipe.train.seed)
-        dist.barrier(groups.world)
+
+        def make() -> None:
+            if not start.exists():
+                weights.save_random(inputs.arch, recipe.model, start, seed=recipe.train.seed)
+
+        parallel.on_first_rank(groups, make)
     if recipe.cold_start.steps == 0:
         return start
     warm = root / f"cold-start-{_key(recipe, inputs)}"
     # Asked once for all: another run may be about to make it.
-    exists = [warm.exists()]
-    dist.broadcast_object_list(exists, group=groups.world)
-    if exists[0]:
+    if parallel.on_first_rank(groups, warm.exists):
         logger.info("cold start: using %s", warm)
     else:
         _train(recipe, inputs, groups, start, warm)
@@ -55,11 +59,11 @@ def initial_weights(recipe: Recipe, inputs: Inputs, groups: ParallelGroups, root
 def supervised_loss(
     batch: PackedBatch, logprob: Tensor, entropy: Tensor, *, denominators: Denominators
 ) -> tuple[Tensor, Metrics]:
-    """This piece's share of the mean over sequences of the mean negative log-likelihood."""
-    share = token_weights(
+    """This piece's part of the mean over sequences of the mean negative log-likelihood."""
+    weights = token_weights(
         batch.mask, batch.sequence_ids, batch.lengths, denominators, "seq-mean-token-mean", 1
     )
-    loss = -(share.to(logprob.dtype) * logprob).sum()
+    loss = -(weights.to(logprob.dtype) * logprob).sum()
     metrics = Metrics()
     metrics.add("actor/pg_loss", Sum(loss.detach()))
     return loss, metrics
@@ -78,22 +82,24 @@ def _train(
         optimizer=_optimizer(recipe),
         total_updates=config.steps,
     )
-    layout = groups.batch_layout(recipe)
-    for step in range(1, config.steps + 1):
-        samples = demonstrations(recipe, inputs)
-        sizes = denominators(samples)
-        batches = micro_batches(samples, **layout)
-        metrics, _ = policy.update(
-            [b.to(groups.device) for b in batches],
-            lambda b, logprob, entropy, sizes=sizes: supervised_loss(
-                b, logprob, entropy, denominators=sizes
-            ),
-            where=f"cold start, step {step}",
-        )
-        if step % LOG_EVERY == 0 or step == config.steps:
-            loss = metrics.gather(groups.world).values()["actor/pg_loss"]
-            logger.info("cold start: step %d/%d | loss %.3f", step, config.steps, loss)
-    policy.checkpoint.save(target)
+    with closing(policy):
+        for step in range(1, config.steps + 1):
+            metrics = _step(policy, recipe, inputs, step)
+            if step % LOG_EVERY == 0 or step == config.steps:
+                loss = metrics.gather(groups.world).values()["actor/pg_loss"]
+                logger.info("cold start: step %d/%d | loss %.3f", step, config.steps, loss)
+        policy.model.weights.save(target)
+
+
+def _step(policy: Policy, recipe: Recipe, inputs: Inputs, step: int) -> Metrics:
+    samples = demonstrations(recipe, inputs)
+    batches = micro_batches(samples, policy.groups.micro_batching(recipe))
+    metrics, _ = policy.update(
+        [batch.to(policy.groups.device) for batch in batches],
+        functools.partial(supervised_loss, denominators=denominators(samples)),
+        where=f"cold start, step {step}",
+    )
+    return metrics
 
 
 def _optimizer(recipe: Recipe) -> OptimizerConfig:
@@ -128,7 +134,9 @@ def _key(recipe: Recipe, inputs: Inputs) -> str:
 
 def _model_key(recipe: Recipe, inputs: Inputs) -> str:
     """Stands for the weights before any training, as far as the recipe says."""
-    return _digest(recipe.model, sorted(inputs.arch.config.items()), recipe.train.seed)
+    return _digest(
+        INITIALISATION, recipe.model, sorted(inputs.arch.config.items()), recipe.train.seed
+    )
 
 
 def _digest(*parts: Any) -> str:

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from sapo_megatron.data.batch import MicroBatching
 from sapo_megatron.metrics import Max, Metrics
 from sapo_megatron.policy import parallel
 from sapo_megatron.policy.decode import MegatronDecoder
@@ -44,33 +45,29 @@ def open_engine(recipe: Recipe, inputs: Inputs, policy: Policy, run: Path) -> It
     """
     if recipe.rollout.engine == "in_process":
         batch_size = recipe.rollout.generation_batch_size
-        yield InProcess(MegatronDecoder(policy), batch_size=batch_size)
+        yield InProcess(MegatronDecoder(policy.model), batch_size=batch_size)
         return
     with ExitStack() as stack:
-        servers: list[VllmEngine] = []
-
-        def connect() -> None:
-            servers.append(_connect(stack, recipe, inputs, run / "servers"))
-
-        parallel.on_first_rank(policy.groups, connect)
-        transfers: list[Transfer] = []
-        if over_nccl := recipe.rollout.weight_transfer == "nccl":
-            listing = policy.checkpoint.listing()
-            urls, timeout_s = recipe.rollout.servers, recipe.rollout.server_timeout_s
-            parallel.on_first_rank(
-                policy.groups,
-                lambda: transfers.append(Transfer(urls, listing, timeout_s=timeout_s)),
-            )
+        rollout, is_first = recipe.rollout, dist.get_rank() == 0
+        servers = transfer = listing = None
+        with parallel.failing_together(policy.groups):
+            if is_first:
+                servers = _connect(stack, recipe, inputs, run / "servers")
+        if over_nccl := rollout.weight_transfer == "nccl":
+            listing = policy.model.weights.listing()
+        with parallel.failing_together(policy.groups):
+            if is_first and listing is not None:
+                transfer = Transfer(rollout.servers, listing, timeout_s=rollout.server_timeout_s)
         yield Following(
             policy,
-            servers[0] if servers else None,
+            servers,
             run / "servers" / "weights",
             probe=_probe_tokens(recipe, inputs),
             tolerance=PROBE_TOLERANCE[recipe.model.params_dtype],
-            layout=policy.groups.batch_layout(recipe),
-            colocate=recipe.rollout.colocate,
+            cut=policy.groups.micro_batching(recipe),
+            colocate=rollout.colocate,
             over_nccl=over_nccl,
-            transfer=transfers[0] if transfers else None,
+            transfer=transfer,
         )
 
 
@@ -110,21 +107,21 @@ class Following:
         *,
         probe: tuple[int, ...],
         tolerance: float,
-        layout: dict[str, int],
+        cut: MicroBatching,
         colocate: bool = False,
         over_nccl: bool = False,
         transfer: Transfer | None = None,
     ) -> None:
-        """``servers``: on the first rank; ``folder``: where weights are handed over; ``layout``: as
-        ``batch.micro_batches`` takes it; ``colocate``: the servers sleep between rollouts, which
-        costs them their weights; ``over_nccl``: they get weights by the first rank's ``transfer``.
+        """``servers``: on the first rank; ``folder``: where weights are handed over; ``cut``: how
+        the probe is; ``colocate``: the servers sleep between rollouts, which costs them their
+        weights; ``over_nccl``: they get weights by the first rank's ``transfer``.
         """
         self._policy = policy
         self._servers = servers
         self._folder = folder.absolute()
         self._probe = probe
         self._tolerance = tolerance
-        self._layout = layout
+        self._cut = cut
         self._colocate = colocate
         self._over_nccl = over_nccl
         self._transfer = transfer
@@ -154,7 +151,7 @@ class Following:
 
     def _hand_over(self) -> Metrics:
         began = time.monotonic()
-        logprobs = self._policy.logprobs(self._probe, self._layout)
+        logprobs = self._policy.logprobs(self._probe, self._cut)
         if self._colocate:
             torch.cuda.empty_cache()  # what training has kept; the servers are about to need it
         probe = Probe(tokens=self._probe, logprobs=logprobs, tolerance=self._tolerance)
@@ -169,7 +166,7 @@ class Following:
     def _share(self, probe: Probe) -> float:
         """By a folder; the probe's largest difference."""
         # No rank is through before all have come, so that their memory is free as well.
-        self._policy.checkpoint.save(self._folder)
+        self._policy.model.weights.save(self._folder)
 
         def load() -> float:
             assert self._servers is not None
@@ -180,7 +177,7 @@ class Following:
     def _send(self, probe: Probe) -> float:
         """Over NCCL; the probe's largest difference."""
         found: dict[str, float] = {}
-        tensors = self._policy.checkpoint.stream()
+        tensors = self._policy.model.weights.stream()
         with parallel.failing_together(self._policy.groups):
             try:
                 if self._servers is not None:

@@ -8,6 +8,7 @@ from sapo_megatron.data.tokenizer import Tokenizer, load_tokenizer
 from sapo_megatron.errors import UserError
 from sapo_megatron.hf.architecture import Architecture, read_architecture
 from sapo_megatron.hf.folder import Checkpoint, check_same, find_model
+from sapo_megatron.policy.machine import check_machine
 from sapo_megatron.recipe.check import check_architecture, check_world
 from sapo_megatron.recipe.schema import Recipe
 from sapo_megatron.rollout.reward import Scorer
@@ -28,6 +29,7 @@ class Inputs:
 def read_inputs(recipe: Recipe, world_size: int) -> Inputs:
     """Read them, and check them against the recipe and each other. Raises UserError."""
     model = find_model(recipe.model.path)
+    check_machine(recipe)
     arch = check_same(read_architecture(model), recipe.model.path, recipe.model.architecture)
     check_architecture(recipe, arch)
     check_world(recipe, world_size)
@@ -37,10 +39,9 @@ def read_inputs(recipe: Recipe, world_size: int) -> Inputs:
         trust_remote_code=recipe.model.trust_remote_code,
     )
     longest = recipe.rollout.max_prompt_length
-    excluded: set[str] = set()
-    source = PromptSource(recipe.data, tokenizer, max_prompt_length=longest, exclude=excluded)
+    source = PromptSource(recipe.data, tokenizer, max_prompt_length=longest)
     problems = held_out(recipe.data, tokenizer, recipe.eval.num_problems, max_prompt_length=longest)
-    excluded.update(p.text for p in problems)
+    source.exclude(p.text for p in problems)
     return Inputs(arch=arch, model=model, tokenizer=tokenizer, problems=problems, source=source)
 
 

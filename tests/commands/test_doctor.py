@@ -128,7 +128,7 @@ def test_json_and_the_status_of_a_failure(tmp_path, dist):
     )
     dist("megatron-core", "0.15.3")
     words = ["doctor", "--json", "--run-dir", "/proc/runs"]
-    done = cli(*words, cwd=tmp_path, env={"PYTHONPATH": f"{site}:{ROOT}"})
+    done = cli(*words, cwd=tmp_path, env={"PYTHONPATH": f"{site}:{ROOT}"}, fresh=True)
     assert done.returncode == 1, done.stderr
     found = by_name(json.loads(done.stdout))
     failed = {name: finding for name, finding in found.items() if finding["status"] == "fail"}
@@ -153,7 +153,7 @@ sys.meta_path.insert(0, NotInstalled())
 from sapo_megatron.__main__ import main
 sys.exit(main(["doctor"]))
 """
-    done = cli(cwd=tmp_path, program=("-c", program))
+    done = cli(cwd=tmp_path, program=("-c", program), fresh=True)
     assert done.returncode == 1, done.stderr
     assert re.search(r"^fail +torch +does not import: No module named torch$", done.stdout, re.M)
 

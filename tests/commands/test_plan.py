@@ -1,5 +1,6 @@
 """``plan``: every recipe on its cluster; against published numbers, hand counts, measurements."""
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -276,7 +277,7 @@ def test_activations_of_a_dense_model():
 
 
 def test_activations_of_experts():
-    arch = parse_architecture(ARCH)  # hidden 32, 4 experts of 32, 2 of them for a token
+    arch = parse_architecture(ARCH)  # hidden 32, 4 experts of 32, 2 of them per token
     by_name = {k.name: k.numbers for k in layer(arch, 0, parallel()) if k.block == "mlp"}
     assert by_name == {
         **{"input": 32, "normed": 32, "router": 16},
@@ -339,7 +340,7 @@ def test_flops_of_a_sequence():
 
 
 def test_bytes_of_a_packed_batch():
-    """45 a token, which memory.py counts with: all micro-batches of a step are on the GPU."""
+    """45 per token, which memory.py counts with: all micro-batches of a step are on the GPU."""
     sample = Sample(
         uid=0,
         prompt_tokens=tuple(range(500)),
@@ -348,7 +349,7 @@ def test_bytes_of_a_packed_batch():
         truncated=False,
     )
     batch = pack([sample])
-    batch.old_logprob = torch.zeros(len(batch.tokens))
+    batch = dataclasses.replace(batch, old_logprob=torch.zeros(len(batch.tokens)))
     tensors = [x for x in vars(batch).values() if isinstance(x, torch.Tensor)]
     per_token = sum(x.numel() * x.element_size() for x in tensors if len(x) == 1000) / 1000
     assert per_token == 45
@@ -359,7 +360,7 @@ def test_offloading_moves_the_optimizer_to_the_host():
     made = plan(recipe)
     stage = made.stages[0]
     assert made.memory[0].optimizer == 0
-    # dp x cp = 2 for dense weights, 1 for experts; 16 bytes a parameter, 8 GPUs a node.
+    # dp x cp = 2 for dense weights, 1 for experts; 16 bytes per parameter, 8 GPUs per node.
     assert made.host_gib * GIB == pytest.approx(8 * 16 * (stage.dense / 2 + stage.experts))
 
 

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sapo_megatron.data.batch import (
+    MicroBatching,
     cp_slice,
     denominators,
     micro_batches,
@@ -118,7 +119,7 @@ def test_every_token_is_somewhere_once(packing, dp_size):
     layout = {"cp_rank": 0, "cp_size": 1, "tp_size": 1, "max_tokens": 12, "packing": packing}
     found = []
     for rank in range(dp_size):
-        for batch in micro_batches(samples, dp_rank=rank, dp_size=dp_size, **layout):
+        for batch in micro_batches(samples, MicroBatching(dp_rank=rank, dp_size=dp_size, **layout)):
             uids = torch.tensor(batch.sample_uids)[batch.sequence_ids]
             rows = torch.stack((uids, batch.position_ids, batch.tokens, batch.targets), dim=1)
             found += rows[batch.mask].tolist()
@@ -133,7 +134,7 @@ def test_every_token_is_somewhere_once(packing, dp_size):
 
 def test_a_rank_without_work_gets_a_filler():
     layout = {"cp_rank": 0, "cp_size": 1, "tp_size": 2, "max_tokens": 12}
-    (batch,) = micro_batches(TWO[:1], dp_rank=1, dp_size=2, **layout)
+    (batch,) = micro_batches(TWO[:1], MicroBatching(dp_rank=1, dp_size=2, **layout))
     assert batch.sample_uids == (-1,)
     assert not batch.mask.any()
     assert len(batch.tokens) % 2 == 0
@@ -242,6 +243,6 @@ def test_samples_without_routes():
 
 def test_a_filler_has_no_routes():
     layout = {"cp_rank": 0, "cp_size": 2, "tp_size": 1, "max_tokens": 12}
-    (batch,) = micro_batches(ROUTED[:1], dp_rank=1, dp_size=2, **layout)
+    (batch,) = micro_batches(ROUTED[:1], MicroBatching(dp_rank=1, dp_size=2, **layout))
     assert batch.sample_uids == (-1,)
     assert batch.rollout_experts is None

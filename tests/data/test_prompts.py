@@ -40,8 +40,10 @@ def tasks(*names, seed=0, **kwargs):
 MIXED = tasks("chain_sum", "gcd", "list_functions")  # the last draws from the global generator
 
 
-def source(data, **kwargs):
-    return PromptSource(data, TOKENIZER, **({"max_prompt_length": 200} | kwargs))
+def source(data, *, exclude=(), **kwargs):
+    made = PromptSource(data, TOKENIZER, **({"max_prompt_length": 200} | kwargs))
+    made.exclude(exclude)
+    return made
 
 
 @pytest.fixture

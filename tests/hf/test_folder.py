@@ -13,7 +13,7 @@ from sapo_megatron.errors import UserError
 from sapo_megatron.hf.architecture import LatentAttention, parse_architecture, read_architecture
 from sapo_megatron.hf.folder import INDEX, Checkpoint, check_same, find_architecture, find_model
 from sapo_megatron.policy import parallel, weights
-from sapo_megatron.policy.step import FrozenPolicy
+from sapo_megatron.policy.model import Model
 from tests.support.families import FAMILIES, Place, make_model
 from tests.support.gloo import run_ranks
 from tests.support.tiny import TOKENIZER, cli, write_recipe
@@ -108,9 +108,9 @@ def messages(folders):
     found = []
     for folder in folders:
         recipe = Place(family=FAMILY, tp=2, ep=2).recipe
-        groups = parallel.setup(recipe.parallel, seed=1, timeout_s=60)
+        groups = parallel.setup(recipe.parallel, seed=1)
         try:
-            FrozenPolicy(recipe, read_architecture(folder), groups, folder)
+            Model(recipe, read_architecture(folder), groups, folder)
             found.append("")
         except UserError as error:
             found.append(str(error))
@@ -144,8 +144,8 @@ def bytes_read(model):
 
     Checkpoint.read = counted
     recipe = Place(family=FAMILY, tp=2, ep=2).recipe
-    groups = parallel.setup(recipe.parallel, seed=1, timeout_s=60)
-    policy = FrozenPolicy(recipe, read_architecture(model), groups, model)
+    groups = parallel.setup(recipe.parallel, seed=1)
+    policy = Model(recipe, read_architecture(model), groups, model)
     held = sum(w.nbytes for chunk in policy.chunks for w in chunk.parameters())
     parallel.teardown()
     return sum(sizes), held, max(sizes)
@@ -162,8 +162,8 @@ def test_a_rank_reads_its_piece_and_no_more(whole):
 def export_to_a_full_disk(model, out):
     """What each rank is told when the second cannot write, and then when it can."""
     recipe = Place(family=FAMILY, ep=2).recipe
-    groups = parallel.setup(recipe.parallel, seed=1, timeout_s=60)
-    policy = FrozenPolicy(recipe, read_architecture(model), groups, model)
+    groups = parallel.setup(recipe.parallel, seed=1)
+    policy = Model(recipe, read_architecture(model), groups, model)
     save_file = weights.save_file
 
     def full(*args, **kwargs):
@@ -172,7 +172,7 @@ def export_to_a_full_disk(model, out):
     if dist.get_rank() == 1:
         weights.save_file = full
     try:
-        policy.checkpoint.save(out / "full")
+        policy.weights.save(out / "full")
         told = ""
     except OSError as error:
         told = str(error)
@@ -180,7 +180,7 @@ def export_to_a_full_disk(model, out):
     left = sorted(path.name for path in out.iterdir())
     dist.barrier()
     weights.save_file = save_file
-    policy.checkpoint.save(out / "whole")
+    policy.weights.save(out / "whole")
     parallel.teardown()
     return told, left
 

@@ -16,6 +16,7 @@ import typing_extensions
 
 from sapo_megatron.errors import UserError
 from sapo_megatron.objective.loss import policy_loss
+from sapo_megatron.objective.ratio import Ratio
 from sapo_megatron.patches import nemo_rl, replace
 from sapo_megatron.patches.measure import PER_SEQUENCE, PER_TOKEN, measure_rows
 from sapo_megatron.recipe.schema import AlgorithmConfig, CorrectionConfig
@@ -203,7 +204,7 @@ def check_metrics(host):
     _, _, metrics = evaluate(loss_fn, logits, data)
     mask = (data["token_mask"][:, 1:] * data["sample_mask"][:, None]).bool()
     z = next_logprobs(logits, data["input_ids"]).detach() - data["prev_logprobs"][:, 1:]
-    found = measure_rows(z, data["advantages"][:, 1:], mask, **TAUS)
+    found = measure_rows(Ratio.of(z, data["advantages"][:, 1:], mask), ALGORITHM.temperatures)
     for name in (*PER_TOKEN, *PER_SEQUENCE):
         part = found.means[name]
         assert metrics[name] == pytest.approx(float(part.total / part.count)), name
@@ -299,7 +300,7 @@ def test_setup_hands_out_sapo(host):
     _, _, loss_fn, logger, _ = parts
     assert isinstance(loss_fn, nemo_rl.SapoLoss)
     assert loss_fn.use_fused_linear_logprobs
-    assert loss_fn.taus == TAUS
+    assert loss_fn.temperatures == ALGORITHM.temperatures
     logger.log_metrics({"ratio/log_mean": 0.5, "ratio/log_square": 1.25}, 3, prefix="train")
     logger.log_metrics({"reward": 1.0}, 3, prefix="train")
     (first, step, prefix), (second, _, _) = logger.logged

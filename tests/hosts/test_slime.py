@@ -17,6 +17,7 @@ import torch.distributed as dist
 from sapo_megatron.errors import UserError
 from sapo_megatron.objective.sapo import sapo_weight
 from sapo_megatron.patches import miles, replace, slime
+from sapo_megatron.sample import Temperatures
 from tests.hosts import absent, slime_standin
 from tests.hosts import slime_cases as cases
 from tests.support import gloo
@@ -158,9 +159,9 @@ def test_nothing_is_left_behind(host):
         ({"advantage_estimator": "gspo"}, "--advantage-estimator: expected grpo .* got gspo"),
         ({"advantage_estimator": "cispo"}, "--advantage-estimator: expected grpo .* got cispo"),
         ({"eps_clip_c": 3.0}, "--eps-clip-c: expected none, got 3.0"),
-        ({"tau_pos": 0}, "tau_pos: expected a number > 0 .* got 0"),
-        ({"tau_neg": "1.05"}, "tau_neg: expected a number > 0 .* got '1.05'"),
-        ({"tau_neg": math.inf}, "tau_neg: expected a number > 0 .* got inf"),
+        ({"tau_pos": 0}, "tau_pos, tau_neg: expected two numbers > 0 .* got 0, 1.7"),
+        ({"tau_neg": "1.05"}, "tau_pos, tau_neg: expected two numbers > 0 .* got 1.3, '1.05'"),
+        ({"tau_neg": math.inf}, "tau_pos, tau_neg: expected two numbers > 0 .* got 1.3, inf"),
     ],
 )
 def test_refuses(host, changed, message):
@@ -171,7 +172,7 @@ def test_refuses(host, changed, message):
 def test_temperatures_that_nobody_gave_are_the_papers():
     args = cases.arguments("slime")
     del args.tau_pos, args.tau_neg
-    assert slime.temperatures(args) == {"tau_pos": 1.0, "tau_neg": 1.05}
+    assert slime.temperatures_of(args) == Temperatures(1.0, 1.05)
 
 
 def test_another_version(host, monkeypatch):

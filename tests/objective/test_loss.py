@@ -1,13 +1,17 @@
 """The policy loss: one number by hand, and the same numbers however the batch is cut."""
 
+import dataclasses
 import math
+from collections import Counter
+from typing import get_args
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from sapo_megatron.metrics import Metrics
-from sapo_megatron.objective.loss import policy_loss
-from sapo_megatron.recipe.schema import AlgorithmConfig
+from sapo_megatron.metrics import Mean, Metrics
+from sapo_megatron.objective.loss import LOSSES, PolicyLoss, policy_loss
+from sapo_megatron.recipe.schema import AlgorithmConfig, LossType
 from sapo_megatron.sample import Denominators, PackedBatch
 from tests.support.gloo import run_ranks
 
@@ -214,6 +218,48 @@ def test_context_parallel_ranks_add_up(name):
     assert_same((loss, gradient, metrics), (whole[0], whole[1][order], whole[2]))
 
 
+def test_every_name_has_a_loss():
+    assert LOSSES.keys() == {*get_args(LossType)} == ALGORITHMS.keys()
+
+
+def test_a_loss_is_a_line_of_the_table(monkeypatch):
+    def plain_metrics(r, algorithm):
+        metrics = Metrics()
+        metrics.add("plain/advantage", Mean.of(r.advantages, r.mask))
+        return metrics
+
+    plain = PolicyLoss(lambda r, a: -r.log_ratio * r.advantages, plain_metrics)
+    monkeypatch.setitem(LOSSES, "plain", plain)
+    algorithm = AlgorithmConfig(loss_type="plain", loss_agg_mode="token-mean")
+    sequences = make_sequences()
+    _, (gradient, _), metrics = run(algorithm, *pack(sequences))
+    expected = [
+        torch.where(s["mask"], -s["advantages"] / DENOMINATORS.tokens, 0) for s in sequences
+    ]
+    torch.testing.assert_close(gradient, torch.cat(expected))
+    assert metrics.values()["plain/advantage"] == pytest.approx((1.5 * 3 - 2.0 - 0.4 * 5) / 9)
+
+
+class Counting(TorchDispatchMode):
+    """How often each operation runs."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = Counter()
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        self.calls[operation.overloadpacket.__name__] += 1
+        return operation(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_a_ratio_is_computed_once(name):
+    with Counting() as counting:
+        run(ALGORITHMS[name], *pack(make_sequences()))
+    # gspo takes the ratio of the sequences too.
+    assert counting.calls["exp"] == (2 if name == "gspo" else 1)
+
+
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_without_a_valid_token_it_is_zero_with_a_gradient(name):
     loss, (gradient, _), metrics = run(ALGORITHMS[name], *pack(make_sequences()[2:3]))
@@ -227,7 +273,7 @@ def test_terms_without_a_coefficient_have_no_gradient():
     _, (with_ref, entropy_gradient), metrics = run(AlgorithmConfig(), batch, logprob, entropy)
     assert entropy_gradient is None
     assert "actor/kl_loss" in metrics
-    batch.ref_logprob = None
+    batch = dataclasses.replace(batch, ref_logprob=None)
     _, (without_ref, _), metrics = run(AlgorithmConfig(), batch, logprob, entropy)
     assert "actor/kl_loss" not in metrics
     assert torch.equal(with_ref, without_ref)
@@ -235,7 +281,9 @@ def test_terms_without_a_coefficient_have_no_gradient():
 
 def test_fp32_stays_fp32():
     batch, logprob, entropy = pack(make_sequences())
-    batch.old_logprob, batch.ref_logprob = batch.old_logprob.float(), batch.ref_logprob.float()
+    batch = dataclasses.replace(
+        batch, old_logprob=batch.old_logprob.float(), ref_logprob=batch.ref_logprob.float()
+    )
     loss, _ = policy_loss(
         batch,
         logprob.float(),

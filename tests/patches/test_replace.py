@@ -16,8 +16,10 @@ from sapo_megatron.errors import UserError
 from sapo_megatron.metrics import Metrics
 from sapo_megatron.objective.bound import bound_metrics
 from sapo_megatron.objective.loss import gate_metrics, ratio_metrics
+from sapo_megatron.objective.ratio import Ratio
 from sapo_megatron.patches import measure, megatron_rl
 from sapo_megatron.patches.replace import Host, Symbol, check, find, replace, restore
+from sapo_megatron.sample import Temperatures
 from tests.support.tiny import cli
 from tests.test_cli import refused
 
@@ -291,17 +293,17 @@ def test_parts_add_up_to_the_metrics_of_the_whole():
     advantages = torch.randn(6, 1, dtype=torch.float64)
     mask = torch.rand(6, 9) > 0.4
     mask[2] = False
-    taus = {"tau_pos": 1.0, "tau_neg": 1.3}
-    spread = (log_ratio.flatten(), advantages.expand(6, 9).flatten(), mask.flatten())
+    temperatures = Temperatures(1.0, 1.3)
+    r = Ratio.of(log_ratio, advantages, mask)
     ids = torch.arange(6).repeat_interleave(9)
     whole = Metrics()
-    whole.update(ratio_metrics(*spread))
-    whole.update(gate_metrics(*spread, **taus))
-    whole.update(bound_metrics(*spread, ids, mask.sum(1), **taus))
+    whole.update(ratio_metrics(r))
+    whole.update(gate_metrics(r, temperatures))
+    whole.update(bound_metrics(r.flatten(), temperatures, ids, mask.sum(1)))
     expected = whole.values()
 
     parts = [
-        measure.measure_rows(log_ratio[rows], advantages[rows], mask[rows], **taus)
+        measure.measure_rows(Ratio.of(log_ratio[rows], advantages[rows], mask[rows]), temperatures)
         for rows in ([0, 1], [2], [3, 4, 5])
     ]
     found = {

@@ -81,24 +81,27 @@ def test_a_finished_run_only_tells_its_scores_again(runs):
 
 
 KILLED = """
-import os, signal, sys
+import functools, os, signal, sys, time
 import sapo_megatron.policy
-from megatron.core import dist_checkpointing
-save = dist_checkpointing.save
-def killed(state, folder, **kwargs):
-    save(state, folder, **kwargs)
-    if "step-000002" in folder:
-        os.kill(os.getpid(), signal.SIGKILL)
-dist_checkpointing.save = killed
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+rank, write = os.getpid(), filesystem_async._write_item
+@functools.wraps(write)
+def killed(*args, **kwargs):
+    if "step-000002" in next(arg.name for arg in args if hasattr(arg, "fileno")):
+        time.sleep(0.5)  # by now the rank waits for those that write
+        os.kill(rank, signal.SIGKILL)
+    return write(*args, **kwargs)
+filesystem_async._write_item = killed
 from sapo_megatron.__main__ import main
 sys.exit(main(sys.argv[1:]))
 """
 
 
-def test_a_killed_run_goes_on_from_its_last_checkpoint(tmp_path):
+def test_a_run_that_is_killed_while_it_writes_goes_on_from_its_last_checkpoint(tmp_path):
     write_recipe(tmp_path, checkpoint={"every": 1}, train={"steps": 3})
     killed = cli("train", "recipe.yaml", cwd=tmp_path, program=("-c", KILLED))
     assert killed.returncode == -9
+    assert killed.left == []
     run = tmp_path / "runs" / "recipe" / "run-001"
     assert not (run / "summary.json").exists()
     assert [line["step"] for line in read_metrics(run)] == [1]

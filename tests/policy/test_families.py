@@ -11,8 +11,8 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from tests.support.families import FAMILIES, Place, make_model, sequences, walk
-from tests.support.gloo import run_ranks
+from tests.support.families import FAMILIES, Place, make_model, measure, sequences
+from tests.support.gloo import run_worlds
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -30,7 +30,6 @@ PLACES = [
     for layout in LAYOUTS
     for family in FAMILIES
 ] + [Place(family=family, world=2, tp=2, dtype="bfloat16") for family in FAMILIES]
-PLACES.sort(key=lambda place: -place.world)
 IDS = [place.name for place in PLACES]
 
 
@@ -52,12 +51,14 @@ def results(request, tmp_path_factory):
         out = folder / f"out{i}"
         out.mkdir()
         cases.append((place, source, out))
-    ranks = run_ranks(places[0].world, walk, cases, timeout=550)
+    jobs = [(case[0].world, case) for case in cases]
     found = {}
-    for i, (place, source, out) in enumerate(cases):
-        mine = [rank[i] for rank in ranks if i < len(rank)]
-        failed = "\n".join(x for x in mine if isinstance(x, str))
-        leader = failed or next(x for x in mine if x and x["logits"] is not None)
+    for (place, source, out), ranks in zip(
+        cases, run_worlds(measure, jobs, timeout=550), strict=True
+    ):
+        leader = ranks
+        if not isinstance(ranks, str):
+            leader = next(x for x in ranks if x and x["logits"] is not None)
         found[place] = (out, leader, source, models[source])
     return found
 

@@ -12,11 +12,11 @@ from megatron.core.transformer.enums import AttnMaskType
 
 from sapo_megatron.errors import UserError
 from sapo_megatron.hf.architecture import parse_architecture
-from sapo_megatron.policy import parallel
 from sapo_megatron.policy.layers import TorchAttention, _PackedLayout, rms_norm
+from sapo_megatron.policy.machine import check_parallel
 from sapo_megatron.policy.spec import transformer_config
 from sapo_megatron.recipe.schema import ModelConfig, ParallelConfig
-from tests.support.layouts import MODELS
+from tests.support.minibatches import MODELS
 
 
 class _Alone:
@@ -109,7 +109,7 @@ def test_rms_norm_computes_wide():
 
 def test_expert_tensor_parallelism_needs_a_gpu():
     with pytest.raises(UserError, match=r"expert_tensor_parallel_size: expected 1 .* got 2"):
-        parallel.check_device(ParallelConfig(expert_tensor_parallel_size=2))
+        check_parallel(ParallelConfig(expert_tensor_parallel_size=2))
 
 
 def test_what_megatron_refuses_is_one_line():

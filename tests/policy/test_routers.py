@@ -11,7 +11,12 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from sapo_megatron.errors import UserError
-from sapo_megatron.policy.routers import LayerRouter, ModelRouters, check_routes, padded_experts
+from sapo_megatron.policy.routers import (
+    LayerRouter,
+    ModelRouters,
+    check_routes,
+    padded_experts,
+)
 
 # Scores of two micro-batches of two tokens and of three; two of four experts are chosen.
 SCORES = [
@@ -222,16 +227,17 @@ def test_the_routers_of_a_model_stand_in_the_order_of_its_layers():
     routers, layers = model()
     assert routers.layers == (0, 2, 3)
     assert routers.places == [0, 2, 3]
-    replay = [torch.stack([told, told.flip(0), told.roll(1, 1)]) for told in OTHERS]
+    replay = [torch.stack([told, told.flip(0), told.roll(1, 1)], dim=1) for told in OTHERS]
     with routers.watching(replay=replay, record=True, keep=lambda batch: torch.tensor([0])) as seen:
         for batch, scores in enumerate(SCORES):
             told = [ask(layer, (i + 1) * scores)[1] for i, layer in enumerate(layers)]
-            assert torch.stack(told).tolist() == replay[batch].tolist()
+            assert torch.stack(told, dim=1).tolist() == replay[batch].tolist()
         assert seen == []
-    assert [routes.experts.tolist() for routes in seen] == [[chosen] * 3 for chosen in CHOSEN]
+    for routes, chosen in zip(seen, CHOSEN, strict=True):
+        assert [layer.tolist() for layer in routes.experts.unbind(1)] == [chosen] * 3
     for routes, scores in zip(seen, SCORES, strict=True):
         expected = [((i + 1) * scores[[0]]).softmax(-1) for i in range(3)]
-        torch.testing.assert_close(routes.probs, torch.stack(expected))
+        torch.testing.assert_close(routes.probs, torch.stack(expected, dim=1))
 
 
 def test_a_pass_that_fails_leaves_the_routers_idle():
@@ -251,7 +257,7 @@ def test_a_pass_that_fails_leaves_the_routers_idle():
 def test_routes_of_too_few_layers_do_not_pass():
     routers, _ = model()
     with pytest.raises(AssertionError, match="every layer"):
-        routers.begin(replay=[torch.stack([told] * 2) for told in OTHERS])
+        routers.begin(replay=[torch.stack([told] * 2, dim=1) for told in OTHERS])
 
 
 def test_padding_gets_different_experts_in_turn():

@@ -94,6 +94,7 @@ def collector(reward, *, parts=1, **config):
         tokenizer=Words(),
         scorer=Rule(reward) if reward else None,
         config=RolloutConfig(**(values | config)),
+        with_routes=True,
         part=dist.get_rank() % parts,
         parts=parts,
         world=dist.group.WORLD,
@@ -161,7 +162,8 @@ def test_the_leader_alone_scores_and_its_failures_are_counted_once():
 
 def test_without_dynamic_sampling_every_group_stays(world):
     source = Numbers()
-    groups, metrics = collector(lambda prompt_uid, uid: 1.0).collect(source, seed=3)
+    collected = collector(lambda prompt_uid, uid: 1.0).collect(source, seed=3)
+    groups, metrics = collected.groups, collected.metrics
     assert source.drawn == [4]
     assert len(groups) == 4
     values = metrics.values()
@@ -173,7 +175,8 @@ def test_dynamic_sampling_draws_again_what_it_dropped(world):
     source = Numbers()
     # Of every four prompts, only the last tells its responses apart.
     c = collector(lambda p, uid: float(p % 4 == 3 and uid % 3 == 0), dynamic_sampling=True)
-    groups, metrics = c.collect(source, seed=3)
+    collected = c.collect(source, seed=3)
+    groups, metrics = collected.groups, collected.metrics
     assert source.drawn == [4, 3, 3, 2, 1, 1, 1, 1]
     assert [g.prompt.uid for g in groups] == [3, 7, 11, 15]
     values = metrics.values()
@@ -189,7 +192,7 @@ def test_dynamic_sampling_ends_with_what_there_is(world):
         dynamic_sampling=True,
         dynamic_sampling_max_rounds=3,
     )
-    groups, _ = c.collect(source, seed=3)
+    groups = c.collect(source, seed=3).groups
     assert source.drawn == [4, 3, 3]
     assert [g.prompt.uid for g in groups] == [2]
 
@@ -204,7 +207,8 @@ def test_dynamic_sampling_that_finds_nothing_fails(world):
 
 def test_failed_rewards_score_zero_and_are_counted(world):
     c = collector(lambda p, uid: None if uid % 3 == 0 else 1.0)
-    groups, metrics = c.collect(Numbers(), seed=3)
+    collected = c.collect(Numbers(), seed=3)
+    groups, metrics = collected.groups, collected.metrics
     assert rewards(groups).tolist() == [[0.0, 1.0, 1.0]] * 4
     assert metrics.values()["reward/errors"] == 4
 

@@ -51,23 +51,23 @@ def test_a_probability_of_zero_shifts_by_a_finite_amount():
 
 
 # Four tokens, the third of which does not count, in layers 3 and 7; two of four experts each. The
-# router probabilities of tokens 1 and 3 are kept.
+# router probabilities of tokens 1 and 3 are kept. Written by layer, and brought into their order.
 MASK = torch.tensor([True, True, False, True])
 KEPT = torch.tensor([1, 3])
 OLD = Routes(
-    experts=torch.tensor([[[2, 3], [0, 1], [0, 1], [0, 1]]] * 2, dtype=torch.int16),
+    experts=torch.tensor([[[2, 3]] * 2, [[0, 1]] * 2, [[0, 1]] * 2, [[0, 1]] * 2]),
     probs=torch.full((2, 2, 4), 0.25),
 )
 NEW = Routes(
     experts=torch.tensor(
-        [[[3, 2], [0, 2], [2, 3], [2, 3]], [[2, 3], [3, 1], [0, 1], [0, 1]]], dtype=torch.int16
-    ),
+        [[[3, 2], [0, 2], [2, 3], [2, 3]], [[2, 3], [3, 1], [0, 1], [0, 1]]]
+    ).transpose(0, 1),
     probs=torch.tensor(
         [
             [[0.5, 0.5, 0.0, 0.0], [0.25, 0.25, 0.25, 0.25]],
             [[0.25, 0.25, 0.25, 0.25], [0.0625, 0.0625, 0.375, 0.5]],
         ]
-    ),
+    ).transpose(0, 1),
 )
 
 
@@ -124,7 +124,7 @@ def test_load_by_hand():
     """Twice the mean load in one layer, balance in another, and a layer of another rank."""
     routes = Routes(
         experts=torch.tensor(
-            [[[0, 1], [0, 2], [3, 2]], [[0, 1], [2, 3], [3, 2]]], dtype=torch.int16
+            [[[0, 1], [0, 1]], [[0, 2], [2, 3]], [[3, 2], [3, 2]]], dtype=torch.int16
         )
     )
     metrics = load_metrics(
@@ -148,14 +148,14 @@ LAYERS, TOKENS, TOPK, EXPERTS = (0, 2, 5), 12, 2, 5
 
 def reading(seed):
     generator = torch.Generator().manual_seed(seed)
-    probs = torch.randn(len(LAYERS), TOKENS, EXPERTS, generator=generator).softmax(-1)
+    probs = torch.randn(TOKENS, len(LAYERS), EXPERTS, generator=generator).softmax(-1)
     return Routes(experts=probs.topk(TOPK).indices.to(torch.int16), probs=probs)
 
 
 def part(routes, stage, tokens, kept):
     """What the routers of a stage see of some tokens, with the probabilities of ``kept``."""
     return Routes(
-        experts=routes.experts[stage][:, tokens], probs=routes.probs[stage][:, tokens[kept]]
+        experts=routes.experts[tokens][:, stage], probs=routes.probs[tokens[kept]][:, stage]
     )
 
 

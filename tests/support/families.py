@@ -1,15 +1,11 @@
 """Tiny models of every family as transformers makes them, and what a rank makes of them."""
 
-import gc
 import random
-import traceback
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import transformers
 
 from sapo_megatron.data.batch import denominators, micro_batches
@@ -28,9 +24,9 @@ from sapo_megatron.recipe.schema import (
 )
 from sapo_megatron.sample import Sample
 from sapo_megatron.training.coldstart import supervised_loss
-from tests.support.layouts import gradients_as_weights
+from tests.support.exactness import gradients_as_weights
+from tests.support.gloo import TIMEOUT_S
 
-TIMEOUT_S = 60.0
 VOCABULARY = 101  # divides by no tensor-parallel size
 _COMMON = {
     "hidden_size": 32,
@@ -155,6 +151,7 @@ class Place:
                 virtual_pipeline_model_parallel_size=self.vpp,
                 context_parallel_size=self.cp,
                 expert_model_parallel_size=self.ep,
+                distributed_timeout_s=TIMEOUT_S,
             ),
             rollout=RolloutConfig(max_response_length=12),
             train=TrainConfig(max_tokens_per_gpu=48 // self.cp, packing=self.packing),
@@ -212,50 +209,24 @@ def sequences() -> list[Sample]:
     ]
 
 
-def walk(cases: list[tuple[Place, Path, Path]]) -> list[Any]:
-    """Measure (place, model folder, folder to write to), largest worlds first, as in layouts."""
-    rank = dist.get_rank()
-    dist.barrier()
-    dist.destroy_process_group()
-    results: list[Any] = []
-    for place, model, out in cases:
-        if rank >= place.world:
-            break
-        dist.init_process_group(
-            "gloo",
-            init_method=f"file://{out}.store",
-            rank=rank,
-            world_size=place.world,
-            timeout=timedelta(seconds=TIMEOUT_S),
-        )
-        try:
-            results.append(_measure(place, model, out))
-        except Exception:
-            results.append(traceback.format_exc())
-            parallel.teardown()
-        gc.collect()
-        dist.destroy_process_group()
-    return results
-
-
-def _measure(place: Place, model: Path, out: Path) -> dict[str, Any] | None:
+def measure(place: Place, model: Path, out: Path) -> dict[str, Any] | None:
     """Logits of the first sample and the loss, on the rank that has them; writes two folders."""
     recipe = place.recipe
-    groups = parallel.setup(recipe.parallel, seed=1, timeout_s=TIMEOUT_S)
+    groups = parallel.setup(recipe.parallel, seed=1)
     arch = read_architecture(model)
     policy = Policy(recipe, arch, groups, model, optimizer=recipe.optimizer, total_updates=1)
-    policy.checkpoint.save(out / "weights")
+    policy.model.weights.save(out / "weights")
     logits = _logits(policy, sequences()[1])
     samples = sequences()
     sizes = denominators(samples)
     policy.backward(
-        micro_batches(samples, **groups.batch_layout(recipe)),
+        micro_batches(samples, groups.micro_batching(recipe)),
         lambda batch, logprob, entropy: supervised_loss(
             batch, logprob, entropy, denominators=sizes
         ),
     )
     gradients_as_weights(policy)
-    policy.checkpoint.save(out / "gradients")
+    policy.model.weights.save(out / "gradients")
     policy.close()
     parallel.teardown()
     return {"logits": logits} if groups.is_leader else None
@@ -264,7 +235,7 @@ def _measure(place: Place, model: Path, out: Path) -> dict[str, Any] | None:
 def _logits(policy: Policy, sample: Sample) -> Any:
     """``[S, V]`` of a sequence: a prompt, then token by token through the KV cache."""
     tokens = torch.tensor([[*sample.prompt_tokens, *sample.response_tokens]])
-    decoder = MegatronDecoder(policy)
+    decoder = MegatronDecoder(policy.model)
     start, length = len(sample.prompt_tokens), tokens.shape[1]
     with torch.no_grad(), decoder.generating():
         decoder.start(1, length)

@@ -11,7 +11,7 @@ from sapo_megatron.data.tokenizer import load_tokenizer
 from sapo_megatron.hf.architecture import read_architecture
 from sapo_megatron.policy import parallel, weights
 from sapo_megatron.policy.decode import MegatronDecoder
-from sapo_megatron.policy.step import FrozenPolicy
+from sapo_megatron.policy.model import Model
 from sapo_megatron.recipe.load import load
 from sapo_megatron.recipe.schema import Recipe
 from sapo_megatron.rollout.collect import Collector
@@ -37,7 +37,7 @@ def build(folder: Path, layout: dict[str, int], temperature: float = 1.0) -> tup
         )
     dist.barrier()
     arch = read_architecture(recipe.model.path)
-    return recipe, FrozenPolicy(recipe, arch, groups, folder / "weights")
+    return recipe, Model(recipe, arch, groups, folder / "weights")
 
 
 def params(temperature: float = 1.0, top_p: float = 1.0) -> SamplingParams:
@@ -73,6 +73,7 @@ def check_layouts(folder: Path, layouts: list[dict[str, int]]) -> list[list[Samp
             tokenizer=load_tokenizer(recipe.model.tokenizer, 104),
             scorer=Half() if groups.is_leader else None,
             config=recipe.rollout,
+            with_routes=True,
             part=groups.dp_cp.rank(),
             parts=groups.dp_cp.size(),
             world=groups.world,
@@ -115,7 +116,7 @@ def _incremental_error(decoder: MegatronDecoder) -> float:
     return error
 
 
-def _logprob_error(policy: FrozenPolicy, p: SamplingParams) -> float:
+def _logprob_error(policy: Model, p: SamplingParams) -> float:
     """Between the log-probs that generation records and those of the training engine."""
     decoder = MegatronDecoder(policy)
     requests = [Request(uid=i, prompt_tokens=t) for i, t in enumerate(PROMPTS)]

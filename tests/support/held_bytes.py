@@ -11,7 +11,7 @@ from sapo_megatron.commands.plan import activations
 from sapo_megatron.hf.architecture import read_architecture
 from sapo_megatron.policy import parallel, weights
 from sapo_megatron.policy.decode import MegatronDecoder
-from sapo_megatron.policy.model import PolicyModel
+from sapo_megatron.policy.gpt import LogprobGPT
 from sapo_megatron.policy.step import Policy
 from sapo_megatron.recipe.load import load
 from sapo_megatron.recipe.schema import Recipe
@@ -22,7 +22,7 @@ TOKENS = 256
 def held(recipe_path: Path, folder: Path, overrides: dict[str, str]) -> dict[str, int]:
     """Bytes of weights, gradients, optimizer and KV cache on this rank of a recipe."""
     recipe, policy = _policy(recipe_path, folder, overrides)
-    weights_ = sum(_size(w) for chunk in policy.chunks for w in chunk.parameters())
+    weights_ = sum(_size(w) for chunk in policy.model.chunks for w in chunk.parameters())
     gradients = sum(
         _size(buffer.grad_data)
         for chunk in policy.ddp
@@ -46,7 +46,7 @@ def held(recipe_path: Path, folder: Path, overrides: dict[str, str]) -> dict[str
 
 
 def _kv_cache(recipe: Recipe, policy: Policy) -> int:
-    decoder, rows = MegatronDecoder(policy), recipe.rollout.generation_batch_size
+    decoder, rows = MegatronDecoder(policy.model), recipe.rollout.generation_batch_size
     longest = recipe.rollout.max_prompt_length + recipe.rollout.max_response_length
     with decoder.generating(), torch.no_grad():
         decoder.start(rows, longest)
@@ -68,8 +68,8 @@ def all_saved(recipe_path: Path, folder: Path, settings: list[dict[str, str]]) -
 def saved_share(recipe_path: Path, folder: Path, overrides: dict[str, str]) -> float:
     """Bytes that the model says a forward pass stores, as a share of those that are stored."""
     recipe, policy = _policy(recipe_path, folder, overrides)
-    (model,) = policy.chunks
-    assert isinstance(model, PolicyModel)
+    (model,) = policy.model.chunks
+    assert isinstance(model, LogprobGPT)
     ours = {w.untyped_storage().data_ptr() for w in model.parameters()}
     saved: dict[int, Tensor] = {}
 

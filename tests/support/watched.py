@@ -8,17 +8,17 @@ import torch.distributed as dist
 
 from sapo_megatron.data.batch import denominators, micro_batches
 from sapo_megatron.metrics import Metrics
-from sapo_megatron.objective.loss import policy_loss
 from sapo_megatron.policy import parallel
 from sapo_megatron.policy.decode import MegatronDecoder
 from sapo_megatron.policy.step import Policy
 from sapo_megatron.recipe.load import load
 from sapo_megatron.rollout.generate import Request, SamplingParams, generate
 from sapo_megatron.sample import Group
-from sapo_megatron.training import loop as train
+from sapo_megatron.training import session
 from sapo_megatron.training.coldstart import initial_weights
 from sapo_megatron.training.inputs import read_inputs
-from sapo_megatron.training.observe import RouterWatch
+from sapo_megatron.training.observe import Observer
+from sapo_megatron.training.update import Updater
 from tests.support.tiny import read_metrics, varied, write_recipe
 from tests.support.whole_runs import run, without_reports_and_checkpoints
 
@@ -46,7 +46,7 @@ class Varied:
 def steps(folder: Path, cases: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """The metrics of one step of each case, in fp64; a case changes the recipe."""
     without_reports_and_checkpoints()
-    train.Scorer = Varied
+    session.Scorer = Varied
     if dist.get_rank() == 0:
         write_recipe(
             folder,
@@ -91,30 +91,20 @@ def _perturbed(folder: Path, mode: str, dense: bool, perturb: Any) -> dict[str, 
         module.score_function = module.config.moe_router_score_function = "sigmoid"
         module.expert_bias = torch.zeros(module.config.num_moe_experts)
     samples = _samples(policy)
-    watch = RouterWatch(recipe, policy, folder / "dumps")
-    batches = micro_batches(samples, **groups.batch_layout(recipe))
-    watch.set_old_logprobs(batches)
+    observer = Observer(recipe, policy.model, folder / "dumps")
+    updater = Updater(recipe, policy, None, observer)
+    batches = micro_batches(samples, groups.micro_batching(recipe))
+    (batches,), _ = updater.old_logprobs([batches])
     with torch.no_grad():
         perturb(policy, torch.Generator().manual_seed(0))
-
-    def loss(batch: Any, logprob: Any, entropy: Any) -> Any:
-        return policy_loss(
-            batch,
-            logprob,
-            entropy,
-            algorithm=recipe.algorithm,
-            denominators=denominators(samples),
-            max_response_length=8,
-        )
-
-    metrics = watch.update(batches, loss, step=1, mini_batch=0, where="here")
+    metrics = updater.update(batches, denominators(samples), step=1, mini_batch=0)
     values = metrics.gather(groups.world).values()
     parallel.teardown()
     return values
 
 
 def _samples(policy: Policy) -> Any:
-    decoder = MegatronDecoder(policy)
+    decoder = MegatronDecoder(policy.model)
     requests = [Request(uid=i, prompt_tokens=(7 + i, 20, 3 + 2 * i)) for i in range(12)]
     params = SamplingParams(temperature=1.0, top_p=1.0, max_new_tokens=8, eos_id=1, seed=3)
     with decoder.generating(record=True):
@@ -125,7 +115,7 @@ def _samples(policy: Policy) -> Any:
 
 
 def _routers(policy: Policy) -> list[Any]:
-    return [m for c in policy.chunks for m in c.modules() if type(m).__name__ == "TopKRouter"]
+    return [m for c in policy.model.chunks for m in c.modules() if type(m).__name__ == "TopKRouter"]
 
 
 def _nothing(policy: Policy, generator: torch.Generator) -> None: ...
@@ -137,11 +127,11 @@ def _bias(policy: Policy, generator: torch.Generator) -> None:
 
 
 def _head(policy: Policy, generator: torch.Generator) -> None:
-    _shake(policy.chunks[-1].output_layer.weight, generator)
+    _shake(policy.model.chunks[-1].output_layer.weight, generator)
 
 
 def _attention(policy: Policy, generator: torch.Generator) -> None:
-    for layer in policy.chunks[0].decoder.layers:
+    for layer in policy.model.chunks[0].decoder.layers:
         _shake(layer.self_attention.linear_proj.weight, generator)
 
 

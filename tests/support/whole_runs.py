@@ -9,9 +9,12 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 
 from sapo_megatron.errors import RunFailed, UserError
+from sapo_megatron.metrics import Mean, Metrics
 from sapo_megatron.policy import checkpoint, parallel
+from sapo_megatron.policy.step import Policy
 from sapo_megatron.recipe.load import load
 from sapo_megatron.training import loop as train
+from sapo_megatron.training import update
 from sapo_megatron.training.inputs import read_inputs
 from tests.support.tiny import write_recipe
 
@@ -54,17 +57,17 @@ class Crash(Exception):
 def _stopped(folder: Path) -> dict[str, Any]:
     """A run that is asked to stop in its second step, and goes on."""
     where = folder / "stopped"
-    step = train.Trainer._step
+    step = train.run_step
 
-    def asked_to_stop(trainer: train.Trainer, number: int, *args: Any) -> Any:
+    def asked_to_stop(session: Any, number: int) -> Any:
         if number == 2 and dist.get_rank() == 0:
             (where / "stop").touch()
-        return step(trainer, number, *args)
+        return step(session, number)
 
-    train.Trainer._step = asked_to_stop
+    train.run_step = asked_to_stop
     at_the_end = {"checkpoint__every": 0, "train__steps": 4, "train__run_dir": str(where)}
     first = run(folder, **at_the_end)
-    train.Trainer._step = step
+    train.run_step = step
     left = sorted(p.relative_to(where).as_posix() for p in where.glob("*/step*"))
     left += [name for name in ("stop", "summary.json") if (where / name).exists()]
     dist.barrier()
@@ -183,18 +186,18 @@ def variants(folder: Path) -> dict[str, Any]:
 def _poisoned(folder: Path, mode: str, poison: str) -> tuple[str, bool]:
     """A run whose second mini-batch goes wrong: its message, and whether that changed weights."""
     weights: list[list[torch.Tensor]] = []
-    update, policy_loss = train.Policy.update, train.policy_loss
+    policy_update, policy_loss = Policy.update, update.policy_loss
     calls = 0
 
     def watched_update(self: Any, *args: Any, **kwargs: Any) -> Any:
         nonlocal calls
         calls += 1
-        state = [p.detach().clone() for chunk in self.chunks for p in chunk.parameters()]
+        state = [p.detach().clone() for chunk in self.model.chunks for p in chunk.parameters()]
         weights.append(state)
         try:
-            return update(self, *args, **kwargs)
+            return policy_update(self, *args, **kwargs)
         finally:
-            weights.append([p.detach().clone() for c in self.chunks for p in c.parameters()])
+            weights.append([p.detach().clone() for c in self.model.chunks for p in c.parameters()])
 
     def poisoned_loss(*args: Any, **kwargs: Any) -> Any:
         loss, metrics = policy_loss(*args, **kwargs)
@@ -202,11 +205,11 @@ def _poisoned(folder: Path, mode: str, poison: str) -> tuple[str, bool]:
             return loss, metrics
         if poison == "gradient":  # finite itself: the root's slope at zero is not
             return loss + (0 * loss).sqrt(), metrics
-        bad = train.Metrics()
-        bad.add("actor/pg_loss", train.Mean(math.nan, 1.0))
+        bad = Metrics()
+        bad.add("actor/pg_loss", Mean(math.nan, 1.0))
         return loss * math.nan, bad
 
-    train.Policy.update, train.policy_loss = watched_update, poisoned_loss
+    Policy.update, update.policy_loss = watched_update, poisoned_loss
     target = folder / f"{mode}-{poison}"
     arguments = {
         "train__run_dir": target,
@@ -220,7 +223,7 @@ def _poisoned(folder: Path, mode: str, poison: str) -> tuple[str, bool]:
             else str(run(folder, **arguments)["steps"])
         )
     finally:
-        train.Policy.update, train.policy_loss = update, policy_loss
+        Policy.update, update.policy_loss = policy_update, policy_loss
     before, after = weights[2:4]
     changed = any(not torch.equal(a, b) for a, b in zip(before, after, strict=True))
     assert any(not torch.equal(a, b) for a, b in zip(*weights[:2], strict=True))

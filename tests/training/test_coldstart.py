@@ -1,16 +1,21 @@
 """The cold start: what it learns from, and when its weights are used again."""
 
 import dataclasses
+import gc
 import json
+import weakref
 
 import pytest
 import torch
 
 from sapo_megatron.errors import UserError
+from sapo_megatron.policy import parallel
 from sapo_megatron.recipe.load import load
 from sapo_megatron.sample import Denominators, PackedBatch
+from sapo_megatron.training import coldstart
 from sapo_megatron.training.coldstart import _key, supervised_loss
 from sapo_megatron.training.inputs import demonstrations, preflight, read_inputs
+from tests.support.gloo import run_ranks
 from tests.support.tiny import write_recipe
 
 
@@ -160,3 +165,29 @@ def test_the_supervised_loss_is_the_mean_over_sequences_of_their_token_means():
     loss.backward()
     assert logprob.grad.tolist() == pytest.approx([0, -1 / 8, -1 / 8, 0, -1 / 4])
     assert metrics.values()["actor/pg_loss"] == pytest.approx(1.5)
+
+
+def held_after_the_cold_start(folder):
+    """How many of its weights and gradients are still there once it is over."""
+    seen = []
+
+    class Watched(coldstart.Policy):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            weights = [w for chunk in self.model.chunks for w in chunk.parameters()]
+            gradients = [b.grad_data for chunk in self.ddp for b in chunk.buffers]
+            seen.extend(weakref.ref(tensor) for tensor in weights + gradients)
+
+    coldstart.Policy = Watched
+    recipe = load(write_recipe(folder, cold_start={"steps": 2, "batch_size": 4}))
+    groups = parallel.setup(recipe.parallel, seed=1)
+    coldstart.initial_weights(recipe, read_inputs(recipe, 1), groups, folder)
+    gc.collect()
+    parallel.teardown()
+    return len(seen), sum(tensor() is not None for tensor in seen)
+
+
+def test_nothing_of_the_cold_start_lives_on(tmp_path):
+    ((tensors, held),) = run_ranks(1, held_after_the_cold_start, tmp_path)
+    assert tensors > 20
+    assert held == 0

@@ -86,6 +86,19 @@ def sender(monkeypatch):
     return made
 
 
+class FakeWeights:
+    """Weights that are written and streamed, and never change."""
+
+    def save(self, folder):
+        folder.mkdir(exist_ok=True)
+
+    def listing(self):
+        return LISTING
+
+    def stream(self):
+        return iter(WEIGHTS)
+
+
 def over_nccl(folder, *servers, **changes):
     for server in servers:
         server.description["weight_transfer"] = "nccl"
@@ -97,10 +110,8 @@ def following(folder, *servers, timeout_s=5.0, **changes):
     policy = SimpleNamespace(
         updates=0,
         groups=SimpleNamespace(world=dist.group.WORLD),
-        checkpoint=SimpleNamespace(
-            save=lambda folder: folder.mkdir(exist_ok=True), stream=lambda: iter(WEIGHTS)
-        ),
-        logprobs=lambda tokens, layout: tuple(map(logprob, tokens[1:])),
+        model=SimpleNamespace(weights=FakeWeights()),
+        logprobs=lambda tokens, cut: tuple(map(logprob, tokens[1:])),
     )
     config = RolloutConfig(
         engine="vllm",
@@ -119,7 +130,7 @@ def following(folder, *servers, timeout_s=5.0, **changes):
         folder / "weights",
         probe=PROBE,
         tolerance=1e-3,
-        layout={},
+        cut=None,
         colocate=config.colocate,
         over_nccl=nccl,
         transfer=Transfer(config.servers, LISTING, timeout_s=timeout_s) if nccl else None,
@@ -293,14 +304,14 @@ def failing_on_two_ranks(url):
         SimpleNamespace(
             updates=0,
             groups=SimpleNamespace(world=dist.group.WORLD),
-            checkpoint=SimpleNamespace(stream=stream),
-            logprobs=lambda tokens, layout: (),
+            model=SimpleNamespace(weights=SimpleNamespace(stream=stream)),
+            logprobs=lambda tokens, cut: (),
         ),
         SimpleNamespace(receive=receive) if first else None,
         Path(),
         probe=PROBE,
         tolerance=1e-3,
-        layout={},
+        cut=None,
         over_nccl=True,
         transfer=SimpleNamespace(send=list) if first else None,
     )

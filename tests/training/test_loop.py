@@ -96,7 +96,7 @@ def run(work, done):
 
 
 def test_it_ends_well_and_says_where_things_are(done, run):
-    assert done.processes == 0
+    assert done.left == []
     assert "Traceback" not in done.stderr
     shown = ("before: avg@4", "after:  avg@4", "step 3/3", "run-001/report/index.html")
     for text in (*shown, "router: ", "variance/router_share"):
@@ -177,7 +177,7 @@ def test_eval_finds_the_scores_of_the_checkpoint(work, run):
     words = [run / "config.yaml", "--checkpoint", run, "--out", work / "scores.json"]
     done = cli("eval", *words, cwd=work)
     assert done.returncode == 0, done.stderr
-    assert done.processes == 0
+    assert done.left == []
     expected = json.loads((run / "summary.json").read_text())["eval"]["after"]
     assert json.loads((work / "scores.json").read_text()) == expected
     assert done.stdout == "".join(f"{name} {score:.4f}\n" for name, score in expected.items())

@@ -32,7 +32,7 @@ def draw(comparison: Comparison) -> bytes:
         _panels(canvas, comparison, theme)
 
     figure = Figure(
-        "gates", "", "What each gate keeps of the gradient", "", lambda _: True, panels, height=8.4
+        "gates", "What each gate keeps of the gradient", "", lambda _: True, panels, height=8.4
     )
     return render(figure, None, THEMES["light"])
 

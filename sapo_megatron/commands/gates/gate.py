@@ -7,18 +7,15 @@ import torch
 from torch import Tensor
 
 from sapo_megatron.errors import UserError
-from sapo_megatron.objective.baselines import cispo_token_loss, grpo_token_loss, gspo_token_loss
-from sapo_megatron.objective.ratio import safe_log_ratio
+from sapo_megatron.objective.loss import LOSSES
+from sapo_megatron.objective.ratio import Ratio, safe_log_ratio
 from sapo_megatron.objective.reduce import sequence_mean
-from sapo_megatron.objective.sapo import sapo_token_loss
-from sapo_megatron.recipe.schema import CLIP_DEFAULTS
+from sapo_megatron.recipe.schema import CLIP_DEFAULTS, AlgorithmConfig, LossType
 from sapo_megatron.runs.dump import DumpInfo
 
 FORMS = {
-    "sapo": "sapo:TAU_POS,TAU_NEG",
-    "grpo": "grpo:CLIP_LOW,CLIP_HIGH",
-    "gspo": "gspo:CLIP_LOW,CLIP_HIGH",
-    "cispo": "cispo:CLIP_LOW,CLIP_HIGH",
+    name: f"{name}:{'TAU_POS,TAU_NEG' if name == 'sapo' else 'CLIP_LOW,CLIP_HIGH'}"
+    for name in LOSSES
 }
 """What a gate looks like on the command line; both values are finite and > 0."""
 CLIP_HIGHER = (0.2, 0.28)
@@ -29,8 +26,7 @@ CLIP_HIGHER = (0.2, 0.28)
 class Gate:
     """A policy loss with its settings. Example: ``Gate("sapo", 1.0, 1.05)``."""
 
-    name: str
-    """One of ``FORMS``."""
+    name: LossType
     first: float
     """tau_pos, or clip_ratio_low."""
     second: float
@@ -38,6 +34,15 @@ class Gate:
 
     def __str__(self) -> str:
         return f"{self.name}:{self.first:.9g},{self.second:.9g}"
+
+    @property
+    def algorithm(self) -> AlgorithmConfig:
+        """The recipe's settings for this loss."""
+        if self.name == "sapo":
+            return AlgorithmConfig(tau_pos=self.first, tau_neg=self.second)
+        return AlgorithmConfig(
+            loss_type=self.name, clip_ratio_low=self.first, clip_ratio_high=self.second
+        )
 
     def weights(
         self,
@@ -70,49 +75,39 @@ class Gate:
         All are [N] but ``lengths`` [S], the tokens of each whole sequence, into which
         ``sequence_ids`` points.
         """
-        log_ratio = logprob - old_logprob
-        clip = {"clip_ratio_low": self.first, "clip_ratio_high": self.second}
-        match self.name:
-            case "sapo":
-                return sapo_token_loss(
-                    log_ratio, advantages, tau_pos=self.first, tau_neg=self.second
-                )
-            case "grpo":
-                return grpo_token_loss(log_ratio, advantages, **clip)
-            case "gspo":
-                valid = torch.ones_like(log_ratio, dtype=torch.bool)
-                means = sequence_mean(log_ratio, valid, sequence_ids, lengths)
-                return gspo_token_loss(log_ratio, means[sequence_ids], advantages, **clip)
-            case "cispo":
-                return cispo_token_loss(log_ratio, logprob, advantages, **clip)
-            case _:
-                raise ValueError(f"gate: expected one of {', '.join(FORMS)}, got {self.name!r}")
+        kind = LOSSES[self.name]
+        r = Ratio.of(logprob - old_logprob, advantages, logprob=logprob)
+        if kind.of_sequences:
+            means = sequence_mean(logprob - old_logprob, r.mask, sequence_ids, lengths)
+            r = r.of_sequences(means[sequence_ids])
+        return kind.of_tokens(r, self.algorithm)
 
 
 def parse_gate(text: str) -> Gate:
     """``NAME:VALUE,VALUE`` -> gate. Raises UserError that shows the form."""
-    name, _, rest = text.partition(":")
+    word, _, rest = text.partition(":")
+    name = next((known for known in FORMS if known == word), None)
     try:
         values = [float(value) for value in rest.split(",")]
     except ValueError:
         values = []
-    if name not in FORMS or len(values) != 2 or not all(0 < v < math.inf for v in values):
+    if name is None or len(values) != 2 or not all(0 < v < math.inf for v in values):
         raise UserError(
-            f"--gate: expected {FORMS.get(name, ' or '.join(FORMS.values()))}, two finite numbers "
-            f"> 0 such as {default(name)}, got {text!r}; change it"
+            f"--gate: expected {FORMS[name] if name else ' or '.join(FORMS.values())}, two finite "
+            f"numbers > 0 such as {default(name or 'sapo')}, got {text!r}; change it"
         )
     return Gate(name, *values)
 
 
-def default(name: str) -> Gate:
-    """A gate with the settings of its paper; sapo's for an unknown name."""
+def default(name: LossType) -> Gate:
+    """A gate with the settings of its paper."""
     match name:
+        case "sapo":
+            return Gate(name, AlgorithmConfig.tau_pos, AlgorithmConfig.tau_neg)
         case "grpo":
-            return Gate("grpo", *CLIP_HIGHER)
-        case "gspo" | "cispo":
-            return Gate(name, *CLIP_DEFAULTS[name])
+            return Gate(name, *CLIP_HIGHER)
         case _:
-            return Gate("sapo", 1.0, 1.05)
+            return Gate(name, *CLIP_DEFAULTS[name])
 
 
 def default_gates(settings: DumpInfo) -> list[Gate]:

@@ -30,11 +30,11 @@ class Plan:
     stages: list[Stage]
     """One rank of each pipeline stage."""
     memory: list[Memory]
-    """Of that rank, by stage."""
+    """Bytes on that rank, by stage."""
     parameters: Parameters
     step: Step
     host_gib: float
-    """Host memory that the offloaded optimizer takes on a node."""
+    """Host memory per node that the offloaded optimizer takes."""
     suggestions: tuple[Suggestion, ...] = ()
     """Changes with which it would fit, where it does not."""
 

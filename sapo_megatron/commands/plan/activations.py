@@ -5,7 +5,7 @@ attention, SwiGLU and experts, with an attention kernel that stores no scores. T
 token before tensor parallelism, which with sequence parallelism divides all of them.
 
 Shape legend: H hidden size, D heads times head size, F inner width of an MLP, E experts, k experts
-a token.
+per token.
 """
 
 from dataclasses import dataclass
@@ -33,19 +33,21 @@ class Kept:
 def layer(arch: Architecture, number: int, parallel: ParallelConfig) -> list[Kept]:
     """What layer ``number`` (from 0) keeps."""
     attention = _attention(arch, parallel.tensor_model_parallel_size)
-    if not has_experts(arch, number):
+    experts = _experts(arch, number)
+    if experts is None:
         return [*attention, *_dense(arch)]
     imbalance = IMBALANCE if parallel.expert_model_parallel_size > 1 else 1.0
-    return [*attention, *_moe(arch, arch.experts, imbalance)]
+    return [*attention, *_moe(arch, experts, imbalance)]
 
 
-def has_experts(arch: Architecture, number: int) -> bool:
-    return arch.experts is not None and number in arch.experts.layers
+def _experts(arch: Architecture, number: int) -> Experts | None:
+    """The experts of layer ``number``; None where it is dense."""
+    return arch.experts if arch.experts and number in arch.experts.layers else None
 
 
 def _attention(arch: Architecture, tp: int) -> list[Kept]:
     a, hidden = arch.attention, arch.hidden_size
-    kept = [("input", hidden, "")]
+    kept: list[tuple[str, float, str]] = [("input", hidden, "")]
     if isinstance(a, GroupedQueryAttention):
         queries = a.num_heads * a.head_dim
         # Fewer key heads than ranks: each rank has one of its own.
@@ -124,11 +126,11 @@ def chunk(
         n = min(parallel.recompute_num_layers or 1, len(layers))
         if parallel.recompute_method == "uniform":
             groups = [whole[i : i + n] for i in range(0, len(whole), n)]
-            stored = len(groups) * arch.hidden_size
-            again = max((sum(group) for group in groups), default=0)
+            stored: float = len(groups) * arch.hidden_size
+            again = max((sum(group) for group in groups), default=0.0)
         else:
             stored = n * arch.hidden_size + sum(whole[n:])
-            again = max(whole[:n], default=0)
+            again = max(whole[:n], default=0.0)
         return ChunkActivations(stored=stored, working=again + gradients)
     spared: list[float] = [0.0] * len(rows)
     if parallel.recompute_granularity == "selective":
@@ -145,11 +147,14 @@ def _largest_block(kept: list[Kept]) -> float:
 
 
 def forward_block(arch: Architecture, number: int, parallel: ParallelConfig) -> float:
-    """Numbers per token on a rank that a block of a layer has at once, without sequence
-    parallelism: attention and dense layers are cut, tokens and routed experts are not.
+    """Numbers per token that one block of layer ``number`` has at once on one rank.
+
+    Without sequence parallelism: attention and dense layers are cut, tokens and routed experts are
+    not.
     """
     tp = parallel.tensor_model_parallel_size
     kept = layer(arch, number, parallel)
     attention = sum(k.numbers for k in kept if k.block == "attention") / tp
     mlp = sum(k.numbers for k in kept if k.block == "mlp")
-    return 2 * arch.hidden_size + max(attention, mlp if has_experts(arch, number) else mlp / tp)
+    routed = _experts(arch, number) is not None
+    return 2 * arch.hidden_size + max(attention, mlp if routed else mlp / tp)

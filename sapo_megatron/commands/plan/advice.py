@@ -28,18 +28,18 @@ class Suggestion:
 
     @property
     def words(self) -> str:
-        """As they stand on a command line."""
+        """The settings as they stand on a command line."""
         return " ".join(f"{key}={_yaml(value)}" for key, value in self.settings.items())
 
 
 def suggestions(
     recipe: Recipe, largest: str, memory_gib: float, needed: Callable[[Recipe], float]
 ) -> list[Suggestion]:
-    """At most two: single changes before pairs, and before all others those that relieve the
-    ``largest`` part; where no pair will do, as many as it takes, without and with more nodes.
+    """At most two changes with which ``recipe`` fits into ``memory_gib``.
 
-    ``needed`` plans a recipe: GiB on its worst GPU. Raises UserError where the recipe is refused,
-    which rules that change out.
+    Single changes come before pairs, and before all others those that relieve the ``largest``
+    part; where no pair will do, as many as it takes, without and with more nodes. ``needed`` plans
+    a recipe: GiB on its worst GPU. Where it raises UserError, that change is ruled out.
     """
 
     def total(settings: Settings) -> float:
@@ -62,7 +62,7 @@ def suggestions(
 def _few(
     ladders: list[list[Settings]], total: Callable[[Settings], float], limit: float
 ) -> Iterator[Suggestion]:
-    """Of each one or two kinds the smallest steps that will do."""
+    """The smallest steps that will do, of each one or two ladders."""
     trials = 0
     for size in (1, 2):
         for chosen in itertools.combinations(ladders, size):
@@ -79,7 +79,10 @@ def _few(
 def _many(
     ladders: list[list[Settings]], total: Callable[[Settings], float], limit: float
 ) -> Suggestion | None:
-    """The step that helps most, again and again until it fits, and then each as small as may be."""
+    """The step that helps most, again until it fits, and then each as small as may be.
+
+    None where no step helps any more and it does not fit.
+    """
     settings: Settings = {}
     left, taken, gib = list(ladders), [], total({})
     while gib > limit:

@@ -51,13 +51,13 @@ class Batches:
     longest: int
     """Tokens of such a sequence."""
     sequences: int
-    """Of a step, over all ranks."""
+    """Sequences of a step, over all ranks."""
     mini_batch: int
     """Sequences of an optimizer step, over all ranks."""
     sequences_per_rank: int
-    """Of a step, on the busiest data-parallel rank."""
+    """Sequences of a step on the busiest data-parallel rank."""
     micro_batches: int
-    """Of an optimizer step, on each data-parallel rank."""
+    """Micro-batches of an optimizer step on each data-parallel rank."""
     generated_at_once: int
     """Sequences that one rank decodes together."""
 
@@ -84,7 +84,7 @@ class Batches:
 
 
 def _micro_batches(recipe: Recipe, layout: Layout, longest: int, mini_batch: int) -> int:
-    """``batch.plan_micro_batches`` for sequences of one length."""
+    """How many ``data.batch.plan_micro_batches`` makes of sequences of one length."""
     multiple = 2 * layout.cp if layout.cp > 1 else 1
     fed = -(-(longest - 1) // multiple) * multiple
     at_once = recipe.train.max_tokens_per_gpu * layout.cp // fed

@@ -14,11 +14,11 @@ RESERVE = 4 * GIB
 """CUDA context, NCCL's buffers, workspaces of libraries, fragmentation. Assumed, not measured."""
 BYTES = {"bfloat16": 2, "float32": 4, "float64": 8}
 GRADIENT_BYTES = {"bfloat16": 4, "float32": 4, "float64": 8}
-"""A number of DDP's gradient buffer: fp32 also for bf16 weights (grad_reduce_in_fp32)."""
+"""Per number of DDP's gradient buffer: fp32 also for bf16 weights (grad_reduce_in_fp32)."""
 OPTIMIZER_BYTES = {"bfloat16": 12, "float32": 8, "float64": 16}
 """Adam's two moments in the dtype of the master weights, and those where weights are bf16."""
 HOST_BYTES = 16
-"""Of an offloaded parameter: master weight, two moments and a copy of the gradient, fp32."""
+"""Per offloaded parameter: master weight, two moments and a copy of the gradient, fp32."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,9 +66,9 @@ class Memory:
 
     def at_peak(self) -> dict[str, float]:
         """The parts that are there at the peak, in GiB."""
-        idle = ("kv_cache", "generation")
+        idle = {"kv_cache", "generation"}
         if self.peak == "rollout":
-            idle = ("batches", "activations", "logprobs")
+            idle = {"batches", "activations", "logprobs"}
         return {name: size for name, size in self.parts().items() if name not in idle}
 
     def parts(self) -> dict[str, float]:
@@ -79,7 +79,7 @@ class Memory:
 def memory(
     recipe: Recipe, arch: Architecture, layout: Layout, stages: list[Stage], number: int
 ) -> Memory:
-    """Of each GPU of stage ``number``."""
+    """The memory of each GPU of stage ``number``."""
     stage, batches = stages[number], Batches.of(recipe, layout)
     dtype = recipe.model.params_dtype
     models = 2 if recipe.algorithm.kl_coef > 0 else 1
@@ -104,7 +104,7 @@ def memory(
 
 
 def sharded(stage: Stage, layout: Layout) -> float:
-    """Parameters whose optimizer state a rank keeps (ZeRO stage 1, arXiv 1910.02054)."""
+    """Parameters whose optimizer state one rank keeps (ZeRO stage 1, arXiv 1910.02054)."""
     return stage.dense / layout.dp_cp + stage.experts / layout.expert_dp
 
 
@@ -118,7 +118,7 @@ def host_memory(recipe: Recipe, layout: Layout, stages: list[Stage]) -> float:
 def _activations(
     recipe: Recipe, arch: Architecture, layout: Layout, stage: Stage, number: int, batches: Batches
 ) -> tuple[float, float]:
-    """Bytes (stored, working on top)."""
+    """Bytes per GPU of stage ``number``: stored, and working on top."""
     dtype = BYTES[recipe.model.params_dtype]
     tokens = recipe.train.max_tokens_per_gpu
     chunks = [activations.chunk(arch, layers, recipe.parallel) for layers in stage.chunks]
@@ -133,7 +133,7 @@ def _activations(
 
 
 def _logprobs(recipe: Recipe, arch: Architecture, layout: Layout) -> float:
-    """As objective/logprob.py works: in place on the logits, or fused with the output layer."""
+    """Bytes that objective/logprob.py takes: in place, or fused with the output layer."""
     dtype = BYTES[recipe.model.params_dtype]
     wide = max(dtype, 4)
     tokens, columns = recipe.train.max_tokens_per_gpu, -(-arch.vocab_size // layout.tp)
@@ -149,7 +149,7 @@ def _logprobs(recipe: Recipe, arch: Architecture, layout: Layout) -> float:
 def _batches(
     recipe: Recipe, arch: Architecture, layout: Layout, stage: Stage, batches: Batches
 ) -> float:
-    """All micro-batches of a step, which are on the GPU from its old log-probs to its end."""
+    """Bytes of all micro-batches of a step, on the GPU from its old log-probs to its end."""
     tokens = batches.sequences_per_rank * batches.longest / layout.cp
     per_token = 45.0  # four int64, four fp32 less one, a mask: see sample.PackedBatch
     if arch.experts:
@@ -163,9 +163,9 @@ def _batches(
 def _route_bytes(
     arch: Architecture, recipe: Recipe, layers: float, *, cp: int = 1, index: int = 2
 ) -> float:
-    """Of one token's experts and, at some positions, fp32 router probabilities."""
+    """Bytes per token of the chosen experts and, at some positions, fp32 router probabilities."""
     assert arch.experts, "only models with experts have routes"
-    every = recipe.routing.prob_every
+    every = recipe.routing.kept_every
     kept = 4 * arch.experts.number * cp / every if every else 0.0
     return layers * (index * arch.experts.topk + kept)
 
@@ -179,6 +179,7 @@ def _generation(
     *,
     last: bool,
 ) -> float:
+    """Bytes of prefill, sampling or gathered routes, whichever takes most."""
     dtype, rows = BYTES[recipe.model.params_dtype], batches.generated_at_once
     block = max(activations.forward_block(arch, n, recipe.parallel) for n in stage.layers)
     prefill = rows * recipe.rollout.max_prompt_length * block * dtype

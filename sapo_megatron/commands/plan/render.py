@@ -65,7 +65,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
 
 
 def as_table(plan: Plan) -> str:
-    """What ``plan`` prints, in at most 100 columns."""
+    """What ``plan`` prints, in lines of at most 100 columns."""
     return "\n\n".join((_head(plan), _memory_table(plan), _step_table(plan))) + "\n"
 
 
@@ -114,7 +114,7 @@ def _memory_table(plan: Plan) -> str:
     ]
     if plan.host_gib:
         lines.append(f"the offloaded optimizer takes {plan.host_gib:.0f} GiB of a node's memory")
-    title = "memory of a GPU, GiB (estimated, with rsrv and the experts' imbalance assumed)"
+    title = "memory per GPU, GiB (estimated, with rsrv and the experts' imbalance assumed)"
     return "\n".join([title, *(f"  {line}" for line in lines)])
 
 
@@ -133,18 +133,18 @@ def _step_table(plan: Plan) -> str:
         "sequences": f"{batches.sequences} of {batches.longest} tokens, {_short(step.tokens)} "
         f"tokens in all",
         "updates": f"{train.num_mini_batches} of {batches.mini_batch} sequences, "
-        f"{batches.micro_batches} micro-batches a rank{waits}",
+        f"{batches.micro_batches} micro-batches per rank{waits}",
         **{
             name: f"{_short(flops)}FLOP, {_seconds(plan, flops):.3g} s at the GPUs' peak"
             for name, flops in passes.items()
         },
-        "GiB sent a GPU": f"{sent or 'nothing'} (log-probs and updates)",
+        "GiB sent per GPU": f"{sent or 'nothing'} (log-probs and updates)",
     }
     return _rows(rows, "a step in which every sequence is as long as it may be")
 
 
 def _short(number: float) -> str:
-    """12300 -> 12.3 k; the unit follows."""
+    """A number with a decimal prefix, 12300 as ``12.3 k``; the unit follows."""
     for size, prefix in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if number >= size:
             return f"{number / size:.3g} {prefix}"
@@ -178,4 +178,5 @@ def _bubble(plan: Plan) -> float:
 
 
 def _seconds(plan: Plan, flops: float) -> float:
+    """The least that ``flops`` take on all GPUs of the cluster."""
     return flops / (plan.layout.world_size * plan.gpu.tflops * 1e12)

@@ -11,7 +11,7 @@ from sapo_megatron.recipe.schema import Recipe
 
 @dataclass(frozen=True, kw_only=True)
 class Parameters:
-    """Of the whole model."""
+    """Numbers of parameters of the whole model."""
 
     total: int
     active: int
@@ -38,7 +38,7 @@ class Step:
     logprob_flops: float
     update_flops: float
     bytes_sent: dict[str, float]
-    """By group, what the busiest GPU sends in log-prob and update passes; generation is not in."""
+    """By group, what the busiest GPU sends in log-prob and update passes, not in generation."""
 
     @property
     def flops(self) -> float:
@@ -46,7 +46,7 @@ class Step:
 
 
 def step(recipe: Recipe, arch: Architecture, layout: Layout, stages: list[Stage]) -> Step:
-    """What a step costs at most: see :class:`Step`."""
+    """What a step costs at most (:class:`Step`)."""
     batches, parameters = Batches.of(recipe, layout), Parameters.of(arch, stages)
     forward = batches.sequences * forward_flops(arch, parameters, batches.longest)
     models = 2 if recipe.algorithm.kl_coef > 0 else 1
@@ -61,8 +61,9 @@ def step(recipe: Recipe, arch: Architecture, layout: Layout, stages: list[Stage]
 
 
 def forward_flops(arch: Architecture, parameters: Parameters, length: int) -> float:
-    """Of one sequence: 2 a parameter and token, and causal attention (arXiv 2204.02311, app. B;
-    2104.04473).
+    """Floating-point operations of one sequence of ``length`` tokens.
+
+    2 per parameter and token, and causal attention (arXiv 2204.02311, appendix B; 2104.04473).
 
     The input embedding is a look-up and multiplies nothing; the output layer does, also where its
     weight is the embedding's.
@@ -73,7 +74,7 @@ def forward_flops(arch: Architecture, parameters: Parameters, length: int) -> fl
         widths = a.num_heads * 2 * a.head_dim
     else:
         widths = a.num_heads * (a.qk_nope_head_dim + a.qk_rope_head_dim + a.v_head_dim)
-    # Scores and their product with the values, 2 FLOP each, over half the square.
+    # Scores and their product with the values, 2 FLOPs each, over half the square.
     attention = arch.num_layers * widths * length**2
     return 2 * (parameters.active_without_embeddings + head) * length + attention
 
@@ -81,7 +82,7 @@ def forward_flops(arch: Architecture, parameters: Parameters, length: int) -> fl
 def _bytes_sent(
     recipe: Recipe, arch: Architecture, layout: Layout, stages: list[Stage], batches: Batches
 ) -> dict[str, float]:
-    """Bytes that a GPU sends in ring and all-to-all algorithms, by group, on the busiest stage."""
+    """Bytes that one GPU of the busiest stage sends, by group, in rings and all-to-alls."""
     dtype = BYTES[recipe.model.params_dtype]
     again = 1 if recipe.parallel.recompute_granularity == "full" else 0
     models = 2 if recipe.algorithm.kl_coef > 0 else 1

@@ -27,7 +27,9 @@ class Worker:
         Returns the model's sizes, the settings that matter and ``weights``, the label of the last
         ``sapo_load`` or ``sapo_label``.
         """
-        _return_logprobs_before_top_p(self.model_runner.sampler)
+        # With pipeline parallelism only the last stage samples.
+        if (sampler := getattr(self.model_runner, "sampler", None)) is not None:
+            _return_logprobs_before_top_p(sampler)
         model = self.vllm_config.model_config
         transfer = self.vllm_config.weight_transfer_config
         return {

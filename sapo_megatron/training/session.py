@@ -1,0 +1,283 @@
+"""A run's parts, opened together and closed together: policy, engine, scorer, trackers."""
+
+import logging
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+import yaml
+
+from sapo_megatron.data.batch import data_parallel_ranks
+from sapo_megatron.errors import RunFailed
+from sapo_megatron.metrics import Max, Mean, Metrics
+from sapo_megatron.policy import checkpoint, parallel
+from sapo_megatron.policy.model import Model
+from sapo_megatron.policy.parallel import ParallelGroups
+from sapo_megatron.policy.step import Policy
+from sapo_megatron.recipe.load import to_yaml
+from sapo_megatron.recipe.schema import Recipe
+from sapo_megatron.rollout.collect import Collector, Responses
+from sapo_megatron.rollout.exchange import HeldRoutes, deliver_routes
+from sapo_megatron.rollout.reward import Scorer
+from sapo_megatron.runs.folder import RunFolder, find_run
+from sapo_megatron.runs.journal import Journal
+from sapo_megatron.runs.state import RunState, identity, layout
+from sapo_megatron.runs.trackers import RunTrackers, duration
+from sapo_megatron.sample import Sample
+from sapo_megatron.training.coldstart import initial_weights
+from sapo_megatron.training.engine import open_engine
+from sapo_megatron.training.evaluate import evaluate
+from sapo_megatron.training.inputs import Inputs
+from sapo_megatron.training.observe import Observer
+from sapo_megatron.training.update import Updater
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Session:
+    """Every part of one run. Methods are collective over all ranks."""
+
+    recipe: Recipe
+    inputs: Inputs
+    groups: ParallelGroups
+    run: RunFolder
+    start: Path
+    """The weights that the run started from."""
+    policy: Policy
+    updater: Updater
+    data_parallel: list[list[int]]
+    """The ranks with the samples of each data-parallel rank."""
+    collector: Collector
+    trackers: RunTrackers | None
+    """On the first rank."""
+    journal: Journal
+
+    @property
+    def first_step(self) -> int:
+        return self.run.state.step + 1 if self.run.state else 1
+
+    def collect(self, step: int) -> Responses:
+        """This step's groups; with ``rollout.async_steps``, the next step's are under way then."""
+        source, seed = self.inputs.source, self.recipe.train.seed
+        with self._saved_if_lost(step - 1):
+            collected = self.collector.collect(source, seed=seed)
+            if self.recipe.rollout.async_steps and step < self.recipe.train.steps:
+                self.collector.begin(source, seed=seed)
+        return collected
+
+    def deliver_routes(
+        self, mini_batches: Sequence[Sequence[Sample]], held: Mapping[int, HeldRoutes]
+    ) -> None:
+        """Bring the rollout's routes to the ranks that train on them."""
+        if not held:
+            return
+        cut, world = self.groups.micro_batching(self.recipe), self.groups.world
+        for samples in mini_batches:
+            places = data_parallel_ranks(samples, cut)
+            readers = [self.data_parallel[place] for place in places]
+            deliver_routes(samples, readers, held, world)
+
+    def evaluate(self) -> dict[str, float]:
+        """avg@k and pass@1 of the policy as it is."""
+        return evaluate(self.collector, self.inputs.problems, self.recipe)
+
+    def evaluate_after(self, step: int, metrics: Metrics) -> dict[str, float]:
+        """The same after a step, which gets ``eval/*``."""
+        with self._saved_if_lost(step), timed(metrics, "time/eval"):
+            scores = self.evaluate()
+        if dist.get_rank() == 0:
+            for name, value in scores.items():
+                metrics.add(f"eval/{name}", Mean(value, 1.0))
+        return scores
+
+    def stop_requested(self) -> bool:
+        """Whether somebody has asked the run to end after this step."""
+        return parallel.on_first_rank(self.groups, lambda: self.run.stop_requested)
+
+    def forget_stop_request(self) -> None:
+        if dist.get_rank() == 0:
+            self.run.forget_stop_request()
+
+    def save(self, step: int) -> None:
+        """Write a checkpoint of what is trained up to ``step``."""
+        state = RunState(
+            step=step,
+            start=os.path.relpath(self.start, self.run.path),
+            model=identity(self.recipe, self.inputs.arch),
+            cursor=self.collector.cursor(self.inputs.source),
+            eval=self.journal.before,
+            router=self.journal.moments(),
+            wall_s=self.journal.wall_s,
+            layout=layout(self.recipe.parallel),
+            world_size=dist.get_world_size(),
+        )
+        keep = self.recipe.checkpoint.keep
+        checkpoint.save(self.policy, self.run.checkpoints, state, keep=keep)
+
+    def log(self, step: int, metrics: Metrics) -> None:
+        """``metrics`` gathered from all ranks."""
+        if self.trackers:
+            self.trackers.log(step, metrics)
+
+    def finish(self, after: dict[str, float]) -> dict[str, Any]:
+        """Write and return what ``summary.json`` says."""
+        before, router = self.journal.before, self.journal.router()
+        summary: dict[str, Any] = {
+            "steps": self.recipe.train.steps,
+            "wall_s": round(self.journal.wall_s, 1),
+            "loss_type": self.recipe.algorithm.loss_type,
+            "world_size": dist.get_world_size(),
+            "eval": {"before": before, "after": after},
+            "router": router,
+            "report": str(self.run.path / "report" / "index.html"),
+        }
+        if dist.get_rank() == 0:
+            self.run.write_summary(summary)
+            logger.info("before: %s", shown(before))
+            logger.info("after:  %s", shown(after))
+            if router:
+                logger.info("router: %s (of the last measurements)", shown(router, "{} {:.2g}"))
+            logger.info("took:   %s", duration(summary["wall_s"]))
+        return summary
+
+    @contextmanager
+    def _saved_if_lost(self, step: int) -> Iterator[None]:
+        """What is trained up to ``step`` is saved where the engine fails in the block."""
+        try:
+            yield
+        except RunFailed:
+            if step >= self.first_step:
+                self.save(step)
+            raise
+
+
+@contextmanager
+def open_session(
+    recipe: Recipe, inputs: Inputs, groups: ParallelGroups, run: RunFolder, *, began: float
+) -> Iterator[Session]:
+    """The parts of ``run``, while the block lasts; ``began`` as in :class:`Journal`.
+
+    Collective over all ranks. Raises UserError for inputs that do not fit, RunFailed where rollout
+    servers do not come up.
+    """
+    with ExitStack() as stack:
+        start, policy = _open_policy(stack, recipe, inputs, groups, run)
+        model, observer, reference = policy.model, None, None
+        if recipe.algorithm.kl_coef > 0:
+            reference = Model(recipe, inputs.arch, groups, start)
+        if recipe.routing.observe:
+            observer = Observer(recipe, model, run.path / "dumps")
+        yield Session(
+            recipe=recipe,
+            inputs=inputs,
+            groups=groups,
+            run=run,
+            start=start,
+            policy=policy,
+            data_parallel=parallel.data_parallel_blocks(groups),
+            updater=Updater(recipe, policy, reference, observer),
+            collector=_open_collector(stack, recipe, inputs, policy, run),
+            trackers=_open_trackers(stack, recipe, run),
+            journal=Journal(run.state, began=began),
+        )
+
+
+def evaluate_checkpoint(recipe: Recipe, inputs: Inputs, path: Path) -> dict[str, float]:
+    """Scores of a run, or of one of its checkpoints, on the recipe's held-out problems.
+
+    Collective over all processes. Raises UserError for a checkpoint that does not fit.
+    """
+    groups = parallel.setup(recipe.parallel, seed=recipe.train.seed)
+    run = parallel.on_first_rank(groups, lambda: find_run(recipe, inputs.arch, path))
+    with ExitStack() as stack:
+        _, policy = _open_policy(stack, recipe, inputs, groups, run)
+        collector = _open_collector(stack, recipe, inputs, policy, run)
+        return evaluate(collector, inputs.problems, recipe)
+
+
+def export_checkpoint(recipe: Recipe, inputs: Inputs, path: Path, out: Path) -> None:
+    """Write the weights of a run, or of one of its checkpoints, as a Hugging Face folder.
+
+    Collective over all processes. Raises UserError for a checkpoint that does not fit.
+    """
+    groups = parallel.setup(recipe.parallel, seed=recipe.train.seed)
+    run = parallel.on_first_rank(groups, lambda: find_run(recipe, inputs.arch, path))
+    with ExitStack() as stack:
+        _, policy = _open_policy(stack, recipe, inputs, groups, run)
+        policy.model.weights.save(out, tokenizer=recipe.model.tokenizer)
+    logger.info("exported: %s", out)
+
+
+def _open_policy(
+    stack: ExitStack, recipe: Recipe, inputs: Inputs, groups: ParallelGroups, run: RunFolder
+) -> tuple[Path, Policy]:
+    """The weights that the run started from, and the policy as its checkpoint has it."""
+    cursor = inputs.source.state_dict()
+    start = run.start or initial_weights(recipe, inputs, groups, run.shared)
+    policy = Policy(
+        recipe,
+        inputs.arch,
+        groups,
+        start,
+        optimizer=recipe.optimizer,
+        total_updates=recipe.train.steps * recipe.train.num_mini_batches,
+    )
+    stack.enter_context(closing(policy))
+    inputs.source.load_state_dict(run.state.cursor if run.state else cursor)
+    if run.checkpoint and run.state:
+        checkpoint.load(policy, run.checkpoint, run.state)
+        logger.info("loaded %s", run.checkpoint)
+    return start, policy
+
+
+def _open_collector(
+    stack: ExitStack, recipe: Recipe, inputs: Inputs, policy: Policy, run: RunFolder
+) -> Collector:
+    groups = policy.groups
+    in_process = recipe.rollout.engine == "in_process"
+    # On the ranks that get responses: leaders, or the one that speaks to the servers.
+    scores = groups.is_leader if in_process else dist.get_rank() == 0
+    scorer: AbstractContextManager[Scorer | None] = nullcontext()
+    if scores:
+        scorer = Scorer(recipe.reward)
+    return Collector(
+        scorer=stack.enter_context(scorer),
+        engine=stack.enter_context(open_engine(recipe, inputs, policy, run.path)),
+        tokenizer=inputs.tokenizer,
+        config=recipe.rollout,
+        with_routes=recipe.routing.observe or recipe.routing.router_replay == "R3",
+        part=groups.dp_cp.rank() if in_process else 0,
+        parts=groups.dp_cp.size() if in_process else 1,
+        world=groups.world,
+    )
+
+
+def _open_trackers(stack: ExitStack, recipe: Recipe, run: RunFolder) -> RunTrackers | None:
+    if dist.get_rank() > 0:
+        return None
+    trackers = RunTrackers(
+        run.path,
+        recipe.logging,
+        yaml.safe_load(to_yaml(recipe)),
+        resume_step=run.state.step + 1 if run.state else None,
+    )
+    return stack.enter_context(trackers)
+
+
+@contextmanager
+def timed(metrics: Metrics, name: str) -> Iterator[None]:
+    """Seconds of a stage; once gathered, those of the rank where it took longest."""
+    began = time.monotonic()
+    yield
+    metrics.add(name, Max(time.monotonic() - began))
+
+
+def shown(values: dict[str, float], form: str = "{} {:.3f}") -> str:
+    """``avg@8 0.421, pass@1 0.539``."""
+    return ", ".join(form.format(*item) for item in values.items())

@@ -1,0 +1,121 @@
+"""What trains: log-probs of the old policy, and one update at a time.
+
+Public methods are collective over all ranks.
+"""
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from sapo_megatron.metrics import Metrics
+from sapo_megatron.objective.advantage import group_advantages
+from sapo_megatron.objective.correction import mismatch_metrics
+from sapo_megatron.objective.loss import policy_loss
+from sapo_megatron.policy.model import Model
+from sapo_megatron.policy.step import Policy
+from sapo_megatron.recipe.schema import Recipe
+from sapo_megatron.rollout.collect import rewards
+from sapo_megatron.sample import Denominators, Group, PackedBatch
+from sapo_megatron.training.observe import Observer, old_experts
+
+
+def set_advantages(groups: Sequence[Group], estimator: str) -> None:
+    """The advantage of every sample, from the rewards of its group."""
+    for group, row in zip(groups, group_advantages(rewards(groups), estimator), strict=True):
+        for sample, advantage in zip(group.samples, row.tolist(), strict=True):
+            sample.advantage = advantage
+
+
+class Updater:
+    """Makes the updates of a step, with the experts that the recipe wants replayed."""
+
+    def __init__(
+        self, recipe: Recipe, policy: Policy, reference: Model | None, observer: Observer | None
+    ) -> None:
+        """``reference``: the frozen model of a KL penalty; ``observer``: who is shown each pass."""
+        self._recipe = recipe
+        self._policy = policy
+        self._reference = reference
+        self._observer = observer
+        self._mode = recipe.routing.router_replay
+        self._has_experts = bool(policy.model.routers.moe_layers)
+
+    def old_logprobs(
+        self, mini_batches: Sequence[Sequence[PackedBatch]]
+    ) -> tuple[list[list[PackedBatch]], Metrics]:
+        """The micro-batches with what the policies before the first update say of them.
+
+        Those are the old policy in the training engine, with the packing of the updates, so that
+        ratios start at 1, and the reference. Raises UserError for routes of the rollout engine that
+        do not fit, or are missing where R3 needs them.
+        """
+        batches = [batch for part in mini_batches for batch in part]
+        model, observed = self._policy.model, self._observer is not None
+        replay = None
+        if self._has_experts and self._mode == "R3":
+            replay = [model.view.rollout_routes(batch).experts for batch in batches]
+        record = observed or self._mode == "R2"
+        forwards = model.forward(batches, replay=replay, record=record)
+        frozen = self._reference.forward(batches) if self._reference else [None] * len(batches)
+        metrics = Metrics()
+        filled = []
+        for i, (batch, forward, reference) in enumerate(
+            zip(batches, forwards, frozen, strict=True)
+        ):
+            own = forward.routes.experts if forward.routes else None
+            filled.append(
+                dataclasses.replace(
+                    batch,
+                    old_logprob=forward.logprob,
+                    ref_logprob=reference.logprob if reference else None,
+                    old_routes=forward.routes,
+                    old_experts=replay[i] if replay else own,
+                )
+            )
+            if forward.logprob is not None and self._policy.groups.is_leader:
+                metrics.update(mismatch_metrics(forward.logprob, batch.rollout_logprob, batch.mask))
+        if self._observer:
+            metrics.update(self._observer.rollout(filled))
+        rest = iter(filled)
+        return [list(itertools.islice(rest, len(part))) for part in mini_batches], metrics
+
+    def update(
+        self,
+        batches: Sequence[PackedBatch],
+        denominators: Denominators,
+        *,
+        step: int,
+        mini_batch: int,
+    ) -> Metrics:
+        """One update on mini-batch number ``mini_batch`` (from 0) of ``step``."""
+        recipe = self._recipe
+        loss = functools.partial(
+            policy_loss,
+            algorithm=recipe.algorithm,
+            denominators=denominators,
+            max_response_length=recipe.rollout.max_response_length,
+            correction=recipe.correction,
+            cp_group=self._policy.groups.cp,
+        )
+        replay = self._replayed(batches)
+        where = f"step {step}, mini-batch {mini_batch + 1} of {recipe.train.num_mini_batches}"
+        if self._observer is None:
+            return self._policy.update(batches, loss, where=where, replay=replay)[0]
+        metrics = Metrics()
+        probe = self._observer.before(batches, replay, step=step, mini_batch=mini_batch)
+        updated, forwards = self._policy.update(
+            batches, loss, where=where, replay=replay, record=True
+        )
+        metrics.update(updated)
+        if forwards:
+            found = self._observer.after(batches, forwards, probe, step=step, mini_batch=mini_batch)
+            metrics.update(found)
+        return metrics
+
+    def _replayed(self, batches: Sequence[PackedBatch]) -> list[Tensor] | None:
+        if not self._has_experts or self._mode == "disabled":
+            return None
+        return [old_experts(batch) for batch in batches]
