@@ -140,7 +140,7 @@ def pack(
         mask[response] = True
         rollout_logprob[response] = torch.tensor(sample.rollout_logprobs)
     per_sequence = torch.tensor(sizes)
-    routed = any(s.routes for s in samples)
+    experts, probs, probs_row = _lay_out_routes(samples, starts)
     return PackedBatch(
         tokens=tokens,
         targets=targets,
@@ -156,40 +156,40 @@ def pack(
         rollout_logprob=rollout_logprob,
         sample_uids=tuple(s.uid for s in samples),
         padded=not packing,
-        **(_lay_out_routes(samples, starts) if routed else {}),
+        rollout_experts=experts,
+        rollout_probs=probs,
+        rollout_probs_row=probs_row,
     )
 
 
-def _lay_out_routes(samples: Sequence[Sample], starts: Sequence[int]) -> dict[str, Tensor]:
-    """The rollout engine's routes in the order of the tokens: ``rollout_*`` of a PackedBatch.
+def _lay_out_routes(
+    samples: Sequence[Sample], starts: Sequence[int]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The rollout engine's routes in the order of the tokens, as far as there are some.
 
-    ``starts`` bounds the samples' sequences, as ``PackedBatch.cu_seqlens`` does.
+    ``rollout_experts``, ``rollout_probs`` and ``rollout_probs_row`` of a PackedBatch; ``starts``
+    bounds the samples' sequences, as its ``cu_seqlens`` does.
     """
-    first = next(s.routes for s in samples if s.routes)
+    first = next((s.routes for s in samples if s.routes), None)
+    if first is None:
+        return None, None, None
     experts = torch.full((starts[-1], *first.experts.shape[1:]), -1, dtype=torch.int16)
     rows = torch.full((starts[-1],), -1)
     probs: list[Tensor] = []
     kept = 0
     for sample, start in zip(samples, starts, strict=False):
-        routes = sample.routes
-        if routes is None:
+        if sample.routes is None:
             continue
-        fed = len(routes.experts)
+        fed = len(sample.routes.experts)
         assert fed == _length(sample), f"sample {sample.uid}: routes of {fed} tokens"
-        experts[start : start + fed] = torch.from_numpy(routes.experts)
-        if routes.probs is not None:
-            assert routes.positions is not None, "what is kept has a place"
-            positions = torch.from_numpy(routes.positions)
-            rows[start + positions] = torch.arange(kept, kept + len(positions))
-            probs.append(torch.from_numpy(routes.probs))
+        experts[start : start + fed] = torch.from_numpy(sample.routes.experts)
+        if sample.routes.probs is not None:
+            positions = sample.routes.positions
+            assert positions is not None, "probabilities come with their positions"
+            rows[start + torch.from_numpy(positions)] = torch.arange(kept, kept + len(positions))
+            probs.append(torch.from_numpy(sample.routes.probs))
             kept += len(positions)
-    if not probs:
-        return {"rollout_experts": experts}
-    return {
-        "rollout_experts": experts,
-        "rollout_probs": torch.cat(probs),
-        "rollout_probs_row": rows,
-    }
+    return (experts, torch.cat(probs), rows) if probs else (experts, None, None)
 
 
 def cp_slice(batch: PackedBatch, cp_rank: int, cp_size: int) -> PackedBatch:

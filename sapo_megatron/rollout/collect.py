@@ -111,7 +111,7 @@ class Collector:
         self._scorer = scorer
         self._config = config
         self._with_routes = with_routes
-        self._part = part, parts
+        self._place = part, parts
         self._world = world
         self._thread = ThreadPoolExecutor(1) if engine.background else None
         self._ahead: _Pending | None = None
@@ -210,7 +210,7 @@ class Collector:
             for p in prompts
             for k in range(num_generations)
         ]
-        mine = part_of(requests, *self._part)
+        mine = part_of(requests, *self._place)
         arguments = (mine, prompts, num_generations, params)
         with self._engine.serving(record=record) as metrics:
             if self._thread:

@@ -224,8 +224,8 @@ def _shift(x: Tensor, bits: int) -> Tensor:
     return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 
-def part_of(requests: Sequence[Request], part: int, parts: int) -> list[Request]:
-    """One of ``parts`` of ``requests``, all of one size; fillers have uid -1."""
-    mine = list(requests[part::parts])
+def part_of(requests: Sequence[Request], rank: int, size: int) -> list[Request]:
+    """This rank's part of ``requests``, as many on every rank; fillers have uid -1."""
+    mine = list(requests[rank::size])
     filler = dataclasses.replace(requests[0], uid=-1)
-    return mine + [filler] * (-(-len(requests) // parts) - len(mine))
+    return mine + [filler] * (-(-len(requests) // size) - len(mine))

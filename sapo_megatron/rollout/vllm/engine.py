@@ -169,10 +169,6 @@ class VllmEngine:
         verified = ((url, self._verified.get(url)) for url in self._urls)
         return {url: seen[1] for url, seen in verified if seen and seen[0] == label}
 
-    def logprobs(self, tokens: Sequence[int]) -> dict[str, list[float]]:
-        """Log-probs of ``tokens[1:]`` at temperature 1, by URL of the servers that are there."""
-        return asyncio.run(self._logprobs(tokens))
-
     def sample(self, requests: Sequence[Request], params: SamplingParams) -> list[Sample]:
         """A response to every request, in their order.
 
@@ -226,13 +222,6 @@ class VllmEngine:
     async def _sleep(self) -> None:
         async with self._connected() as states:
             await asyncio.gather(*(state.server.sleep() for state in states))
-
-    async def _logprobs(self, tokens: Sequence[int]) -> dict[str, list[float]]:
-        async with self._connected() as states:
-            await asyncio.gather(*map(self._try, states))
-            there = [state.server for state in states if state.ready]
-            found = await asyncio.gather(*(server.logprobs(tokens) for server in there))
-            return {server.url: each for server, each in zip(there, found, strict=True)}
 
     async def _sample(self, requests: Sequence[Request], params: SamplingParams) -> list[Sample]:
         work = _Work(requests)
