@@ -5,6 +5,7 @@ transformers' own backward pass, in fp32 as well.
 """
 
 import json
+import math
 
 import pytest
 import torch
@@ -121,10 +122,14 @@ def test_gradients(results, place):
         chosen = logprobs.gather(1, ids[0, start:, None])
         (-chosen.mean() / len(sequences())).backward()
     got = tensors(out / "gradients")
-    worst = 0.0
+    worst, sizes = 0.0, []
     for name, weight in reference.named_parameters():
         expected = torch.zeros_like(weight) if weight.grad is None else weight.grad
         size = expected.norm()
+        sizes.append(float(size))
         error = (got[name] - expected).norm() / size if size else got[name].norm()
         worst = max(worst, float(error))
     assert worst < 1e-5
+    norms = leader["grad_norms"]
+    assert len(norms) == 2 * place.world
+    assert norms == pytest.approx([math.hypot(*sizes)] * len(norms), rel=1e-5)

@@ -23,7 +23,11 @@ from sapo_megatron.recipe.schema import (
 )
 from sapo_megatron.sample import Sample
 from sapo_megatron.training.coldstart import supervised_loss
-from tests.support.exactness import gradients_as_weights
+from tests.support.exactness import (
+    grad_norms,
+    gradients_as_weights,
+    left_by_transformer_engine,
+)
 from tests.support.gloo import TIMEOUT_S
 
 __all__ = ["FAMILIES", "Place", "make_model", "measure", "sequences"]
@@ -70,7 +74,7 @@ class Place:
 
 
 def measure(place: Place, model: Path, out: Path) -> dict[str, Any] | None:
-    """Logits of the first sample and the loss, on the rank that has them; writes two folders."""
+    """Logits of a sample and the norms of the gradient, on leaders; writes two folders."""
     recipe = place.recipe
     groups = parallel.setup(recipe.parallel, seed=1)
     arch = read_architecture(model)
@@ -85,11 +89,15 @@ def measure(place: Place, model: Path, out: Path) -> dict[str, Any] | None:
             batch, logprob, entropy, denominators=sizes
         ),
     )
+    with left_by_transformer_engine():
+        other = Policy(recipe, arch, groups, model, optimizer=recipe.optimizer, total_updates=1)
+    norms = grad_norms(policy, other)
+    other.close()
     gradients_as_weights(policy)
     policy.model.weights.save(out / "gradients")
     policy.close()
     parallel.teardown()
-    return {"logits": logits} if groups.is_leader else None
+    return {"logits": logits, "grad_norms": norms} if groups.is_leader else None
 
 
 def _logits(policy: Policy, sample: Sample) -> Any:
