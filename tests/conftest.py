@@ -2,6 +2,7 @@
 
 import os
 from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 
@@ -12,7 +13,13 @@ collect_ignore = ["hosts/test_verl.py", "hosts/test_ms_swift.py"] + (
 )
 
 
+ROOT = str(Path(__file__).parents[1])
+
+
 def pytest_configure() -> None:
+    inherited = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
+    # First of all for whatever tests start: this package, not one that is installed.
+    os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys([ROOT, *inherited]))
     asked, found = os.environ.get("MEGATRON_CORE_VERSION"), version("megatron-core")
     if asked not in (None, found):
         raise pytest.UsageError(f"megatron-core: expected {asked}, got {found}; see the Makefile")
