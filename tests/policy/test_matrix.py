@@ -3,8 +3,8 @@
 The ranks are started once and walk through the layouts. The reference is computed in fp64 on the
 same weights; the error of a parameter is the norm of the difference over the norm of the
 reference's gradient, and a gradient that must be zero must be zero. The gradient norm that the
-optimizer clips by is the reference's on every rank, with weights marked as torch's layers leave them
-and as Transformer Engine's do.
+optimizer clips by is the reference's on every rank, with weights marked as torch's layers leave
+them and as Transformer Engine's do.
 """
 
 import math
