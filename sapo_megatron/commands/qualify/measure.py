@@ -15,7 +15,7 @@ import transformers
 from torch import Tensor
 
 from sapo_megatron.commands.qualify.models import FAMILIES, VOCABULARY, sequences
-from sapo_megatron.commands.qualify.policies import Result, Setting, opened
+from sapo_megatron.commands.qualify.policies import Dtype, Result, Setting, opened
 from sapo_megatron.objective.logprob import linear_logprobs, vocab_parallel_logprobs
 from sapo_megatron.policy import checkpoint
 from sapo_megatron.policy.decode import MegatronDecoder
@@ -24,7 +24,7 @@ from sapo_megatron.rollout.generate import Request, SamplingParams, generate, sa
 from sapo_megatron.runs.state import RunState
 from sapo_megatron.sample import Sample
 
-DTYPES = ("float32", "bfloat16")
+DTYPES: tuple[Dtype, ...] = ("float32", "bfloat16")
 MOE = "qwen3-moe"
 LAYOUTS = {
     "tp 2": {"tensor_model_parallel_size": 2},
@@ -71,6 +71,7 @@ def logprob_node(setting: Setting) -> Result:
             logprob, entropy = vocab_parallel_logprobs(
                 x, targets.to(x.device).repeat(tiles), with_entropy=True
             )
+            assert entropy is not None, "asked for"
             values = torch.stack([logprob, entropy])
             weights = factors.to(x.device).repeat(1, tiles)
             (gradient,) = torch.autograd.grad((values * weights).sum(), x)
@@ -99,6 +100,7 @@ def fused_node(setting: Setting) -> Result:
         else:
             x, w = (t.to(setting.device).requires_grad_() for t in (x, w))
             logprob, entropy = linear_logprobs(x, w, targets.to(x.device), with_entropy=True)
+            assert entropy is not None, "asked for"
             values = torch.stack([logprob, entropy])
         total = (values * factors.to(x.device, values.dtype)).sum()
         gradients = torch.autograd.grad(total, (x, w))
@@ -166,7 +168,9 @@ def greedy(setting: Setting) -> Result:
     return found
 
 
-def resume(setting: Setting, cases: tuple[tuple[str, float], ...] = (("float32", 0.0),)) -> Result:
+def resume(
+    setting: Setting, cases: tuple[tuple[Dtype, float], ...] = (("float32", 0.0),)
+) -> Result:
     """Two updates at once, and one, a checkpoint, a resume and one: how far they are apart.
 
     ``cases``: dtype and share of Adam in host memory.
@@ -303,7 +307,7 @@ def export(setting: Setting) -> Result:
 def layouts(setting: Setting) -> Result:
     """Log-probs and gradients of two ranks, by layout: a model with experts, experts given."""
     found: Result = {}
-    dtype = "bfloat16" if setting.layers == "transformer_engine" else "float32"
+    dtype: Dtype = "bfloat16" if setting.layers == "transformer_engine" else "float32"
     for name, layout in LAYOUTS.items():
         with opened(setting, MOE, dtype, **layout) as tiny:
             samples = tiny.samples(given=True)
