@@ -1,6 +1,6 @@
 """What a process measures of its device, that another device should measure too.
 
-A measurement is a function of a :class:`Setting` to a :data:`Result`.
+A measurement is a function of a ``Setting`` to a ``Result``.
 """
 
 import platform
@@ -76,7 +76,9 @@ def logprob_node(setting: Setting) -> Result:
             weights = factors.to(x.device).repeat(1, tiles)
             (gradient,) = torch.autograd.grad((values * weights).sum(), x)
             parts = gradient.view(tiles, rows, -1)
+            # The same rows in other chunks, relative to the largest number.
             spread = max(float((part - parts[0]).abs().max()) for part in parts)
+            spread /= float(parts[0].abs().max())
             gradient, values = parts[0], values[:, :rows]
         found[f"{dtype} values"] = values.detach().cpu()
         found[f"{dtype} gradient"] = gradient.float().cpu()
@@ -195,14 +197,14 @@ def resume(
     return found
 
 
-def resume_both(setting: Setting) -> Result:
-    """:func:`resume` in fp32 and bf16."""
-    return resume(setting, (("float32", 0.0), ("bfloat16", 0.0)))
+def resume(setting: Setting) -> Result:
+    """A run in two pieces against a whole one, in fp32 and bf16."""
+    return _resume(setting, ("float32", 0.0), ("bfloat16", 0.0))
 
 
 def resume_offloaded(setting: Setting) -> Result:
-    """:func:`resume` with Adam in host memory, whole and half."""
-    return resume(setting, (("bfloat16", 1.0), ("bfloat16", 0.5)))
+    """The same with Adam in host memory, whole and half."""
+    return _resume(setting, ("bfloat16", 1.0), ("bfloat16", 0.5))
 
 
 def offloaded(setting: Setting) -> Result:
@@ -251,9 +253,8 @@ def replay(setting: Setting) -> Result:
         routes = [forward.routes for forward in recorded]
         experts = [route.experts for route in routes if route]
         again = model.forward(batches, replay=experts)
-        others = model.forward(
-            batches, replay=[(e + 1) % model.routers.num_experts for e in experts]
-        )
+        rotated = [(e + 1) % model.routers.num_experts for e in experts]
+        others = model.forward(batches, replay=rotated)
         layers = len(model.routers.moe_layers)
 
     def distance(other: list) -> float:
