@@ -170,9 +170,7 @@ def greedy(setting: Setting) -> Result:
     return found
 
 
-def resume(
-    setting: Setting, cases: tuple[tuple[Dtype, float], ...] = (("float32", 0.0),)
-) -> Result:
+def _resume(setting: Setting, *cases: tuple[Dtype, float]) -> Result:
     """Two updates at once, and one, a checkpoint, a resume and one: how far they are apart.
 
     ``cases``: dtype and share of Adam in host memory.
