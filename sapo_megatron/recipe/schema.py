@@ -321,6 +321,8 @@ class ClusterConfig:
     nodes: Count | None = None
     """None: as few GPUs as the layout takes."""
     gpus_per_node: Count = 8
+    host_memory_gib: Count | None = None
+    """Host memory of a node; None: what nodes with such GPUs have at least."""
 
 
 @dataclass(frozen=True, kw_only=True)
