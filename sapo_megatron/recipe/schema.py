@@ -145,6 +145,8 @@ class RewardConfig:
     """``reasoning_gym``, ``math_verify``, ``exact_match`` or ``module:function``."""
     timeout_s: Positive = 10.0
     """Seconds for one response; beyond it the reward is 0 and ``reward/timeouts`` counts it."""
+    num_workers: Count = 1
+    """Processes in which each rank that scores does so; a response that hangs holds up but one."""
 
 
 @dataclass(frozen=True, kw_only=True)
