@@ -26,6 +26,11 @@ SLICE_LAYOUTS := TP2xPP2xEP2 or CP2xEP2xDP2 or PP2xVPP2xDP2 or CP2xDP2 or moe_ac
 SLICE ?= $(SLICE_FILES) -k "not (test_layout or killed or tensor_parallel) \
 	or float64 and ($(SLICE_LAYOUTS))"
 
+# The release for GPUs as it is meant to be installed, on Python 3.12: what requirements-gpu.txt has.
+PYTHON312 ?= python3.12
+PY312 := venvs/py312
+PY312_STAMP := $(PY312)/.installed
+
 # vLLM's build for CPUs, beside which torch's companions do not import.
 VLLM := venvs/vllm
 VLLM_STAMP := $(VLLM)/.installed
@@ -36,7 +41,7 @@ HOSTS_STAMP := $(HOSTS)/.installed
 
 BENCHMARKS := logprob loss step recording
 
-.PHONY: venv train test test-mcore-0.19 test-vllm test-hosts test-all lint bench
+.PHONY: venv train test test-mcore-0.19 test-py312 test-vllm test-hosts test-all lint bench
 
 venv: $(STAMP)
 
@@ -62,6 +67,23 @@ test: venv $(if $(ARGS),,$(MCORE_019_STAMP))
 
 test-mcore-0.19: venv $(MCORE_019_STAMP)
 	$(ON_MCORE_019) $(PYTEST) $(or $(ARGS),$(ALL_CORES) $(SLICE))
+
+# The slice on Python 3.12; nothing where there is none.
+test-py312: $(if $(shell $(PYTHON312) --version 2>/dev/null),$(PY312_STAMP))
+ifneq ($(shell $(PYTHON312) --version 2>/dev/null),)
+	MEGATRON_CORE_VERSION=$(shell sed -n 's/^megatron-core==//p' requirements-mcore-0.19.txt) \
+		OMP_NUM_THREADS=1 $(PY312)/bin/python -m pytest $(or $(ARGS),$(ALL_CORES) $(SLICE) tests/test_cli.py)
+else
+	@echo "make test-py312: no Python 3.12 as $(PYTHON312); say which one: PYTHON312=/path/to/it"
+endif
+
+$(PY312_STAMP): requirements.txt requirements-mcore-0.19.txt
+	rm -rf $(PY312)
+	$(PYTHON312) -m venv $(PY312)
+	sed '/^megatron-core==/d' requirements.txt > $(PY312)/requirements.txt
+	$(PY312)/bin/python -m pip install --disable-pip-version-check \
+		-r $(PY312)/requirements.txt -r requirements-mcore-0.19.txt
+	@touch $@
 
 test-all: venv $(MCORE_019_STAMP)
 	$(PYTEST) -m "slow or not slow" $(or $(ARGS),$(ALL_CORES))

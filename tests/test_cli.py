@@ -1,5 +1,6 @@
 """The command line: exit statuses, and one line for whatever is wrong with the input."""
 
+import importlib.util
 import json
 import logging
 import shutil
@@ -42,6 +43,17 @@ def refused(done, *expected):
     for text in expected:
         assert text in lines[0]
     assert done.stdout == ""
+
+
+def test_a_cuda_build_of_torch_without_a_gpu_adds_no_line(caplog):
+    importlib.import_module("sapo_megatron.policy")
+    said = "No CUDA runtime is found, using CUDA_HOME='%s'"
+    found = importlib.util.find_spec("torch.utils.cpp_extension")
+    assert said in Path(found.origin).read_text()
+    torchs = logging.getLogger(found.name)
+    torchs.warning(said, "/usr/local/cuda")
+    torchs.warning("something else")
+    assert caplog.messages == ["something else"]
 
 
 @pytest.fixture

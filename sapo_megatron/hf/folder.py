@@ -126,15 +126,17 @@ class WeightFiles:
     """The weights of a model folder, by tensor name."""
 
     def __init__(self, folder: Path) -> None:
-        """Reads what every file says it holds.
+        """Opens every file, once, and reads what it says it holds.
 
         Raises UserError, naming the file, for weights that are missing, cut short or in a dtype
         that is no floating-point number's.
         """
         self.folder = folder
         self._files: dict[str, Path] = {}
+        self._open: dict[Path, Any] = {}
         for path, names in self._listed().items():
-            held = _names(path)
+            self._open[path] = _opened(path)
+            held = set(self._open[path].keys())
             for name in held if names is None else names:
                 if name not in held:
                     raise UserError(
@@ -178,14 +180,13 @@ class WeightFiles:
                 f"{self.folder}: expected the tensor {name}, got none in its files; the weights "
                 f"are not whole or not those of config.json"
             )
-        with safe_open(path, framework="pt") as file:
-            tensor = file.get_slice(name)
-            if tuple(tensor.get_shape()) != tuple(shape):
-                raise UserError(
-                    f"{path}: {name}: expected the shape {list(shape)} that config.json asks for, "
-                    f"got {list(tensor.get_shape())}; the weights are not those of config.json"
-                )
-            values = tensor[index or (...,)]
+        tensor = self._open[path].get_slice(name)
+        if tuple(tensor.get_shape()) != tuple(shape):
+            raise UserError(
+                f"{path}: {name}: expected the shape {list(shape)} that config.json asks for, "
+                f"got {list(tensor.get_shape())}; the weights are not those of config.json"
+            )
+        values = tensor[index or (...,)]
         if not bool(torch.isfinite(values).all()):
             bad = int((~torch.isfinite(values)).sum())
             raise UserError(
@@ -195,12 +196,11 @@ class WeightFiles:
         return values
 
 
-def _names(path: Path) -> set[str]:
-    """The tensors of one file, after a look at its header. Raises UserError."""
+def _opened(path: Path) -> Any:
+    """One file, after a look at its header. Raises UserError."""
     try:
-        with safe_open(path, framework="pt") as file:
-            names = set(file.keys())
-            dtypes = {name: file.get_slice(name).get_dtype() for name in names}
+        file = safe_open(path, framework="pt")
+        dtypes = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
     except FileNotFoundError:
         raise UserError(
             f"{path}: no such file, and {INDEX} places tensors there; download it"
@@ -216,4 +216,4 @@ def _names(path: Path) -> set[str]:
                 f"{path}: {name}: expected one of {', '.join(sorted(DTYPES))}, got {dtype}; "
                 f"convert the weights to bf16"
             )
-    return names
+    return file

@@ -7,6 +7,7 @@ import shutil
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from sapo_megatron.errors import UserError
@@ -158,6 +159,22 @@ def test_a_rank_reads_its_piece_and_no_more(whole):
         assert read <= held < 0.7 * total  # the vocabulary's padding is held and not read
         assert held - read < 1000
         assert largest < 0.1 * total
+
+
+def test_a_file_is_opened_once(whole, monkeypatch):
+    opened = []
+
+    def counting(path, **options):
+        opened.append(path)
+        return safe_open(path, **options)
+
+    monkeypatch.setattr("sapo_megatron.hf.folder.safe_open", counting)
+    checkpoint = Checkpoint(whole)
+    for path in whole.glob("*.safetensors"):
+        for name, tensor in load_file(path).items():
+            half = slice(0, tensor.shape[0] // 2)
+            assert torch.equal(checkpoint.read(name, tensor.shape, half), tensor[half])
+    assert sorted(opened) == sorted(whole.glob("*.safetensors"))
 
 
 def export_to_a_full_disk(model, out):
