@@ -210,7 +210,7 @@ def _same(where: Where, prefix: str) -> list[Check]:
         ("8 host waits", "gpu.waits", _waits, "25 a layer and 9, a micro-batch", ""),
         ("9 speed", "gpu.speeds", _told, "15 % of peak, 2 ms, 2 GB/s, 1 GB/s", ""),
     ]
-    return [Check(f"{prefix}{name}", where, *rest) for name, *rest in rows]
+    return [Check(prefix + row[0], where, *row[1:]) for row in rows]
 
 
 def _alone(name: str, measurement: str, judge: Judge, expected: str) -> Check:
