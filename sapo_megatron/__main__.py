@@ -99,6 +99,12 @@ def _parser() -> argparse.ArgumentParser:
         "sapo-megatron export RECIPE --checkpoint PATH --out FOLDER [--debug] "
         "[--KEY VALUE | SECTION.KEY=VALUE]..."
     )
+    _add_tools(command)
+    return parser
+
+
+def _add_tools(command: Callable[..., argparse.ArgumentParser]) -> None:
+    """The commands that take no recipe."""
     report = command("report", _report, "Draw a run's report: pictures and one HTML page.")
     report.add_argument("run", help="a run folder, finished or not")
     gates = command("gates", _gates, "Compare what gates keep of the gradient of dumped tokens.")
@@ -134,7 +140,6 @@ def _parser() -> argparse.ArgumentParser:
     qualify.add_argument("--section", choices=("A", "B", "C"), help="only these checks")
     qualify.add_argument("--json", action="store_true", help="write a JSON list, not a table")
     qualify.add_argument("--list", action="store_true", help="say what the checks are; run none")
-    return parser
 
 
 def _train(arguments: argparse.Namespace, rest: list[str], words: list[str]) -> int:
