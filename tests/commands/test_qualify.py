@@ -18,6 +18,8 @@ from sapo_megatron.commands.qualify import Machine, Outcome, checks, first_failu
 from sapo_megatron.errors import UserError
 from tests.support.gloo import run_worlds
 
+pytestmark = pytest.mark.timeout(600)  # that of a machine that is busy with other things
+
 BY_NAME = {check.name: check for check in checks.CHECKS}
 FAULTS = {
     "a weight": ("A10 families, fp32", "A2 families, bf16"),
@@ -162,7 +164,7 @@ def worlds(tmp_path_factory):
         (2, (_of_two, folder, True)),
         (1, (_of_two, folder, False)),
     ]
-    found = run_worlds(_job, jobs, timeout=240)
+    found = run_worlds(_job, jobs, timeout=550)
     assert not any(isinstance(ranks, str) for ranks in found), found
     return [ranks[0] for ranks in found]
 

@@ -21,7 +21,7 @@ Where = Literal["torch", "te", "torch pair", "te pair"]
 """Whose layers, and in how many processes: one, or two with a device each."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Check:
     name: str
     where: Where
@@ -31,12 +31,15 @@ class Check:
     expected: str
     reference: str = ""
     """The measurement of the reference; empty where there is none to compare with."""
-    gpu: bool = False
-    """Whether it says nothing without a GPU."""
 
     @property
     def section(self) -> Section:
         return "C" if "pair" in self.where else "A" if self.where == "torch" else "B"
+
+    @property
+    def gpu(self) -> bool:
+        """Whether it says nothing without a GPU."""
+        return self.measurement.startswith("gpu.")
 
 
 def _distance(a: Tensor, b: Tensor) -> float:
@@ -174,12 +177,16 @@ def _waits(got: Result, reference: Result) -> Verdict:
     return f"{got['waits']} of {got['at most']}", got["waits"] <= got["at most"]
 
 
-def _limit(key: str, limit: float, got: Result, reference: Result) -> Verdict:
-    return _below(limit, {key: got[key]})
+def _apart(got: Result, reference: Result) -> Verdict:
+    return _below(1e-6, got)
 
 
-def _each(limit: float, got: Result, reference: Result) -> Verdict:
-    return _below(limit, got)
+def _each(got: Result, reference: Result) -> Verdict:
+    return _below(1e-4, got)
+
+
+def _ulp(got: Result, reference: Result) -> Verdict:
+    return _below(1.0, got)
 
 
 def _told(got: Result, reference: Result) -> Verdict:
@@ -188,147 +195,59 @@ def _told(got: Result, reference: Result) -> Verdict:
 
 def _same(where: Where, prefix: str) -> list[Check]:
     """What both sections ask of their layers; ``prefix`` of the names: A or B."""
-    bf16 = functools.partial(_rounded, "bfloat16")
-    # Transformer Engine multiplies fp32 matrices in TF32.
+    # Transformer Engine may multiply fp32 matrices in TF32.
     runs = functools.partial(_runs, 1e-3 if where == "te" else 1e-5)
-
-    def check(number: str, measurement: str, judge: Judge, expected: str, **more: Any) -> Check:
-        return Check(
-            name=f"{prefix}{number}",
-            where=where,
-            measurement=measurement,
-            judge=judge,
-            expected=expected,
-            **more,
-        )
-
-    families = "measure.families"
-    return [
-        check("1 machine", "measure.machine", _machine, "compute capability 8.0 or later"),
-        check(
-            "2 families, bf16",
-            families,
-            bf16,
-            "log-probs 0.02 nats, gradients 1 - cosine 1e-3; <= 1 of that",
-            reference=families,
-        ),
-        check("3 neighbours in a row", "measure.neighbours", _neighbours, "own bits kept"),
-        check("4 replayed experts", "measure.replay", _replayed, "same log-probs; others differ"),
-        check(
-            "5 recomputed layers",
-            "measure.recompute",
-            functools.partial(_limit, "distance", 1e-6),
-            "gradients <= 1e-6 apart",
-        ),
-        check("6 whole runs", "whole_run.whole_runs", runs, "<= 1 of its limits"),
-        check("7 resume", "measure.resume", _resumed, "the same weights"),
-        check("8 host waits", "gpu.waits", _waits, "25 a layer and 9, a micro-batch", gpu=True),
-        check("9 speed", "gpu.speeds", _told, "15 % of peak, 2 ms, 2 GB/s, 1 GB/s", gpu=True),
+    bf16 = functools.partial(_rounded, "bfloat16")
+    near, families = "0.02 nats, gradients 1 - cosine 1e-3; <= 1 of that", "measure.families"
+    rows: list[tuple[str, str, Judge, str, str]] = [
+        ("1 machine", "measure.machine", _machine, "compute capability 8.0 or later", ""),
+        ("2 families, bf16", families, bf16, near, families),
+        ("3 neighbours in a row", "measure.neighbours", _neighbours, "own bits kept", ""),
+        ("4 replayed experts", "measure.replay", _replayed, "<= 1e-5; others differ", ""),
+        ("5 recomputed layers", "measure.recompute", _apart, "gradients <= 1e-6 apart", ""),
+        ("6 whole runs", "whole_run.whole_runs", runs, "<= 1 of its limits", ""),
+        ("7 resume", "measure.resume", _resumed, "the same weights", ""),
+        ("8 host waits", "gpu.waits", _waits, "25 a layer and 9, a micro-batch", ""),
+        ("9 speed", "gpu.speeds", _told, "15 % of peak, 2 ms, 2 GB/s, 1 GB/s", ""),
     ]
+    return [Check(prefix + row[0], where, *row[1:]) for row in rows]
+
+
+def _alone(name: str, measurement: str, judge: Judge, expected: str) -> Check:
+    """A check of torch's layers against the same measurement of the reference."""
+    return Check(name, "torch", measurement, judge, expected, measurement)
 
 
 CHECKS: tuple[Check, ...] = (
     *_same("torch", "A"),
-    Check(
-        name="A10 families, fp32",
-        where="torch",
-        measurement="measure.families",
-        reference="measure.families",
-        judge=_exact_families,
-        expected="log-probs and gradients <= 1e-4 apart",
-    ),
-    Check(
-        name="A11 log-prob node",
-        where="torch",
-        measurement="measure.logprob_node",
-        reference="measure.logprob_node",
-        judge=_node,
-        expected="2e-6; gradients 1e-5, bf16 1e-2; <= 1 of that",
-    ),
-    Check(
-        name="A12 fused log-prob node",
-        where="torch",
-        measurement="measure.fused_node",
-        reference="measure.fused_node",
-        judge=_fused,
-        expected="1e-5, bf16 1e-2; <= 1 of that",
-    ),
-    Check(
-        name="A13 sampling",
-        where="torch",
-        measurement="measure.sampling",
-        reference="measure.sampling",
-        judge=_sampled,
-        expected="equal bits of noise, equal tokens",
-    ),
-    Check(
-        name="A14 greedy answers",
-        where="torch",
-        measurement="measure.greedy",
-        reference="measure.greedy",
-        judge=_equal,
-        expected="equal tokens",
-    ),
-    Check(
-        name="A15 export, transformers",
-        where="torch",
-        measurement="measure.export",
-        judge=functools.partial(_each, 1e-4),
-        expected="log-probs <= 1e-4 apart",
-    ),
-    Check(
-        name="A16 memory",
-        where="torch",
-        measurement="gpu.memory",
-        judge=_memory,
-        expected="<= 1 % from the plan",
-        gpu=True,
-    ),
-    Check(
-        name="A17 log-prob speed",
-        where="torch",
-        measurement="gpu.logprob_speed",
-        judge=_told,
-        expected="25 ms",
-        gpu=True,
-    ),
-    Check(
-        name="A18 Adam on the host",
-        where="torch",
-        measurement="gpu.host_adam",
-        judge=_told,
-        expected="0.35, 1.2, 2 billion a second",
-        gpu=True,
-    ),
+    _alone("A10 families, fp32", "measure.families", _exact_families, "<= 1e-4 apart"),
+    _alone("A11 log-prob node", "measure.logprob_node", _node, "2e-6; gradients 1e-5, bf16 1e-2"),
+    _alone("A12 fused log-prob node", "measure.fused_node", _fused, "1e-5, bf16 1e-2"),
+    _alone("A13 sampling", "measure.sampling", _sampled, "equal bits of noise, equal tokens"),
+    _alone("A14 greedy answers", "measure.greedy", _equal, "equal tokens"),
+    Check("A15 export, transformers", "torch", "measure.export", _each, "log-probs <= 1e-4 apart"),
+    Check("A16 memory", "torch", "gpu.memory", _memory, "<= 1 % from the plan"),
+    Check("A17 log-prob speed", "torch", "gpu.logprob_speed", _told, "25 ms"),
+    Check("A18 Adam on the host", "torch", "gpu.host_adam", _told, "0.35, 1.2, 2 billion a second"),
     *_same("te", "B"),
     Check(
-        name="B10 resume, Adam on the host",
-        where="te",
-        measurement="measure.resume_offloaded",
-        judge=_resumed,
-        expected="the same weights",
+        "B10 resume, Adam on the host", "te", "measure.resume_offloaded", _resumed, "same weights"
+    ),
+    Check("B11 Adam on the host", "te", "measure.offloaded", _ulp, "<= 1 ulp of bf16"),
+    Check(
+        "C1 layouts, torch",
+        "torch pair",
+        "measure.layouts",
+        functools.partial(_layouts, "float32"),
+        "<= 1e-4 from one rank",
+        "measure.one_rank",
     ),
     Check(
-        name="B11 Adam on the host",
-        where="te",
-        measurement="measure.offloaded",
-        judge=functools.partial(_limit, "ulp", 1.0),
-        expected="<= 1 ulp of bf16",
-    ),
-    Check(
-        name="C1 layouts, torch",
-        where="torch pair",
-        measurement="measure.layouts",
-        reference="measure.one_rank",
-        judge=functools.partial(_layouts, "float32"),
-        expected="<= 1e-4 from one rank",
-    ),
-    Check(
-        name="C2 layouts, Transformer Engine",
-        where="te pair",
-        measurement="measure.layouts",
-        reference="measure.one_rank",
-        judge=functools.partial(_layouts, "bfloat16"),
-        expected="as A2 from one rank",
+        "C2 layouts, Transformer Engine",
+        "te pair",
+        "measure.layouts",
+        functools.partial(_layouts, "bfloat16"),
+        "as B2, from one rank",
+        "measure.one_rank",
     ),
 )
