@@ -77,15 +77,19 @@ def _restore_steps(policy: Policy) -> None:
     """Give torch's Adam its step counts back: upstream leaves them in the parameter groups.
 
     Of Adam in host memory it loads the moments and leaves the counts of a first, made-up step:
-    updates behind a resume would be up to a third too small until the counts have caught up.
+    updates behind a resume would be up to a third too small until the counts have caught up. The
+    part on the GPU counts in its groups, which would be set back to the loaded count at each step.
     """
     for part in policy.optimizer.chained_optimizers:
         if isinstance(part.optimizer, HybridDeviceOptimizer):
-            step = float(part.optimizer.param_groups[0]["step"])
+            for group in part.optimizer.param_groups:
+                step = group.pop("step")
             for inner in part.optimizer.sub_optimizers:
+                for group in inner.param_groups:
+                    group["step"] = step
                 for state in inner.state.values():
                     if "step" in state:
-                        state["step"] = torch.tensor(step)
+                        state["step"] = torch.tensor(float(step))
         elif isinstance(part.optimizer, torch.optim.Adam):
             for group in part.optimizer.param_groups:
                 step = group.pop("step")
