@@ -42,7 +42,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     _set_up_environment()
     try:
         arguments, rest = _parser().parse_known_args(words)
-        return arguments.command(arguments, rest, words)
+        arguments.words, arguments.rest = words, rest
+        if rest and not hasattr(arguments, "recipe"):
+            raise UserError(
+                f"{arguments.name}: expected its own words only, got also {' '.join(rest)}; see "
+                f"sapo-megatron {arguments.name} --help"
+            )
+        return arguments.command(arguments)
     except UserError as error:
         return _fail(error, 2, debug, everywhere=False)
     except RunFailed as error:
@@ -59,59 +65,61 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser() -> argparse.ArgumentParser:
+    """What each command takes; the words that change a recipe are left over."""
     parser = _Parser(
         prog="sapo-megatron",
         description="SAPO reinforcement learning for Mixture-of-Experts models on Megatron-Core.",
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
-    def command(name: str, function: Callable, help: str) -> argparse.ArgumentParser:
+    def command(function: Callable, help: str) -> argparse.ArgumentParser:
+        name = function.__name__.removeprefix("_")
         sub = commands.add_parser(name, help=help, description=help, allow_abbrev=False)
         sub.add_argument("--debug", action="store_true", help="show tracebacks and debug messages")
-        sub.set_defaults(command=function)
+        sub.set_defaults(command=function, name=name)
         return sub
 
-    train = command("train", _train, "Train a recipe. Anything in it can be changed on the line.")
-    train.add_argument("recipe", help="a YAML recipe")
-    train.add_argument(
-        "--resume",
-        metavar="auto|PATH",
-        help="go on with the newest run that has a checkpoint, or with this run or checkpoint",
+    def recipe_command(function: Callable, help: str, usage: str) -> argparse.ArgumentParser:
+        sub = command(function, help)
+        sub.add_argument("recipe", help="a YAML recipe, or the config.yaml of a run")
+        sub.usage = f"{sub.prog} RECIPE {usage} [--debug] [--KEY VALUE | SECTION.KEY=VALUE]..."
+        return sub
+
+    train = recipe_command(
+        _train, "Train a recipe. Anything in it can be changed on the line.", "[--resume auto|PATH]"
     )
-    train.usage = (
-        "sapo-megatron train RECIPE [--resume auto|PATH] [--debug] "
-        "[--KEY VALUE | SECTION.KEY=VALUE]..."
+    resume = "go on with the newest run that has a checkpoint, or with this run or checkpoint"
+    train.add_argument("--resume", metavar="auto|PATH", help=resume)
+    plan = recipe_command(
+        _plan,
+        "Say what a recipe needs of its cluster; needs no GPU itself.",
+        "[--gpu NAME] [--nodes N] [--json]",
     )
-    plan = command("plan", _plan, "Say what a recipe needs of its cluster; needs no GPU itself.")
-    plan.add_argument("recipe", help="a YAML recipe")
     plan.add_argument("--json", action="store_true", help="print JSON instead of tables")
-    plan.usage = (
-        "sapo-megatron plan RECIPE [--gpu NAME] [--nodes N] [--json] [--debug] "
-        "[--KEY VALUE | SECTION.KEY=VALUE]..."
+    checkpoint = "a run folder, or one checkpoint of it"
+    evaluate = recipe_command(
+        _eval,
+        "Score a run on the held-out problems of a recipe.",
+        "--checkpoint PATH [--out FILE]",
     )
-    evaluate = command("eval", _eval, "Score a run on the held-out problems of a recipe.")
-    evaluate.add_argument("recipe", help="the run's recipe, or its config.yaml")
-    evaluate.add_argument(
-        "--checkpoint", required=True, metavar="PATH", help="a run folder, or one checkpoint of it"
-    )
+    evaluate.add_argument("--checkpoint", required=True, metavar="PATH", help=checkpoint)
     evaluate.add_argument("--out", metavar="FILE", help="write the scores here, as JSON")
-    evaluate.usage = (
-        "sapo-megatron eval RECIPE --checkpoint PATH [--out FILE] [--debug] "
-        "[--KEY VALUE | SECTION.KEY=VALUE]..."
+    export = recipe_command(
+        _export,
+        "Write the weights of a run as a Hugging Face folder.",
+        "--checkpoint PATH --out FOLDER",
     )
-    export = command("export", _export, "Write the weights of a run as a Hugging Face folder.")
-    export.add_argument("recipe", help="the run's recipe, or its config.yaml")
-    export.add_argument(
-        "--checkpoint", required=True, metavar="PATH", help="a run folder, or one checkpoint of it"
-    )
+    export.add_argument("--checkpoint", required=True, metavar="PATH", help=checkpoint)
     export.add_argument("--out", required=True, metavar="FOLDER", help="a folder that is not there")
-    export.usage = (
-        "sapo-megatron export RECIPE --checkpoint PATH --out FOLDER [--debug] "
-        "[--KEY VALUE | SECTION.KEY=VALUE]..."
-    )
-    report = command("report", _report, "Draw a run's report: pictures and one HTML page.")
+    report = command(_report, "Draw a run's report: pictures and one HTML page.")
     report.add_argument("run", help="a run folder, finished or not")
-    gates = command("gates", _gates, "Compare what gates keep of the gradient of dumped tokens.")
+    _add_gates(command(_gates, "Compare what gates keep of the gradient of dumped tokens."))
+    _add_doctor(command(_doctor, "Check what is installed and what this machine has."))
+    _add_qualify(command(_qualify, "Compare what this machine's GPUs compute with the CPU."))
+    return parser
+
+
+def _add_gates(gates: argparse.ArgumentParser) -> None:
     gates.add_argument("dumps", nargs="+", metavar="DUMP", help="a token dump, or a folder of them")
     gates.add_argument(
         "--gate",
@@ -130,7 +138,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     gates.add_argument("--json", metavar="FILE", help="write the numbers here, as JSON")
     gates.add_argument("--out", metavar="FOLDER", help="draw gates.png into this folder")
-    doctor = command("doctor", _doctor, "Check what is installed and what this machine has.")
+
+
+def _add_doctor(doctor: argparse.ArgumentParser) -> None:
     doctor.add_argument("--json", action="store_true", help="write a JSON list, not a table")
     doctor.add_argument(
         "--run-dir", default="runs", metavar="DIR", help="where runs will be written (default runs)"
@@ -140,17 +150,18 @@ def _parser() -> argparse.ArgumentParser:
         choices=HOSTS,
         help="look instead at a pipeline that is to be patched (docs/patches.md)",
     )
-    qualify = command("qualify", _qualify, "Compare what this machine's GPUs compute with the CPU.")
+
+
+def _add_qualify(qualify: argparse.ArgumentParser) -> None:
     qualify.add_argument("--section", choices=("A", "B", "C"), help="only these checks")
     qualify.add_argument("--json", action="store_true", help="write a JSON list, not a table")
     qualify.add_argument("--list", action="store_true", help="say what the checks are; run none")
-    return parser
 
 
-def _train(arguments: argparse.Namespace, rest: list[str], words: list[str]) -> int:
+def _train(arguments: argparse.Namespace) -> int:
     from sapo_megatron.training.inputs import Inputs
 
-    recipe = load(arguments.recipe, _overrides(rest))
+    recipe = load(arguments.recipe, _overrides(arguments.rest))
 
     def work(inputs: Inputs) -> None:
         from sapo_megatron.training.loop import train
@@ -159,7 +170,7 @@ def _train(arguments: argparse.Namespace, rest: list[str], words: list[str]) -> 
         if summary and summary["steps"] and _is_main():
             _report_apart(Path(summary["report"]).parents[1])
 
-    return _on_all_processes(recipe, words, work)
+    return _on_all_processes(recipe, arguments.words, work)
 
 
 def _report_apart(run: Path) -> None:
@@ -169,8 +180,8 @@ def _report_apart(run: Path) -> None:
         logger.warning("the report was not drawn; try sapo-megatron report %s", run)
 
 
-def _plan(arguments: argparse.Namespace, rest: list[str], words: list[str]) -> int:
-    recipe = load(arguments.recipe, _overrides(rest))
+def _plan(arguments: argparse.Namespace) -> int:
+    recipe = load(arguments.recipe, _overrides(arguments.rest))
     # Before torch looks: the plan is the same on a machine with GPUs and on one without.
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     from sapo_megatron.commands.plan import plan
@@ -184,10 +195,10 @@ def _plan(arguments: argparse.Namespace, rest: list[str], words: list[str]) -> i
     return 0
 
 
-def _eval(arguments: argparse.Namespace, rest: list[str], words: list[str]) -> int:
+def _eval(arguments: argparse.Namespace) -> int:
     from sapo_megatron.training.inputs import Inputs
 
-    recipe = load(arguments.recipe, _overrides(rest))
+    recipe = load(arguments.recipe, _overrides(arguments.rest))
     out = Path(arguments.out) if arguments.out else None
     if out and (out.is_dir() or not out.parent.is_dir()):
         raise UserError(f"--out: expected a file in a folder that exists, got {out}; name another")
@@ -202,13 +213,13 @@ def _eval(arguments: argparse.Namespace, rest: list[str], words: list[str]) -> i
         if out:
             write_whole(out, json.dumps(scores, indent=2) + "\n")
 
-    return _on_all_processes(recipe, words, work)
+    return _on_all_processes(recipe, arguments.words, work)
 
 
-def _export(arguments: argparse.Namespace, rest: list[str], words: list[str]) -> int:
+def _export(arguments: argparse.Namespace) -> int:
     from sapo_megatron.training.inputs import Inputs
 
-    recipe = load(arguments.recipe, _overrides(rest))
+    recipe = load(arguments.recipe, _overrides(arguments.rest))
     out = Path(arguments.out)
     if out.exists():
         raise UserError(f"--out: expected a folder that is not there yet, got {out}; name another")
@@ -218,21 +229,17 @@ def _export(arguments: argparse.Namespace, rest: list[str], words: list[str]) ->
 
         export_checkpoint(recipe, inputs, Path(arguments.checkpoint), out)
 
-    return _on_all_processes(recipe, words, work)
+    return _on_all_processes(recipe, arguments.words, work)
 
 
-def _report(arguments: argparse.Namespace, rest: list[str], words: list[str]) -> int:
-    if rest:
-        raise UserError(f"report: expected a run folder only, got also {' '.join(rest)}")
+def _report(arguments: argparse.Namespace) -> int:
     from sapo_megatron.commands.report import write_report
 
     write_report(arguments.run)
     return 0
 
 
-def _gates(arguments: argparse.Namespace, rest: list[str], words: list[str]) -> int:
-    if rest:
-        raise UserError(f"gates: expected dumps and its own options, got also {' '.join(rest)}")
+def _gates(arguments: argparse.Namespace) -> int:
     from sapo_megatron.commands.gates import compare_gates
 
     text = compare_gates(
@@ -242,9 +249,7 @@ def _gates(arguments: argparse.Namespace, rest: list[str], words: list[str]) -> 
     return 0
 
 
-def _doctor(arguments: argparse.Namespace, rest: list[str], words: list[str]) -> int:
-    if rest:
-        raise UserError(f"doctor: expected its own options only, got also {' '.join(rest)}")
+def _doctor(arguments: argparse.Namespace) -> int:
     from sapo_megatron.commands.doctor import examine, examine_host, show
 
     host = arguments.host
@@ -253,9 +258,7 @@ def _doctor(arguments: argparse.Namespace, rest: list[str], words: list[str]) ->
     return int(any(finding.status == "fail" for finding in findings))
 
 
-def _qualify(arguments: argparse.Namespace, rest: list[str], words: list[str]) -> int:
-    if rest:
-        raise UserError(f"qualify: expected its own options only, got also {' '.join(rest)}")
+def _qualify(arguments: argparse.Namespace) -> int:
     from sapo_megatron.commands.qualify import first_failure, listed, qualify, read_machine, show
 
     if arguments.list:

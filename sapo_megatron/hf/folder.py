@@ -122,7 +122,7 @@ class Listed(NamedTuple):
     shape: torch.Size
 
 
-class Checkpoint:
+class WeightFiles:
     """The weights of a model folder, by tensor name."""
 
     def __init__(self, folder: Path) -> None:

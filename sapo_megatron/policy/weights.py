@@ -23,7 +23,7 @@ from torch.distributed import ProcessGroup
 
 from sapo_megatron.files import whole_folder
 from sapo_megatron.hf.architecture import Architecture
-from sapo_megatron.hf.folder import INDEX, NOT_WEIGHTS, Checkpoint, Listed
+from sapo_megatron.hf.folder import INDEX, NOT_WEIGHTS, Listed, WeightFiles
 from sapo_megatron.hf.names import Entry, Named, Plain, entry
 from sapo_megatron.policy import parallel
 from sapo_megatron.policy.gpt import LogprobGPT
@@ -91,9 +91,9 @@ class HuggingFaceWeights:
         Raises UserError, on every rank, where a tensor is missing, misshapen or not finite.
         """
         with parallel.failing_together(self._groups), torch.no_grad():
-            checkpoint = Checkpoint(self._folder)
+            files = WeightFiles(self._folder)
             for weight in self._weights():
-                weight.tensor.copy_(weight.entry.load(checkpoint.read, *weight.place))
+                weight.tensor.copy_(weight.entry.load(files.read, *weight.place))
 
     def save(self, folder: Path, *, tokenizer: str | None = None) -> None:
         """Write the chunks' present weights as a new folder. Collective over all ranks.

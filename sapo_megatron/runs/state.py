@@ -63,7 +63,10 @@ def write_state(checkpoint: Path, state: RunState) -> None:
 
 
 def read_state(checkpoint: Path, parallel: ParallelConfig) -> RunState:
-    """The state of ``checkpoint``. Raises UserError where there is none, or the layout differs."""
+    """The state of ``checkpoint``.
+
+    Raises UserError where there is none, where it is damaged, or where the layout differs.
+    """
     path = checkpoint / "state.json"
     try:
         state = _ADAPTER.validate_json(path.read_bytes(), strict=True)

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from sapo_megatron.errors import UserError
 from sapo_megatron.hf.architecture import LatentAttention, parse_architecture, read_architecture
-from sapo_megatron.hf.folder import INDEX, Checkpoint, check_same, find_architecture, find_model
+from sapo_megatron.hf.folder import INDEX, WeightFiles, check_same, find_architecture, find_model
 from sapo_megatron.policy import parallel, weights
 from sapo_megatron.policy.model import Model
 from tests.support.families import FAMILIES, Place, make_model
@@ -98,7 +98,7 @@ def test_files_that_are_not_whole(model, name):
     spoil, parts = HEADERS[name]
     spoil(model)
     with pytest.raises(UserError) as caught:
-        Checkpoint(model)
+        WeightFiles(model)
     message = str(caught.value)
     assert all(part in message for part in [str(model), *parts]), message
     assert "\n" not in message
@@ -135,7 +135,7 @@ def test_values_that_are_not_what_they_should_be(whole, tmp_path):
 
 def bytes_read(model):
     """What this rank reads of the files, and what its piece of the model holds."""
-    read = Checkpoint.read
+    read = WeightFiles.read
     sizes = []
 
     def counted(self, *args):
@@ -143,7 +143,7 @@ def bytes_read(model):
         sizes.append(values.nbytes)
         return values
 
-    Checkpoint.read = counted
+    WeightFiles.read = counted
     recipe = Place(family=FAMILY, tp=2, ep=2).recipe
     groups = parallel.setup(recipe.parallel, seed=1)
     policy = Model(recipe, read_architecture(model), groups, model)
@@ -189,7 +189,7 @@ def export_to_a_full_disk(model, out):
 def test_an_export_that_fails_leaves_nothing(whole, tmp_path):
     first, second = run_ranks(2, export_to_a_full_disk, whole, tmp_path)
     assert first == second == ("[Errno 28] No space left on device", [])
-    assert Checkpoint(tmp_path / "whole")
+    assert WeightFiles(tmp_path / "whole")
     assert [path.name for path in tmp_path.iterdir()] == ["whole"]
 
 

@@ -1,6 +1,7 @@
 """What only a GPU can be asked: memory, waits of the host, speeds."""
 
 import dataclasses
+import gc
 import os
 import tempfile
 import time
@@ -51,6 +52,7 @@ PEAK_FLOPS = 989e12
 def memory(setting: Setting) -> Result:
     """Bytes that a policy and a KV cache take, each beside what the plan says of them."""
     found: Result = {}
+    gc.collect()
     before = torch.cuda.memory_allocated()
     with _sized(setting, "qwen3", DENSE) as tiny:
         numbers = sum(w.numel() for c in tiny.policy.model.chunks for w in c.parameters())
@@ -60,8 +62,10 @@ def memory(setting: Setting) -> Result:
         batch, length = 64, 2048
         config, decoder = tiny.policy.model.config, MegatronDecoder(tiny.policy.model)
         with torch.no_grad(), decoder.generating():
-            decoder.start(batch, length)
             tokens = torch.ones(batch, 1, dtype=torch.long, device=decoder.device)
+            decoder.start(batch, 1)
+            decoder.logits(tokens)  # libraries take their workspaces at the first product
+            decoder.start(batch, length)
             before = torch.cuda.memory_allocated()
             decoder.logits(tokens)
             found["cache"] = torch.cuda.memory_allocated() - before

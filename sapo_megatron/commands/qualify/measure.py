@@ -1,6 +1,6 @@
 """What a process measures of its device, that another device should measure too.
 
-A measurement is a function of a :class:`Setting` to a :data:`Result`.
+A measurement is a function of a ``Setting`` to a ``Result``.
 """
 
 import platform
@@ -15,7 +15,7 @@ import transformers
 from torch import Tensor
 
 from sapo_megatron.commands.qualify.models import FAMILIES, VOCABULARY, sequences
-from sapo_megatron.commands.qualify.policies import Result, Setting, opened
+from sapo_megatron.commands.qualify.policies import Dtype, Result, Setting, opened
 from sapo_megatron.objective.logprob import linear_logprobs, vocab_parallel_logprobs
 from sapo_megatron.policy import checkpoint
 from sapo_megatron.policy.decode import MegatronDecoder
@@ -24,7 +24,7 @@ from sapo_megatron.rollout.generate import Request, SamplingParams, generate, sa
 from sapo_megatron.runs.state import RunState
 from sapo_megatron.sample import Sample
 
-DTYPES = ("float32", "bfloat16")
+DTYPES: tuple[Dtype, ...] = ("float32", "bfloat16")
 MOE = "qwen3-moe"
 LAYOUTS = {
     "tp 2": {"tensor_model_parallel_size": 2},
@@ -71,11 +71,14 @@ def logprob_node(setting: Setting) -> Result:
             logprob, entropy = vocab_parallel_logprobs(
                 x, targets.to(x.device).repeat(tiles), with_entropy=True
             )
+            assert entropy is not None, "asked for"
             values = torch.stack([logprob, entropy])
             weights = factors.to(x.device).repeat(1, tiles)
             (gradient,) = torch.autograd.grad((values * weights).sum(), x)
             parts = gradient.view(tiles, rows, -1)
+            # The same rows in other chunks, relative to the largest number.
             spread = max(float((part - parts[0]).abs().max()) for part in parts)
+            spread /= float(parts[0].abs().max())
             gradient, values = parts[0], values[:, :rows]
         found[f"{dtype} values"] = values.detach().cpu()
         found[f"{dtype} gradient"] = gradient.float().cpu()
@@ -99,6 +102,7 @@ def fused_node(setting: Setting) -> Result:
         else:
             x, w = (t.to(setting.device).requires_grad_() for t in (x, w))
             logprob, entropy = linear_logprobs(x, w, targets.to(x.device), with_entropy=True)
+            assert entropy is not None, "asked for"
             values = torch.stack([logprob, entropy])
         total = (values * factors.to(x.device, values.dtype)).sum()
         gradients = torch.autograd.grad(total, (x, w))
@@ -166,7 +170,7 @@ def greedy(setting: Setting) -> Result:
     return found
 
 
-def resume(setting: Setting, cases: tuple[tuple[str, float], ...] = (("float32", 0.0),)) -> Result:
+def _resume(setting: Setting, *cases: tuple[Dtype, float]) -> Result:
     """Two updates at once, and one, a checkpoint, a resume and one: how far they are apart.
 
     ``cases``: dtype and share of Adam in host memory.
@@ -191,14 +195,14 @@ def resume(setting: Setting, cases: tuple[tuple[str, float], ...] = (("float32",
     return found
 
 
-def resume_both(setting: Setting) -> Result:
-    """:func:`resume` in fp32 and bf16."""
-    return resume(setting, (("float32", 0.0), ("bfloat16", 0.0)))
+def resume(setting: Setting) -> Result:
+    """A run in two pieces against a whole one, in fp32 and bf16."""
+    return _resume(setting, ("float32", 0.0), ("bfloat16", 0.0))
 
 
 def resume_offloaded(setting: Setting) -> Result:
-    """:func:`resume` with Adam in host memory, whole and half."""
-    return resume(setting, (("bfloat16", 1.0), ("bfloat16", 0.5)))
+    """The same with Adam in host memory, whole and half."""
+    return _resume(setting, ("bfloat16", 1.0), ("bfloat16", 0.5))
 
 
 def offloaded(setting: Setting) -> Result:
@@ -247,9 +251,8 @@ def replay(setting: Setting) -> Result:
         routes = [forward.routes for forward in recorded]
         experts = [route.experts for route in routes if route]
         again = model.forward(batches, replay=experts)
-        others = model.forward(
-            batches, replay=[(e + 1) % model.routers.num_experts for e in experts]
-        )
+        rotated = [(e + 1) % model.routers.num_experts for e in experts]
+        others = model.forward(batches, replay=rotated)
         layers = len(model.routers.moe_layers)
 
     def distance(other: list) -> float:
@@ -303,7 +306,7 @@ def export(setting: Setting) -> Result:
 def layouts(setting: Setting) -> Result:
     """Log-probs and gradients of two ranks, by layout: a model with experts, experts given."""
     found: Result = {}
-    dtype = "bfloat16" if setting.layers == "transformer_engine" else "float32"
+    dtype: Dtype = "bfloat16" if setting.layers == "transformer_engine" else "float32"
     for name, layout in LAYOUTS.items():
         with opened(setting, MOE, dtype, **layout) as tiny:
             samples = tiny.samples(given=True)

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -34,6 +34,8 @@ from sapo_megatron.recipe.schema import (
 )
 from sapo_megatron.sample import PackedBatch, Sample, SampleRoutes
 
+Dtype = Literal["float32", "bfloat16"]
+Layers = Literal["torch", "transformer_engine"]
 Result = dict[str, Any]
 """Tensors, all on the CPU, and numbers, by name."""
 
@@ -44,7 +46,7 @@ class Setting:
 
     folder: Path
     """Where models and runs are written."""
-    layers: str
+    layers: Layers
     """As ``model.layers``."""
     full: bool
     """Sizes for a GPU, not those that two cores get through in seconds."""
@@ -57,7 +59,7 @@ class Setting:
 
 
 def recipe_for(
-    setting: Setting, model: Path, dtype: str, *, offload: float = 0.0, **layout: Any
+    setting: Setting, model: Path, dtype: Dtype, *, offload: float = 0.0, **layout: Any
 ) -> Recipe:
     """The recipe of a tiny model; ``layout`` are keys of its section ``parallel``."""
     config = ParallelConfig(**layout, distributed_timeout_s=120.0)
@@ -173,7 +175,7 @@ class Tiny:
 
 
 @contextmanager
-def opened(setting: Setting, family: str, dtype: str, **options: Any) -> Iterator[Tiny]:
+def opened(setting: Setting, family: str, dtype: Dtype, **options: Any) -> Iterator[Tiny]:
     """A policy of ``family``'s tiny model, while the block lasts. Collective over all ranks.
 
     ``options`` as of :func:`recipe_for`.

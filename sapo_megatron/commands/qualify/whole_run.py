@@ -2,13 +2,15 @@
 
 import dataclasses
 import json
-import math
 import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from sapo_megatron.commands.qualify.models import VOCABULARY, make_model
-from sapo_megatron.commands.qualify.policies import Result, Setting, recipe_for
+from sapo_megatron.commands.qualify.policies import Dtype, Result, Setting, recipe_for
 from sapo_megatron.data.prompts import PromptSource, held_out
 from sapo_megatron.data.tokenizer import Message
 from sapo_megatron.hf.architecture import read_architecture
@@ -22,8 +24,6 @@ from sapo_megatron.recipe.schema import (
 )
 from sapo_megatron.training.inputs import Inputs
 from sapo_megatron.training.loop import train
-
-import torch  # isort: skip
 
 
 class Parity:
@@ -49,11 +49,12 @@ class Parity:
 def whole_runs(setting: Setting) -> Result:
     """Three steps in fp32 and in bf16, two updates each; and one step of a single update."""
     found: Result = {}
-    for name, dtype, steps, updates in (
+    runs: tuple[tuple[str, Dtype, int, int], ...] = (
         ("first update", "float32", 1, 1),
         ("float32", "float32", 3, 2),
         ("bfloat16", "bfloat16", 3, 2),
-    ):
+    )
+    for name, dtype, steps, updates in runs:
         with tempfile.TemporaryDirectory(dir=setting.folder) as folder:
             for line in _train(setting, Path(folder), dtype, steps, updates):
                 for key, value in line.items():
@@ -62,12 +63,9 @@ def whole_runs(setting: Setting) -> Result:
     return found
 
 
-def finite(result: Result) -> bool:
-    """Whether every metric of every run is."""
-    return all(math.isfinite(x) for values in result.values() for x in values)
-
-
-def _train(setting: Setting, folder: Path, dtype: str, steps: int, updates: int) -> list[dict]:
+def _train(
+    setting: Setting, folder: Path, dtype: Dtype, steps: int, updates: int
+) -> list[dict[str, Any]]:
     """The lines of ``metrics.jsonl``."""
     make_model("qwen3-moe", folder / "model", getattr(torch, dtype))
     rows = [
