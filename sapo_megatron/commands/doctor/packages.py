@@ -11,6 +11,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 
+from packaging.specifiers import SpecifierSet
+from packaging.version import Version
+
 from sapo_megatron.commands.doctor.finding import Finding
 from sapo_megatron.commands.doctor.machine import Driver
 from sapo_megatron.errors import one_line
@@ -97,7 +100,7 @@ def torch(module: ModuleType | Exception | None, driver: Driver | None) -> Findi
     if module.cuda.is_available():
         return Finding("torch", "ok", found)
     found += "; it reaches no GPU"
-    if _numbers(cuda)[:1] > _numbers(driver.cuda)[:1]:
+    if Version(cuda).major > Version(driver.cuda).major:
         todo = f"Update the driver, or install a build of torch for CUDA {driver.cuda} or older."
         return Finding("torch", "fail", found, todo)
     return Finding(
@@ -248,19 +251,5 @@ def _asked(name: str, of: str) -> str:
 
 
 def _within(found: str, specifier: str) -> bool:
-    """Whether a version is in a range like ``>=1.2,<2`` or ``==1.2`` (other bounds ask nothing)."""
-    numbers = _numbers(found)
-    for bound in filter(None, specifier.split(",")):
-        operator, wanted = re.match(r"\s*([<>=!~]+)\s*(.*)", bound).groups()
-        if operator == ">=" and numbers < _numbers(wanted):
-            return False
-        if operator == "<" and numbers >= _numbers(wanted):
-            return False
-        if operator == "==" and numbers != _numbers(wanted):
-            return False
-    return True
-
-
-def _numbers(text: str) -> tuple[int, ...]:
-    """``2.13.0+cu130`` -> (2, 13, 0); ``0.17.0rc1`` -> (0, 17, 0)."""
-    return tuple(map(int, re.findall(r"\d+", re.match(r"[\d.]*", text)[0])))
+    """Whether a version is in a range like ``>=1.2,<2``."""
+    return SpecifierSet(specifier).contains(Version(found), prereleases=True)

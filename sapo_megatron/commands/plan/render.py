@@ -129,9 +129,9 @@ def _memory_table(plan: Plan) -> str:
         f"{plan.gpu.memory_gib:.1f} GiB ({share:.0%}), on stage {plan.worst} in the "
         f"{plan.memory[plan.worst].peak}",
     ]
-    parts = ", ".join(f"{name} {size:.0f}" for name, size in plan.host.parts().items())
+    on_host = ", ".join(f"{name} {size:.0f}" for name, size in plan.host.parts().items())
     lines.append(
-        f"host memory per node: {parts}; {'fits' if plan.fits_host else 'does not fit'}: "
+        f"host memory per node: {on_host}; {'fits' if plan.fits_host else 'does not fit'}: "
         f"{plan.host.total / GIB:.0f} of {plan.host_gib:.0f} GiB"
     )
     title = "memory per GPU, GiB (estimated, with rsrv and the experts' imbalance assumed)"
