@@ -107,9 +107,16 @@ $(VLLM_STAMP): requirements-vllm.txt | $(STAMP)
 		torchvision torchaudio torchcodec
 	@touch $@
 
-# The patches in the pipelines themselves, without this project's environment.
-test-hosts: $(HOSTS_STAMP)
-	OMP_NUM_THREADS=1 $(HOSTS)/bin/python -m pytest --noconftest $(or $(ARGS),tests/hosts/test_verl.py tests/hosts/test_ms_swift.py)
+# The patches in the pipelines themselves: verl and ms-swift from PyPI, in an environment of theirs,
+# and checkouts of the others that are named: make test-hosts SAPO_SLIME=/path/to/slime
+CHECKOUTS := $(if $(SAPO_MEGATRON_LM),tests/hosts/test_megatron_rl.py) \
+	$(if $(SAPO_SLIME)$(SAPO_MILES),tests/hosts/test_slime.py) \
+	$(if $(SAPO_NEMO_RL),tests/hosts/test_nemo_rl.py)
+
+test-hosts: $(HOSTS_STAMP) $(if $(strip $(CHECKOUTS)),venv)
+	OMP_NUM_THREADS=1 $(HOSTS)/bin/python -m pytest --noconftest \
+		$(or $(ARGS),tests/hosts/test_verl.py tests/hosts/test_ms_swift.py)
+	$(if $(strip $(CHECKOUTS)),$(PYTEST) $(CHECKOUTS))
 
 $(HOSTS_STAMP): requirements-hosts.txt
 	rm -rf $(HOSTS)

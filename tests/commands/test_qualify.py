@@ -164,7 +164,7 @@ def worlds(tmp_path_factory):
         (2, (_of_two, folder, True)),
         (1, (_of_two, folder, False)),
     ]
-    found = run_worlds(_job, jobs, timeout=550)
+    found = run_worlds(_job, jobs)
     assert not any(isinstance(ranks, str) for ranks in found), found
     return [ranks[0] for ranks in found]
 

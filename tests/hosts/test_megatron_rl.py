@@ -25,7 +25,7 @@ def found(request):
             # Which ranks take over; behind our own, since the checkout has a package ``tests``.
             patch.syspath_prepend(CHECKOUT)
             patch.syspath_prepend(ROOT)
-        return run_ranks(2, run_checks, real, timeout=240, fresh=real)
+        return run_ranks(2, run_checks, real, fresh=real)
 
 
 @pytest.mark.parametrize("name", [check.__name__ for check in CHECKS])

@@ -13,7 +13,7 @@ from tests.support.whole_runs import resuming
 def runs(tmp_path_factory):
     """(folder, what each rank found)."""
     folder = tmp_path_factory.mktemp("runs")
-    return folder, run_ranks(2, resuming, folder, timeout=280)
+    return folder, run_ranks(2, resuming, folder)
 
 
 def lines(run):

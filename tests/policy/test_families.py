@@ -15,8 +15,6 @@ from safetensors.torch import load_file
 from tests.support.families import FAMILIES, Place, make_model, measure, sequences
 from tests.support.gloo import run_worlds
 
-pytestmark = pytest.mark.timeout(600)
-
 LAYOUTS = (
     ({"world": 4, "tp": 2, "pp": 2, "ep": 2}, [*FAMILIES]),
     ({"world": 2, "tp": 2, "dtype": "bfloat16"}, [*FAMILIES]),
@@ -62,9 +60,7 @@ def results(request, tmp_path_factory):
         cases.append((place, source, out))
     jobs = [(case[0].world, case) for case in cases]
     found = {}
-    for (place, source, out), ranks in zip(
-        cases, run_worlds(measure, jobs, timeout=550), strict=True
-    ):
+    for (place, source, out), ranks in zip(cases, run_worlds(measure, jobs), strict=True):
         leader = ranks
         if not isinstance(ranks, str):
             leader = next(x for x in ranks if x and x["logits"] is not None)

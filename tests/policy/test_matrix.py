@@ -22,8 +22,6 @@ from tests.support.layouts import LAYOUTS, NARROW, REPRESENTATIVE, Layout
 from tests.support.minibatches import MODELS, make_reference, random_weights, sequences
 from tests.support.reference import Outcome
 
-pytestmark = pytest.mark.timeout(900)
-
 TOLERANCE = {"float32": 1e-5, "float64": 1e-11}
 USUAL = {"float32": NARROW, "float64": REPRESENTATIVE}
 """What an ordinary run walks through; fp32 has its errors 1e6 times as close to the bound."""
@@ -85,9 +83,7 @@ def results(request, tmp_path_factory):
     ]
     return {
         case: found if isinstance(found, str) else _result(found[0], expected[_key(case[0])], out)
-        for case, found, out in zip(
-            cases, run_worlds(measure, jobs, timeout=850), outs, strict=True
-        )
+        for case, found, out in zip(cases, run_worlds(measure, jobs), outs, strict=True)
     }
 
 

@@ -274,7 +274,7 @@ def test_shares_are_of_one_size_and_cover_all(n, size):
 
 
 def test_one_rank_generates_as_the_model_is(tmp_path):
-    (errors,) = run_ranks(1, check_one_rank, tmp_path, timeout=250)
+    (errors,) = run_ranks(1, check_one_rank, tmp_path)
     # fp32, one token at a time with a cache, against the whole sequence at once.
     assert errors["incremental"] < 1e-5
     # The training engine, on packed sequences, of the tokens that generation recorded.
@@ -285,7 +285,7 @@ def test_one_rank_generates_as_the_model_is(tmp_path):
 
 
 def test_two_ranks_generate_the_tokens_of_one(tmp_path):
-    (one,) = run_ranks(1, check_layouts, tmp_path, [{}], timeout=250)
+    (one,) = run_ranks(1, check_layouts, tmp_path, [{}])
     layouts = [
         {},
         {"tensor_model_parallel_size": 2},
@@ -294,7 +294,7 @@ def test_two_ranks_generate_the_tokens_of_one(tmp_path):
         {"context_parallel_size": 2},
         {"tensor_model_parallel_size": 2, "expert_model_parallel_size": 2},
     ]
-    two = run_ranks(2, check_layouts, tmp_path, layouts, timeout=250)
+    two = run_ranks(2, check_layouts, tmp_path, layouts)
     expected = [(s.uid, s.response_tokens) for s in one[0]]
     assert len({len(tokens) for _, tokens in expected}) > 2  # the ranks were not done together
     for i, layout in enumerate(layouts):

@@ -217,7 +217,7 @@ def test_a_users_function(verifiers):
 def test_whatever_a_function_does_the_rest_is_scored(verifiers, caplog):
     texts = ["raise", "exit", "die", "text", "none", "nan", "loop", "C loop", "raise", "swallow"]
     mixed = [text for pair in zip(texts, ["fine"] * len(texts), strict=True) for text in pair]
-    rewards, metrics = score(f"{verifiers}:naughty", group(*mixed), group("fine"), timeout_s=0.5)
+    rewards, metrics = score(f"{verifiers}:naughty", group(*mixed), group("fine"), timeout_s=2.0)
     assert rewards == [[0.0, 1.0] * len(texts), [1.0]]
     assert metrics == {"reward/errors": 7.0, "reward/timeouts": 3.0}
     assert len([m for m in caplog.messages if "KeyError: 'no" in m]) == 1
@@ -233,7 +233,7 @@ def test_several_workers_score_as_one_does(verifiers):
         score(
             f"{verifiers}:naughty",
             *(group(*g) for g in texts),
-            timeout_s=0.5,
+            timeout_s=2.0,
             num_workers=number,
         )
         for number in (1, 3)
@@ -257,10 +257,10 @@ def test_a_response_that_hangs_holds_up_its_worker_alone(verifiers):
 
 def test_time_is_measured_for_each_response(verifiers):
     begin = time.monotonic()
-    rewards, metrics = score(f"{verifiers}:naughty", group("power", "fine"), timeout_s=0.3)
+    rewards, metrics = score(f"{verifiers}:naughty", group("power", "fine"), timeout_s=2.0)
     assert rewards == [[0.0, 1.0]]
     assert metrics["reward/timeouts"] == 1
-    assert 0.3 < time.monotonic() - begin < 5.0
+    assert time.monotonic() - begin > 2.0
 
 
 def test_no_process_is_left_behind(verifiers):
@@ -293,7 +293,7 @@ def test_the_worker_ends_with_a_parent_that_is_killed(verifiers, tmp_path):
         [sys.executable, "-c", program], env=env, capture_output=True, text=True, check=False
     )
     pid = int(done.stdout)
-    deadline = time.monotonic() + 10.0
+    deadline = time.monotonic() + 60.0
     while alive(pid) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not alive(pid)

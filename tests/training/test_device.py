@@ -11,8 +11,6 @@ from tests.support.gloo import run_ranks, run_worlds
 from tests.support.pretended_runs import Run, measure, offloaded, refusals
 from tests.support.tiny import ARCH
 
-pytestmark = pytest.mark.timeout(300)
-
 RECOMPUTED = {
     "recompute_granularity": "full",
     "recompute_method": "uniform",
@@ -59,14 +57,14 @@ def found(tmp_path_factory):
     """What each run's ranks saw, by name; a traceback where it failed."""
     folder = tmp_path_factory.mktemp("device")
     jobs = [(run.world, (run, folder / str(i))) for i, run in enumerate(RUNS.values())]
-    return dict(zip(RUNS, run_worlds(measure, jobs, timeout=280), strict=True))
+    return dict(zip(RUNS, run_worlds(measure, jobs), strict=True))
 
 
 @pytest.fixture(scope="module")
 def offload(tmp_path_factory):
     folder = tmp_path_factory.mktemp("offload")
     jobs = [(1, (fraction, folder / str(fraction))) for fraction in FRACTIONS]
-    return dict(zip(FRACTIONS, run_worlds(offloaded, jobs, timeout=280), strict=True))
+    return dict(zip(FRACTIONS, run_worlds(offloaded, jobs), strict=True))
 
 
 @pytest.mark.parametrize("name", [name for name in RUNS if not RUNS[name].in_one_stack])

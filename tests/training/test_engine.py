@@ -105,7 +105,7 @@ def over_nccl(folder, *servers, **changes):
     return following(folder, *servers, weight_transfer="nccl", **changes)
 
 
-def following(folder, *servers, timeout_s=5.0, **changes):
+def following(folder, *servers, timeout_s=60.0, **changes):
     """A policy that never trains unless told to, and servers that follow it."""
     policy = SimpleNamespace(
         updates=0,

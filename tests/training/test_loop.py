@@ -197,7 +197,7 @@ def test_report_draws_it_again(work, run):
 def one_rank(tmp_path_factory):
     """(folder, what was found)."""
     folder = tmp_path_factory.mktemp("variants")
-    return folder, run_ranks(1, variants, folder, timeout=280)[0]
+    return folder, run_ranks(1, variants, folder)[0]
 
 
 @pytest.mark.parametrize("name", VARIANTS)

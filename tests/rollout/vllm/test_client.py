@@ -44,7 +44,7 @@ def server(servers):
     return servers[0]
 
 
-def engine(*urls, timeout_s=5.0, **changes):
+def engine(*urls, timeout_s=60.0, **changes):
     config = RolloutConfig(
         engine="vllm",
         servers=urls,
@@ -124,11 +124,8 @@ def test_a_server_that_gives_up_on_a_request_is_asked_again(server):
 
 def test_a_server_that_answers_nothing_leaves_its_work_to_the_other(servers):
     hung, _ = servers
-    hung.fault = fakevllm.after(30.0)
-    began = time.monotonic()
-    samples = loaded(*servers, timeout_s=1.0).sample(REQUESTS[:8], PARAMS)
-    assert len(samples) == 8
-    assert time.monotonic() - began < 10
+    hung.fault = fakevllm.after(280.0)  # longer than a test may take
+    assert len(loaded(*servers, timeout_s=1.0).sample(REQUESTS[:8], PARAMS)) == 8
 
 
 def test_a_slow_server_is_waited_for(server, caplog, monkeypatch):
@@ -360,7 +357,7 @@ def test_routes_that_are_wrong(text, error, message):
 
 
 def recipe(folder, python, **changes):
-    rollout = {"engine": "vllm", "vllm_python": str(python), "server_timeout_s": 10.0, **changes}
+    rollout = {"engine": "vllm", "vllm_python": str(python), "server_timeout_s": 60.0, **changes}
     return load(write_recipe(folder, rollout=rollout))
 
 
@@ -452,12 +449,12 @@ def test_a_server_that_does_not_end_when_asked_is_killed(tmp_path):
     pid = tmp_path / "pid"
     wait_until(lambda: pid.exists() and pid.read_text().strip())
     process.stdin.close()
-    process.wait(10)
+    process.wait(60)
     assert not alive(int(pid.read_text()))
 
 
 def wait_until(holds):
-    until = time.monotonic() + 15.0
+    until = time.monotonic() + 60.0
     while not holds():
         assert time.monotonic() < until
         time.sleep(0.05)
