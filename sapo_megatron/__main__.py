@@ -1,4 +1,5 @@
-"""The command line: ``sapo-megatron train | plan | eval | export | report | gates | doctor``.
+"""The command line: ``sapo-megatron train | plan | eval | export | report | gates | doctor |
+qualify``.
 
 Exit status: 0 done, 1 the work failed, 2 the input is wrong (one line on stderr says what).
 """
@@ -23,12 +24,22 @@ from sapo_megatron.recipe.schema import Recipe
 
 logger = logging.getLogger("sapo_megatron")
 
+ENVIRONMENT = {
+    "CUDA_DEVICE_MAX_CONNECTIONS": "1",
+    "NCCL_DEBUG": "WARN",
+    "PYTORCH_ALLOC_CONF": "expandable_segments:True",
+    "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
+}
+"""What a process that trains has in its environment unless it is set there. ``launch/env.sh`` says
+what each is for, and sets what torchrun needs besides."""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
     words = sys.argv[1:] if argv is None else list(argv)
     debug = "--debug" in words
     _set_up_logging(debug)
+    _set_up_environment()
     try:
         arguments, rest = _parser().parse_known_args(words)
         arguments.words, arguments.rest = words, rest
@@ -104,6 +115,7 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("run", help="a run folder, finished or not")
     _add_gates(command(_gates, "Compare what gates keep of the gradient of dumped tokens."))
     _add_doctor(command(_doctor, "Check what is installed and what this machine has."))
+    _add_qualify(command(_qualify, "Compare what this machine's GPUs compute with the CPU."))
     return parser
 
 
@@ -138,6 +150,12 @@ def _add_doctor(doctor: argparse.ArgumentParser) -> None:
         choices=HOSTS,
         help="look instead at a pipeline that is to be patched (docs/patches.md)",
     )
+
+
+def _add_qualify(qualify: argparse.ArgumentParser) -> None:
+    qualify.add_argument("--section", choices=("A", "B", "C"), help="only these checks")
+    qualify.add_argument("--json", action="store_true", help="write a JSON list, not a table")
+    qualify.add_argument("--list", action="store_true", help="say what the checks are; run none")
 
 
 def _train(arguments: argparse.Namespace) -> int:
@@ -240,6 +258,22 @@ def _doctor(arguments: argparse.Namespace) -> int:
     return int(any(finding.status == "fail" for finding in findings))
 
 
+def _qualify(arguments: argparse.Namespace) -> int:
+    from sapo_megatron.commands.qualify import first_failure, listed, qualify, read_machine, show
+
+    if arguments.list:
+        sys.stdout.write(listed(arguments.section))
+        return 0
+    outcomes = qualify(arguments.section, read_machine())
+    sys.stdout.write(show(outcomes, as_json=arguments.json))
+    if failed := first_failure(outcomes):
+        raise RunFailed(
+            f"{failed.check}: expected {failed.expected}, got {failed.got}; docs/gpu.md says what "
+            f"it proves"
+        )
+    return 0
+
+
 def _on_all_processes(recipe: Recipe, words: list[str], work: Callable) -> int:
     """Do ``work(inputs)`` on each process of the recipe's layout.
 
@@ -329,6 +363,16 @@ def _set_up_logging(debug: bool) -> None:
     """Plain lines on stderr; of ranks above 0 only what is wrong."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING, force=True)
     logger.setLevel(logging.DEBUG if debug else logging.INFO if _is_main() else logging.ERROR)
+
+
+def _set_up_environment() -> None:
+    """:data:`ENVIRONMENT`, before torch is imported and starts CUDA."""
+    older = "PYTORCH_CUDA_ALLOC_CONF"  # the name that releases of torch before 2.9 read
+    if older in os.environ:
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", os.environ[older])
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    os.environ[older] = os.environ["PYTORCH_ALLOC_CONF"]
 
 
 def _fail(error: Exception, status: int, debug: bool, *, everywhere: bool) -> int:

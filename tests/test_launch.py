@@ -22,6 +22,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from sapo_megatron.__main__ import ENVIRONMENT
 from sapo_megatron.rollout.vllm.client import EXTENSION
 from tests.support.tiny import ROOT, bearing, end, read_metrics, still_there, write_recipe
 
@@ -244,10 +245,41 @@ def test_the_environment_keeps_what_is_set():
     assert ours["CUDA_DEVICE_MAX_CONNECTIONS"] == "1"
     assert ours["PYTORCH_ALLOC_CONF"] == ours["PYTORCH_CUDA_ALLOC_CONF"]
     assert ours["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
+    # A process that is started in another way has the same; the rest is torchrun's and the shell's.
+    others = {"OMP_NUM_THREADS", "PYTHON", "PYTHONUNBUFFERED", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"}
+    shells = {"PATH", "PWD", "SHLVL", "_", "OLDPWD", "PYTORCH_CUDA_ALLOC_CONF"}
+    assert {n: v for n, v in ours.items() if n not in others | shells} == ENVIRONMENT
     for name in ours.keys() - {"PATH", "PWD", "SHLVL", "_", "OLDPWD"}:
         assert environment(**{name: "mine"})[name] == "mine"
     old = environment(PYTORCH_CUDA_ALLOC_CONF="mine")
     assert old["PYTORCH_ALLOC_CONF"] == old["PYTORCH_CUDA_ALLOC_CONF"] == "mine"
+
+
+@pytest.mark.parametrize(
+    ("env", "allocator"),
+    [
+        ({}, "expandable_segments:True"),
+        ({"PYTORCH_ALLOC_CONF": "mine"}, "mine"),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "mine"}, "mine"),
+    ],
+)
+def test_a_process_without_the_scripts_has_their_environment(env, allocator):
+    program = (
+        "import os, sys; from sapo_megatron.__main__ import main\n"
+        "assert 'torch' not in sys.modules\n"
+        "main(['nothing']); [print(f'{n}={v}') for n, v in os.environ.items()]"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env={"PYTHONPATH": str(ROOT), "NCCL_DEBUG": "mine", **env},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    got = dict(line.split("=", 1) for line in done.stdout.splitlines())
+    wanted = ENVIRONMENT | {"NCCL_DEBUG": "mine", "PYTORCH_ALLOC_CONF": allocator}
+    assert wanted.items() <= got.items()
+    assert got["PYTORCH_CUDA_ALLOC_CONF"] == allocator
 
 
 # What they do

@@ -118,7 +118,7 @@ def pretended(parallel: ParallelConfig, *, rank: int, world_size: int) -> Iterat
     hook = sys.excepthook
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
     try:
-        _lay_out(parallel, create_gloo_process_groups=False)
+        _lay_out(parallel)
         meta = torch.device("meta")
         with meta:
             yield _groups(dist.distributed_c10d._get_default_group(), meta)
@@ -136,6 +136,8 @@ def _lay_out(parallel: ParallelConfig, **options: Any) -> None:
         context_parallel_size=parallel.context_parallel_size,
         expert_model_parallel_size=parallel.expert_model_parallel_size,
         expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
+        # Upstream's twins of groups over gloo are for a form of checkpoint that is not used here.
+        create_gloo_process_groups=False,
         **options,
     )
 

@@ -153,6 +153,8 @@ class RewardConfig:
     """``reasoning_gym``, ``math_verify``, ``exact_match`` or ``module:function``."""
     timeout_s: Positive = 10.0
     """Seconds for one response; beyond it the reward is 0 and ``reward/timeouts`` counts it."""
+    num_workers: Count = 1
+    """Processes in which each rank that scores does so; a response that hangs holds up but one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -341,6 +343,8 @@ class ClusterConfig:
     nodes: Count | None = None
     """None: as few GPUs as the layout takes."""
     gpus_per_node: Count = 8
+    host_memory_gib: Count | None = None
+    """Host memory of a node; None: what nodes with such GPUs have at least."""
 
 
 @dataclass(frozen=True, kw_only=True)

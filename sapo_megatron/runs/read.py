@@ -45,6 +45,7 @@ class Run:
         return np.array(steps), np.array(rows).reshape(len(names), len(steps))
 
     def has(self, name: str) -> bool:
+        """Whether the metric was ever logged with a finite value."""
         return any(_is_number(r.get(name)) for r in self.records)
 
     def histogram(self, name: str) -> tuple[Floats, Floats] | None:
@@ -82,17 +83,22 @@ class Run:
 
     @property
     def steps_done(self) -> int:
+        """Steps behind the run, also where it was cut off."""
         return int(self.summary.get("steps", self.records[-1]["step"]))
 
     @property
     def wall_s(self) -> float | None:
-        """Seconds of the whole run; the steps alone where there is no summary."""
+        """Seconds of the whole run, with the cold start where it was made and not found.
+
+        Of the steps alone where there is no summary; None where no step was timed either.
+        """
         if _is_number(self.summary.get("wall_s")):
             return float(self.summary["wall_s"])
         return float(self.series("perf/step_s")[1].sum()) if self.has("perf/step_s") else None
 
     @property
     def world_size(self) -> int | None:
+        """Ranks of the run; None where it has not ended."""
         return self.summary.get("world_size")
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from matplotlib.colors import to_rgb
 from matplotlib.text import Text
 
@@ -125,6 +126,34 @@ def test_a_run_that_was_cut_off_still_has_a_report(tmp_path):
     page = write_report(folder)
     assert "7 of 12" in _Page(page.read_text()).text
     assert page.stat().st_size <= LARGEST_PAGE
+
+
+def test_the_time_says_what_is_in_it(tmp_path):
+    folder = write_run(tmp_path / "run", steps=2)
+    _steps(folder, **{"reward/mean": [0.1, 0.2], "perf/step_s": [3.0, 4.0]})
+    config = folder / "config.yaml"
+    assert "Wall time16s\n" in _Page(write_report(folder).read_text()).text
+    raw = yaml.safe_load(config.read_text())
+    raw["cold_start"]["steps"] = 100
+    config.write_text(yaml.safe_dump(raw))
+    assert "16s, cold start included" in _Page(write_report(folder).read_text()).text
+    (folder / "summary.json").unlink()
+    told = "7s in steps, without evaluation and checkpoints"
+    assert told in _Page(write_report(folder).read_text()).text
+
+
+def test_a_report_needs_nothing_but_its_folder(tmp_path):
+    folder = write_run(tmp_path / "run", steps=1)
+    _steps(folder, **{"reward/mean": [0.1]})
+    raw = yaml.safe_load((folder / "config.yaml").read_text())
+    gone = str(tmp_path / "gone")
+    raw["model"] |= {"path": gone, "tokenizer": gone, "architecture": f"{gone}/config.json"}
+    raw["data"]["train"] |= {"tasks": [], "path": f"{gone}/train.jsonl"}
+    raw["data"]["eval"] = {"path": f"{gone}/eval.parquet"}
+    raw["rollout"] |= {"engine": "vllm", "vllm_python": f"{gone}/bin/python"}
+    raw["train"]["run_dir"] = gone
+    (folder / "config.yaml").write_text(yaml.safe_dump(raw))
+    assert write_report(folder).exists()
 
 
 def test_histograms_add_up_over_the_steps(tmp_path):

@@ -17,6 +17,7 @@ from sapo_megatron.policy.model import Model
 from tests.support.families import FAMILIES, Place, make_model
 from tests.support.gloo import run_ranks
 from tests.support.tiny import TOKENIZER, cli, write_recipe
+from tests.support.whole_runs import command
 
 FAMILY = "qwen3-moe"
 TENSOR = "model.layers.1.self_attn.q_proj.weight"
@@ -237,19 +238,16 @@ def test_in_and_out_again(tmp_path):
     source = tmp_path / "source"
     make_model("qwen3-moe", source)
     shutil.copyfile(TOKENIZER, source / "tokenizer.model")
-    recipe = write_recipe(
+    write_recipe(
         tmp_path,
         model={"path": "source", "init": "pretrained", "tokenizer": None},
         parallel={"tensor_model_parallel_size": 2, "expert_model_parallel_size": 2},
         train={"steps": 2},
         eval={"num_problems": 2, "k": 1},
     )
-    done = cli("train", recipe, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    done = cli(
-        "export", recipe, "--checkpoint", "runs/recipe/run-001", "--out", "out", cwd=tmp_path
-    )
-    assert done.returncode == 0, done.stderr
+    export = ["export", "recipe.yaml", "--checkpoint", "runs/recipe/run-001", "--out", "out"]
+    for words in (["train", "recipe.yaml"], export):
+        assert run_ranks(2, command, tmp_path, words) == [(0, ""), (0, "")]
     assert (tmp_path / "out" / "tokenizer.model").exists()
     before = transformers.AutoModelForCausalLM.from_pretrained(source)
     after = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
@@ -259,8 +257,6 @@ def test_in_and_out_again(tmp_path):
     assert all(changed[:3])
     tokens = after.generate(torch.tensor([[3, 4, 5]]), max_new_tokens=8, do_sample=False)
     assert tokens.shape[1] > 3
-    again = cli(
-        "export", recipe, "--checkpoint", "runs/recipe/run-001", "--out", "out", cwd=tmp_path
-    )
+    again = cli(*export, cwd=tmp_path)
     assert again.returncode == 2
     assert "not there yet" in again.stderr

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import torch
 
+from tests.hosts import absent
 from tests.hosts.megatron_rows import CAP, GAP, LENGTH, SAPO
 
 
@@ -13,6 +14,8 @@ class Real:
     real = True
 
     def __init__(self):
+        absent.stand_in_for(["openai", "triton", "fastapi", "uvicorn"])
+        absent.newer_names_of_typing()
         torch.Tensor.cuda = lambda self, *args, **kwargs: self
         self.rl = importlib.import_module("megatron.rl.rl_utils")
         self.training = importlib.import_module("megatron.training")

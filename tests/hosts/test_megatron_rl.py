@@ -10,6 +10,7 @@ import pytest
 
 from tests.hosts.megatron_checks import CHECKS, run_checks
 from tests.support.gloo import run_ranks
+from tests.support.tiny import ROOT
 
 CHECKOUT = os.environ.get("SAPO_MEGATRON_LM")
 
@@ -21,7 +22,9 @@ def found(request):
         pytest.skip("SAPO_MEGATRON_LM names no checkout of Megatron-LM")
     with pytest.MonkeyPatch.context() as patch:
         if real:
-            patch.syspath_prepend(CHECKOUT)  # which ranks take over
+            # Which ranks take over; behind our own, since the checkout has a package ``tests``.
+            patch.syspath_prepend(CHECKOUT)
+            patch.syspath_prepend(ROOT)
         return run_ranks(2, run_checks, real, timeout=240, fresh=real)
 
 

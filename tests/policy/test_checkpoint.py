@@ -5,7 +5,7 @@ import json
 import pytest
 
 from tests.support.gloo import run_ranks
-from tests.support.tiny import cli, read_metrics, write_recipe
+from tests.support.tiny import WITHOUT_REPORT, cli, read_metrics, write_recipe
 from tests.support.whole_runs import resuming
 
 
@@ -105,7 +105,8 @@ def test_a_run_that_is_killed_while_it_writes_goes_on_from_its_last_checkpoint(t
     run = tmp_path / "runs" / "recipe" / "run-001"
     assert not (run / "summary.json").exists()
     assert [line["step"] for line in read_metrics(run)] == [1]
-    resumed = cli("train", "recipe.yaml", "--resume", "auto", cwd=tmp_path)
+    words = ["train", "recipe.yaml", "--resume", "auto"]
+    resumed = cli(*words, cwd=tmp_path, program=WITHOUT_REPORT)
     assert resumed.returncode == 0, resumed.stderr
     assert "run-001/checkpoints/step-000001" in resumed.stderr
     assert [line["step"] for line in read_metrics(run)] == [1, 2, 3]
@@ -118,7 +119,8 @@ def test_a_finished_run_that_is_resumed_keeps_its_summary(tmp_path):
     write_recipe(tmp_path, checkpoint={"every": 1}, train={"steps": 1}, routing=often)
     summaries = []
     for _ in range(2):
-        done = cli("train", "recipe.yaml", "--resume", "auto", cwd=tmp_path)
+        words = ["train", "recipe.yaml", "--resume", "auto"]
+        done = cli(*words, cwd=tmp_path, program=WITHOUT_REPORT)
         assert done.returncode == 0, done.stderr
         run = tmp_path / "runs" / "recipe" / "run-001"
         summaries.append(json.loads((run / "summary.json").read_text()))

@@ -2,7 +2,9 @@
 
 The ranks are started once and walk through the layouts. The reference is computed in fp64 on the
 same weights; the error of a parameter is the norm of the difference over the norm of the
-reference's gradient, and a gradient that must be zero must be zero.
+reference's gradient, and a gradient that must be zero must be zero. The gradient norm that the
+optimizer clips by is the reference's on every rank, with weights marked as torch's layers leave
+them and as Transformer Engine's do.
 """
 
 import math
@@ -119,6 +121,9 @@ def test_layout(results, layout, dtype):
     assert result.loss_error < TOLERANCE[dtype]
     assert result.errors[result.worst] < TOLERANCE[dtype], result.worst
     assert not measured.replicas_differ
+    norm = math.hypot(*(float(gradient.norm()) for gradient in expected.gradients.values()))
+    assert len(measured.grad_norms) == 2 * layout.world
+    assert measured.grad_norms == pytest.approx([norm] * len(measured.grad_norms), rel=1e-5)
     tolerance = TOLERANCE[dtype]
     for name, value in expected.metrics.items():
         assert measured.metrics[name] == pytest.approx(value, rel=tolerance, abs=tolerance), name

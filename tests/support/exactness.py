@@ -2,6 +2,9 @@
 
 import dataclasses
 import functools
+import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,6 +12,7 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
+from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from sapo_megatron.data.batch import denominators, micro_batches
@@ -45,6 +49,8 @@ class Measured:
     micro_batches: int
     idle_ranks: int
     """Data- and context-parallel ranks that had no valid token."""
+    grad_norms: list[float]
+    """What :func:`grad_norms` found."""
 
 
 def make_recipe(layout: Layout, folder: Path, dtype: str) -> Recipe:
@@ -107,6 +113,10 @@ def measure(layout: Layout, dtype: str, folder: Path, gradients: Path) -> Measur
         idle = not any(bool(batch.mask.any()) for batch in batches)
         metrics.add("idle_ranks", Sum(float(idle)))
     values = metrics.gather(groups.world).values()
+    with left_by_transformer_engine():
+        other = _policy(recipe, layout, groups, folder)
+    norms = grad_norms(policy, other)
+    other.close()
     gradients_as_weights(policy)
     differ = _replicas_differ(policy)
     policy.model.weights.save(gradients)
@@ -118,6 +128,7 @@ def measure(layout: Layout, dtype: str, folder: Path, gradients: Path) -> Measur
         metrics=values,
         replicas_differ=differ,
         micro_batches=len(batches),
+        grad_norms=norms,
     )
 
 
@@ -140,15 +151,57 @@ def _policy(recipe: Recipe, layout: Layout, groups: ParallelGroups, folder: Path
         )
 
 
+@contextmanager
+def left_by_transformer_engine() -> Iterator[None]:
+    """Models built in the block find their weights marked as Transformer Engine's layers do it.
+
+    Experts do not say that they are cut, and latent attention's down-projections, which every
+    tensor-parallel rank has whole, say that they are.
+    """
+    init = GPTModel.__init__
+
+    def build(self: GPTModel, *args: Any, **kwargs: Any) -> None:
+        init(self, *args, **kwargs)
+        for name, weight in self.named_parameters():
+            if ".mlp.experts." in name:
+                vars(weight).pop("tensor_model_parallel", None)
+            elif name.endswith("_down_proj.weight"):
+                vars(weight)["tensor_model_parallel"] = True
+
+    with mock.patch.object(GPTModel, "__init__", build):
+        yield
+
+
+def grad_norms(policy: Policy, other: Policy) -> list[float]:
+    """The norm of ``policy``'s gradients as its optimizer and ``other``'s find it, on every rank.
+
+    ``other`` has the same weights, and gets the gradients. Collective over all ranks.
+    """
+    mine = []
+    for one in (policy, other):
+        for buffer, source in zip(_buffers(one), _buffers(policy), strict=True):
+            buffer.grad_data.copy_(source.grad_data)
+        one.optimizer.prepare_grads()
+        mine.append(float(one.optimizer.get_grad_norm()))
+    found: list[Any] = [None] * dist.get_world_size()
+    # Over the world: every rank says what its optimizers found.
+    dist.all_gather_object(found, mine, group=policy.groups.world)
+    return list(itertools.chain(*found))
+
+
+def _buffers(policy: Policy) -> list[Any]:
+    return [b for chunk in policy.ddp for b in (*chunk.buffers, *chunk.expert_parallel_buffers)]
+
+
 def gradients_as_weights(policy: Policy) -> None:
     """Overwrite the weights with their gradients, whole on every rank.
 
     The distributed optimizer left each rank its shard of the reduced gradients, laid out as the
     weights are: what gathers weights after a step gathers these.
     """
+    for buffer in _buffers(policy):
+        buffer.param_data.copy_(buffer.grad_data)
     for chunk in policy.ddp:
-        for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers):
-            buffer.param_data.copy_(buffer.grad_data)
         chunk.start_param_sync(force_sync=True)
 
 

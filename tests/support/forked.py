@@ -15,16 +15,6 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-# The first makes the others importable without a GPU.
-IMPORTED = [
-    "sapo_megatron.policy",
-    "sapo_megatron.training.loop",
-    "torch.distributed.run",
-    "transformers.models.auto",
-    "pytest",
-    "hypothesis",
-]
-
 
 def start(function: Callable[..., Any], *args: Any, fresh: bool = False) -> BaseProcess:
     """``function(*args)`` in a process of its own with the environment that this one has now.
@@ -33,7 +23,7 @@ def start(function: Callable[..., Any], *args: Any, fresh: bool = False) -> Base
     """
     context = multiprocessing.get_context("spawn" if fresh else "forkserver")
     if not fresh:
-        context.set_forkserver_preload(IMPORTED)
+        context.set_forkserver_preload(["tests.support.imported"])
     # No daemon: writing a checkpoint starts processes, which a daemon may not.
     process = context.Process(target=_here, args=(dict(os.environ), function, args), daemon=False)
     process.start()

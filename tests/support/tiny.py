@@ -109,6 +109,14 @@ def write_recipe(folder: Path, *, arch: dict[str, Any] | None = None, **sections
     return path
 
 
+WITHOUT_REPORT = (
+    "-c",
+    "import sys; from sapo_megatron import __main__ as program; "
+    "program._report_apart = lambda run: None; sys.exit(program.main(sys.argv[1:]))",
+)
+"""The program for tests that do not look at its report, which takes longer than a tiny run."""
+
+
 def read_metrics(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 

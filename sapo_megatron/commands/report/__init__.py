@@ -98,14 +98,13 @@ def _router_numbers(run: Run) -> list[tuple[str, str, str]]:
 
 
 def _time(run: Run) -> str:
-    """What the run took, and what that leaves out."""
+    """What the run took, and what is in it."""
     if run.wall_s is None:
         return "not recorded"
     if "wall_s" not in run.summary:
         return f"{duration(run.wall_s)} in steps, without evaluation and checkpoints"
-    return duration(run.wall_s) + (
-        ", cold start not included" if run.recipe.cold_start.steps else ""
-    )
+    cold_start = ", cold start included" if run.recipe.cold_start.steps else ""
+    return duration(run.wall_s) + cold_start
 
 
 def _rows(run: Run) -> list[tuple[str, str]]:
@@ -117,7 +116,7 @@ def _rows(run: Run) -> list[tuple[str, str]]:
     ranks = f"{run.world_size} ranks: " if run.world_size is not None else ""
     table = {
         "Steps": f"{run.steps_done} of {recipe.train.steps}",
-        "Training time": _time(run),
+        "Wall time": _time(run),
         "Loss": a.loss_type,
         **gate,
         "Aggregation": a.loss_agg_mode,

@@ -3,6 +3,7 @@
 import io
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from matplotlib import style
@@ -60,17 +61,20 @@ THEMES = {
 
 @dataclass(frozen=True)
 class Figure:
-    """One picture: ``draw`` fills an empty canvas, ``available`` says whether the run can."""
+    """One picture of a :class:`~sapo_megatron.runs.read.Run`, or of whatever ``draw`` knows.
+
+    ``draw`` fills an empty canvas, ``available`` says whether there is something to draw.
+    """
 
     name: str
     title: str
     caption: str
-    available: Callable[[Run], bool]
-    draw: Callable[[Canvas, Run, Theme], None]
+    available: Callable[[Any], bool]
+    draw: Callable[[Canvas, Any, Theme], None]
     height: float = HEIGHT
 
 
-def drawn(figure: Figure, run: Run, theme: Theme) -> FigureCanvasAgg:
+def drawn(figure: Figure, run: Any, theme: Theme) -> FigureCanvasAgg:
     """The figure on a canvas, everything at its place."""
     settings = {
         **dict.fromkeys(("figure.facecolor", "axes.facecolor"), theme.face),
@@ -98,7 +102,7 @@ def drawn(figure: Figure, run: Run, theme: Theme) -> FigureCanvasAgg:
     return made
 
 
-def render(figure: Figure, run: Run, theme: Theme) -> bytes:
+def render(figure: Figure, run: Any, theme: Theme) -> bytes:
     """The figure as PNG."""
     image = Image.fromarray(np.asarray(drawn(figure, run, theme).buffer_rgba())).convert("RGB")
     png = io.BytesIO()
@@ -130,8 +134,8 @@ def curve(ax: Axes, x: Floats, y: Floats, color: str, label: str | None = None) 
 
 def dots(ax: Axes, x: Floats, y: Floats, color: str, label: str) -> None:
     """The values of a series as faint points."""
-    size = 4 if len(y) < SMOOTH_FROM else 2.5
-    ax.plot(x, y, "o", color=color, alpha=0.5, markersize=size, markeredgewidth=0, label=label)
+    size = 4 if len(y) <= 200 else 2.5
+    ax.plot(x, y, "o", color=color, alpha=0.6, markersize=size, markeredgewidth=0, label=label)
 
 
 def rim(theme: Theme) -> list[withStroke]:

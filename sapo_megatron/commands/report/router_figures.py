@@ -45,7 +45,7 @@ def _draw_split(canvas: Canvas, run: Run, theme: Theme) -> None:
     steps, (total, *heights), size = grouped(measured[told], np.nan_to_num(rows[:, told]))
     half = stacked(ax, theme, steps, dict(zip(SPLIT.values(), heights, strict=True))) / 2
     mark = ax.hlines(total, steps - half, steps + half, color=theme.ink, label="total, Var[log r]")
-    mark.set(linewidth=1.8, zorder=4, path_effects=rim(theme))
+    mark.set(linewidth=1.8, path_effects=rim(theme))
     if run.has("variance/noise"):
         x, y = run.series("variance/noise")
         (line,) = ax.plot(x, y, ":", color=theme.ink, linewidth=1.4, label="noise floor")
