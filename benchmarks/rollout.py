@@ -25,7 +25,8 @@ from sapo_megatron.policy.decode import MegatronDecoder
 from sapo_megatron.policy.step import Policy
 from sapo_megatron.recipe.load import load
 from sapo_megatron.recipe.schema import Recipe
-from sapo_megatron.rollout.generate import InProcess, Request, SamplingParams
+from sapo_megatron.rollout.engine import Request, SamplingParams
+from sapo_megatron.rollout.generate import InProcess
 from sapo_megatron.rollout.vllm.client import Server
 from sapo_megatron.training.engine import open_engine
 from sapo_megatron.training.inputs import read_inputs

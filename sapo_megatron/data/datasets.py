@@ -54,9 +54,9 @@ class Problem(NamedTuple):
 
 class _Row(NamedTuple):
     at: str
-    """Where it stands, for messages."""
+    """The file and the row's number in it, for messages."""
     fields: dict[str, Any]
-    """Those that the keys lead into, and maybe others."""
+    """The fields that the keys lead into, and maybe others."""
     whole: Callable[[], dict[str, Any]]
 
 

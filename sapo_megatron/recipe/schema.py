@@ -214,7 +214,7 @@ class AlgorithmConfig:
 
     @property
     def temperatures(self) -> Temperatures:
-        """Of SAPO's gate. Raises ValueError unless both are finite and > 0."""
+        """The temperatures of SAPO's gate. Raises ValueError unless both are finite and > 0."""
         return Temperatures(self.tau_pos, self.tau_neg)
 
     @property
@@ -235,7 +235,7 @@ class CorrectionConfig:
     """
 
     rollout_is: Literal["disabled", "tis", "icepop"] = "disabled"
-    """By the ratio of the training engine's probability to the rollout engine's: cut off at
+    """A factor: the training engine's probability over the rollout engine's, cut off at
     ``tis_cap`` (truncated importance sampling), or 0 outside ``icepop_low`` to ``icepop_high``."""
     tis_cap: Positive = 2.0
     icepop_low: Positive = 0.5

@@ -9,9 +9,8 @@ import logging
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -22,36 +21,12 @@ from sapo_megatron.errors import RunFailed, UserError
 from sapo_megatron.metrics import Max, Mean, Metrics, Std, Sum
 from sapo_megatron.objective.advantage import zero_std
 from sapo_megatron.recipe.schema import RolloutConfig
+from sapo_megatron.rollout.engine import Engine, Request, SamplingParams, part_of
 from sapo_megatron.rollout.exchange import HeldRoutes, exchange_samples
-from sapo_megatron.rollout.generate import Request, SamplingParams, part_of
 from sapo_megatron.rollout.reward import Scorer
 from sapo_megatron.sample import Group, Prompt, Sample
 
 logger = logging.getLogger(__name__)
-
-
-class Engine(Protocol):
-    """What turns requests into responses."""
-
-    background: bool
-    """Whether :meth:`generate` waits for no other rank, and may run in a thread."""
-
-    def serving(self, *, record: bool) -> AbstractContextManager[Metrics]:
-        """The engine with the policy's present weights; what it took. Collective over all ranks.
-
-        ``record``: with routes, where it can. An engine in the background goes on with these
-        weights behind the block.
-        """
-
-    def generate(self, requests: Sequence[Request], params: SamplingParams) -> list[Sample]:
-        """This block's responses, fillers among them or not, on its leader at least.
-
-        Collective over the ranks that share a model unless ``background``.
-        """
-
-    @property
-    def age(self) -> int:
-        """Optimizer steps that the policy is ahead of the engine's weights."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +35,7 @@ class _Part:
 
     scored: list[Sample]
     failures: Metrics
-    """Of the rewards that this rank gave."""
+    """Failures of the rewards that this rank gave."""
     generating_s: float
     scoring_s: float
 
@@ -82,7 +57,7 @@ class Responses:
     groups: list[Group]
     """The same on every rank, routes aside, which are where they were made."""
     held: dict[int, HeldRoutes]
-    """Where that is, by uid of the sample."""
+    """Where routes are, by uid of the sample."""
     metrics: Metrics
     """Failures of rewards and times, of this rank; what making the engine ready took."""
 

@@ -42,7 +42,7 @@ class _Header:
     texts: int
     """Bytes of all texts."""
     held: dict[int, HeldRoutes]
-    """By uid of the sample."""
+    """The places of routes, by uid of the sample."""
 
 
 def exchange_samples(

@@ -118,7 +118,7 @@ class DumpInfo:
 
     step: int
     update: int
-    """Which mini-batch of the step, from 0."""
+    """The number of the mini-batch in the step, from 0."""
     loss_type: str
     tau_pos: float
     tau_neg: float
@@ -139,13 +139,13 @@ class Dump:
     """One or several mini-batches, read back: N tokens on the CPU, S sequences."""
 
     rows: DumpRows
-    """With the dtypes of the columns."""
+    """All tokens, with the dtypes of the columns."""
     sequence_ids: Tensor
     """int64 [N], index of each token's sequence, 0 .. S-1: one response in one mini-batch."""
     lengths: Tensor
     """int64 [S], valid tokens of each whole sequence."""
     mini_batches: tuple[DumpInfo, ...]
-    """In the order of training; they differ in step and update only."""
+    """The mini-batches in the order of training; they differ in step and update only."""
     files: int
 
     @property

@@ -29,7 +29,7 @@ class RunFolder:
     shared: Path
     """What runs of this recipe have in common."""
     checkpoint: Path | None = None
-    """Where to go on from; None for a new run."""
+    """The checkpoint to go on from; None for a new run."""
     state: RunState | None = None
     """What was saved with the checkpoint."""
 

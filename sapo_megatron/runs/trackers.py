@@ -345,5 +345,5 @@ def _reachable(url: str, timeout_s: float) -> bool:
 
 
 def _rounded(numbers: Iterable[float]) -> list[float]:
-    """To six significant digits."""
+    """The numbers to six significant digits."""
     return [float(f"{x:.6g}") for x in numbers]

@@ -10,7 +10,8 @@ from sapo_megatron.errors import RunFailed
 from sapo_megatron.metrics import Metrics, Sum
 from sapo_megatron.recipe.schema import RolloutConfig
 from sapo_megatron.rollout.collect import Collector, describe, rewards
-from sapo_megatron.rollout.generate import InProcess, SamplingParams
+from sapo_megatron.rollout.engine import SamplingParams
+from sapo_megatron.rollout.generate import InProcess
 from sapo_megatron.sample import Group, Prompt, Sample
 from tests.support.gloo import run_ranks
 

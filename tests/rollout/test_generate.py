@@ -8,15 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sapo_megatron.rollout.generate import (
-    Request,
-    SamplingParams,
-    generate,
-    nucleus,
-    part_of,
-    sample,
-    uniform,
-)
+from sapo_megatron.rollout.engine import Request, SamplingParams, part_of
+from sapo_megatron.rollout.generate import generate, nucleus, sample, uniform
 from tests.support.generating import check_layouts, check_one_rank
 from tests.support.gloo import run_ranks
 

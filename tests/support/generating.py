@@ -15,7 +15,8 @@ from sapo_megatron.policy.model import Model
 from sapo_megatron.recipe.load import load
 from sapo_megatron.recipe.schema import Recipe
 from sapo_megatron.rollout.collect import Collector
-from sapo_megatron.rollout.generate import InProcess, Request, SamplingParams, generate
+from sapo_megatron.rollout.engine import Request, SamplingParams
+from sapo_megatron.rollout.generate import InProcess, generate
 from sapo_megatron.sample import Prompt, Sample
 from tests.support.tiny import write_recipe
 

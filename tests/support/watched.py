@@ -12,7 +12,8 @@ from sapo_megatron.policy import parallel
 from sapo_megatron.policy.decode import MegatronDecoder
 from sapo_megatron.policy.step import Policy
 from sapo_megatron.recipe.load import load
-from sapo_megatron.rollout.generate import Request, SamplingParams, generate
+from sapo_megatron.rollout.engine import Request, SamplingParams
+from sapo_megatron.rollout.generate import generate
 from sapo_megatron.sample import Group
 from sapo_megatron.training import session
 from sapo_megatron.training.coldstart import initial_weights

@@ -13,7 +13,7 @@ import torch
 from sapo_megatron.errors import RunFailed, UserError
 from sapo_megatron.hf.architecture import read_architecture
 from sapo_megatron.recipe.load import load
-from sapo_megatron.rollout.generate import Request, SamplingParams
+from sapo_megatron.rollout.engine import Request, SamplingParams
 from sapo_megatron.rollout.vllm.client import Server
 from sapo_megatron.rollout.vllm.engine import Probe, VllmEngine
 from sapo_megatron.rollout.vllm.servers import LocalServers

@@ -34,7 +34,7 @@ class Driver:
 
 
 def read_driver() -> Driver | None:
-    """None on a machine without a working NVIDIA driver."""
+    """The machine's NVIDIA driver; None where none works."""
     query = "--query-gpu=driver_version,memory.total,name"
     rows = [
         [field.strip() for field in line.split(",", 2)]
@@ -166,7 +166,7 @@ def wandb() -> Finding:
 
 
 def _nvidia_smi(*options: str) -> str:
-    """What it prints; nothing where it is missing or fails."""
+    """What nvidia-smi prints; nothing where it is missing or fails."""
     try:
         done = subprocess.run(
             ["nvidia-smi", *options], capture_output=True, text=True, timeout=20, check=False

@@ -14,7 +14,7 @@ from pydantic import BaseModel, Field, ValidationError
 
 from sapo_megatron.errors import RunFailed, UserError, first_problem, one_line
 from sapo_megatron.hf.architecture import Architecture, Experts
-from sapo_megatron.rollout.generate import Request, SamplingParams
+from sapo_megatron.rollout.engine import Request, SamplingParams
 from sapo_megatron.sample import Sample, SampleRoutes
 
 ROUTES_FLAG = "--enable-return-routed-experts"
@@ -125,7 +125,7 @@ def check_description(
     sleeps: bool,
     over_nccl: bool,
 ) -> None:
-    """Whether a server serves the model and sequences of ``longest`` tokens as we need it.
+    """Refuse a server that does not serve this model and ``longest`` tokens as we need it.
 
     Raises UserError, naming server and setting.
     """

@@ -8,7 +8,7 @@ import httpx
 
 from sapo_megatron.errors import RunFailed, UserError, one_line, with_type
 from sapo_megatron.hf.architecture import Architecture
-from sapo_megatron.rollout.generate import Request, SamplingParams
+from sapo_megatron.rollout.engine import Request, SamplingParams
 from sapo_megatron.rollout.vllm.answers import (
     SLEEP_FLAG,
     Awake,
@@ -46,7 +46,7 @@ class Server:
         self._http = http
 
     async def describe(self) -> Description:
-        """What it serves."""
+        """What the server serves."""
         content = await self._rpc("sapo_describe")
         return read(Descriptions, content, self.url).results[0]
 

@@ -26,7 +26,7 @@ import httpx
 from sapo_megatron.errors import RunFailed
 from sapo_megatron.hf.architecture import Architecture
 from sapo_megatron.recipe.schema import RolloutConfig
-from sapo_megatron.rollout.generate import Request, SamplingParams
+from sapo_megatron.rollout.engine import Request, SamplingParams
 from sapo_megatron.rollout.vllm.answers import Description, check_description
 from sapo_megatron.rollout.vllm.client import Away, Server
 from sapo_megatron.sample import Sample
@@ -39,7 +39,7 @@ RETRY_S = 0.5
 PROGRESS_S = 30.0
 """Seconds between lines that say how far a rollout is."""
 ATTEMPTS = 3
-"""Times that a request is sent before the failure is taken to be its own."""
+"""How often a request is sent before the failure is taken to be its own."""
 RESET_S = 30.0
 """Seconds for the last requests on a server to end before its prefix cache can be dropped."""
 
@@ -50,7 +50,7 @@ class Probe:
 
     tokens: tuple[int, ...]
     logprobs: tuple[float, ...]
-    """Of ``tokens[1:]``, each after those before it, at temperature 1, in the training engine."""
+    """The training engine's, of ``tokens[1:]``, each after those before it, at temperature 1."""
     tolerance: float
     """Largest mean absolute difference, nats per token."""
 

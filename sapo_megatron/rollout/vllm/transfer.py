@@ -118,7 +118,7 @@ class _Client:
         self._post("finish_weight_update")
 
     def _post(self, path: str, bodies: Sequence[dict[str, Any] | None] = ()) -> None:
-        """To all servers, none of which may have to wait for another. Raises the first error."""
+        """Ask all servers at once: none may have to wait for another. Raises the first error."""
         bodies = bodies or [None] * len(self._urls)
         executor = ThreadPoolExecutor(len(self._urls))
         calls = [
@@ -161,7 +161,7 @@ def _vllm() -> tuple[Any, Any]:
 
 
 def _own_address(url: str) -> str:
-    """Of this machine, as the server at ``url`` sees it."""
+    """The address of this machine, as the server at ``url`` sees it."""
     parts = urlsplit(url)
     with socket.create_connection((parts.hostname, parts.port or 80)) as connection:
         return connection.getsockname()[0]

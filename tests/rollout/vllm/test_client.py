@@ -16,7 +16,7 @@ from sapo_megatron.errors import RunFailed, UserError
 from sapo_megatron.hf.architecture import parse_architecture
 from sapo_megatron.recipe.load import load
 from sapo_megatron.recipe.schema import RolloutConfig
-from sapo_megatron.rollout.generate import Request, SamplingParams
+from sapo_megatron.rollout.engine import Request, SamplingParams
 from sapo_megatron.rollout.vllm import engine as engine_module
 from sapo_megatron.rollout.vllm import servers as servers_module
 from sapo_megatron.rollout.vllm.answers import read_routes
