@@ -169,11 +169,11 @@ def test_a_file_is_opened_once(whole, monkeypatch):
         return safe_open(path, **options)
 
     monkeypatch.setattr("sapo_megatron.hf.folder.safe_open", counting)
-    checkpoint = Checkpoint(whole)
+    weights = WeightFiles(whole)
     for path in whole.glob("*.safetensors"):
         for name, tensor in load_file(path).items():
             half = slice(0, tensor.shape[0] // 2)
-            assert torch.equal(checkpoint.read(name, tensor.shape, half), tensor[half])
+            assert torch.equal(weights.read(name, tensor.shape, half), tensor[half])
     assert sorted(opened) == sorted(whole.glob("*.safetensors"))
 
 
