@@ -15,7 +15,7 @@ from megatron.core.optimizer import distrib_optimizer, optimizer_config
 from torch import Tensor
 
 from sapo_megatron.metrics import Metrics
-from sapo_megatron.policy import parallel
+from sapo_megatron.policy import parallel, step
 from sapo_megatron.policy.decode import MegatronDecoder
 from sapo_megatron.policy.model import Model
 from sapo_megatron.policy.step import Policy
@@ -163,6 +163,7 @@ def _without_checks() -> Iterator[None]:
 def _with_host_adam() -> Iterator[None]:
     """Upstream lets Adam be in host memory, beside Transformer Engine's on the GPU."""
     with (
+        mock.patch.object(step, "host_threads", return_value=1),
         mock.patch.object(optimizer, "Adam", _FusedAdam),
         mock.patch.object(distrib_optimizer, "HAVE_APEX_OR_TE", True),
         mock.patch.object(distrib_optimizer, "USING_TE_OPTIMIZER", True),
