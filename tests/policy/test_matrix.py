@@ -155,9 +155,10 @@ PAGE = """\
 # Exact under every layout
 
 The loss and its gradients are the same numbers however the model and the batch are cut. This table
-is written by `tests/test_matrix.py`, which runs {count} layouts on up to 8 gloo ranks, each in fp32
-and in fp64, and compares them with a dense reference: `tests/reference.py`, plain torch in fp64,
-one sequence at a time, no code shared with the package, itself compared with transformers.
+is written by `tests/policy/test_matrix.py`, which runs {count} layouts on up to 8 gloo ranks, each
+in fp32 and in fp64, and compares them with a dense reference: `tests/support/reference.py`, plain
+torch in fp64, one sequence at a time, no code shared with the package, itself compared with
+transformers.
 
 What is compared, after the backward pass of a mini-batch through the production path (DDP,
 distributed optimizer's reduce-scatter):
@@ -190,5 +191,5 @@ and context parallelism leave over; EP divides it.
 
 Write it again with
 
-    SAPO_WRITE_DOCS=1 OMP_NUM_THREADS=1 python -m pytest -m "slow or not slow" tests/test_matrix.py
+    SAPO_WRITE_DOCS=1 make test ARGS='-m "slow or not slow" tests/policy/test_matrix.py'
 """
