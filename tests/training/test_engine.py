@@ -208,7 +208,7 @@ def test_a_colocated_server_that_cannot_sleep(tmp_path, server):
     [
         ((404, {"detail": "Not Found"}), "got HTTP 404; .* --enable-sleep-mode"),
         ((500, b"used more memory"), "got HTTP 500: used more memory; .* --enable-sleep-mode"),
-        (fakevllm.HANG_UP, "got RemoteProtocolError .* --enable-sleep-mode"),
+        (fakevllm.HANG_UP, "got RemoteProtocolError: .* --enable-sleep-mode"),
     ],
 )
 def test_a_colocated_server_that_does_not_sleep_ends_the_run(tmp_path, server, answer, message):
