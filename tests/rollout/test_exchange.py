@@ -136,10 +136,10 @@ def peak_of_a_large_exchange(everyone):
 @pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="a file of Linux")
 def test_an_exchange_takes_little_more_memory_than_what_is_kept():
     """The exchange of pickled objects took twice the ranks' number times the largest part."""
-    for total, kept, peak in run_ranks(WORLD, peak_of_a_large_exchange, True, fresh=True):
+    for total, kept, peak in run_ranks(WORLD, peak_of_a_large_exchange, True):
         assert total == kept > 200 * MIB
         assert peak <= 1.5 * total
-    for total, kept, peak in run_ranks(WORLD, peak_of_a_large_exchange, False, fresh=True):
+    for total, kept, peak in run_ranks(WORLD, peak_of_a_large_exchange, False):
         assert kept == total / WORLD
         # What it made and what it keeps; never the others'.
         assert peak <= 0.75 * total
