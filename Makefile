@@ -9,6 +9,9 @@ ARGS ?=
 STAMP := $(VENV)/.installed
 BIN := $(VENV)/bin
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+# A file per core at a time: what its tests share, such as ranks, is made once.
+CORES ?= 2
+ALL_CORES := --numprocesses $(CORES) --dist loadfile
 
 # The other release of megatron-core, and what of the tests make test runs on it.
 MCORE_019 := venvs/mcore-0.19
@@ -16,11 +19,17 @@ MCORE_019_STAMP := $(MCORE_019)/.installed
 ON_MCORE_019 := MEGATRON_CORE_VERSION=$(shell sed -n 's/^megatron-core==//p' \
 	requirements-mcore-0.19.txt) PYTHONPATH="$(CURDIR)/$(MCORE_019)"
 SLICE_FILES := $(patsubst %,tests/%.py, \
+	contracts/test_contracts \
 	policy/test_release policy/test_layers objective/test_logprob rollout/test_generate policy/test_checkpoint policy/test_routers policy/test_families policy/test_matrix)
 SLICE_LAYOUTS := TP2xPP2xEP2 or CP2xEP2xDP2 or PP2xVPP2xDP2 or CP2xDP2 or moe_act or 3-tuple or \
 	balanced
 SLICE ?= $(SLICE_FILES) -k "not (test_layout or killed or tensor_parallel) \
 	or float64 and ($(SLICE_LAYOUTS))"
+
+# The release for GPUs as it is meant to be installed, on Python 3.12: what requirements-gpu.txt has.
+PYTHON312 ?= python3.12
+PY312 := venvs/py312
+PY312_STAMP := $(PY312)/.installed
 
 # vLLM's build for CPUs, beside which torch's companions do not import.
 VLLM := venvs/vllm
@@ -32,7 +41,7 @@ HOSTS_STAMP := $(HOSTS)/.installed
 
 BENCHMARKS := logprob loss step recording
 
-.PHONY: venv train test test-mcore-0.19 test-vllm test-hosts test-all lint bench
+.PHONY: venv train test test-mcore-0.19 test-py312 test-vllm test-hosts test-all lint bench
 
 venv: $(STAMP)
 
@@ -53,15 +62,32 @@ train: venv
 # All tests on the megatron-core of requirements.txt, then some of them on the other release; with
 # ARGS, those tests on the first alone: make test ARGS="tests/objective/test_sapo.py -k gate"
 test: venv $(if $(ARGS),,$(MCORE_019_STAMP))
-	$(PYTEST) $(ARGS)
-	$(if $(ARGS),,$(ON_MCORE_019) $(PYTEST) $(SLICE))
+	$(PYTEST) $(or $(ARGS),$(ALL_CORES))
+	$(if $(ARGS),,$(ON_MCORE_019) $(PYTEST) $(ALL_CORES) $(SLICE))
 
 test-mcore-0.19: venv $(MCORE_019_STAMP)
-	$(ON_MCORE_019) $(PYTEST) $(or $(ARGS),$(SLICE))
+	$(ON_MCORE_019) $(PYTEST) $(or $(ARGS),$(ALL_CORES) $(SLICE))
+
+# The slice on Python 3.12; nothing where there is none.
+test-py312: $(if $(shell $(PYTHON312) --version 2>/dev/null),$(PY312_STAMP))
+ifneq ($(shell $(PYTHON312) --version 2>/dev/null),)
+	MEGATRON_CORE_VERSION=$(shell sed -n 's/^megatron-core==//p' requirements-mcore-0.19.txt) \
+		OMP_NUM_THREADS=1 $(PY312)/bin/python -m pytest $(or $(ARGS),$(ALL_CORES) $(SLICE) tests/test_cli.py)
+else
+	@echo "make test-py312: no Python 3.12 as $(PYTHON312); say which one: PYTHON312=/path/to/it"
+endif
+
+$(PY312_STAMP): requirements.txt requirements-mcore-0.19.txt
+	rm -rf $(PY312)
+	$(PYTHON312) -m venv $(PY312)
+	sed '/^megatron-core==/d' requirements.txt > $(PY312)/requirements.txt
+	$(PY312)/bin/python -m pip install --disable-pip-version-check \
+		-r $(PY312)/requirements.txt -r requirements-mcore-0.19.txt
+	@touch $@
 
 test-all: venv $(MCORE_019_STAMP)
-	$(PYTEST) -m "slow or not slow" $(ARGS)
-	$(ON_MCORE_019) $(PYTEST) -m "slow or not slow" $(ARGS)
+	$(PYTEST) -m "slow or not slow" $(or $(ARGS),$(ALL_CORES))
+	$(ON_MCORE_019) $(PYTEST) -m "slow or not slow" $(or $(ARGS),$(ALL_CORES))
 
 $(MCORE_019_STAMP): requirements-mcore-0.19.txt | $(STAMP)
 	rm -rf $(MCORE_019)
@@ -81,9 +107,16 @@ $(VLLM_STAMP): requirements-vllm.txt | $(STAMP)
 		torchvision torchaudio torchcodec
 	@touch $@
 
-# The patches in the pipelines themselves, without this project's environment.
-test-hosts: $(HOSTS_STAMP)
-	OMP_NUM_THREADS=1 $(HOSTS)/bin/python -m pytest --noconftest $(or $(ARGS),tests/hosts/test_verl.py tests/hosts/test_ms_swift.py)
+# The patches in the pipelines themselves: verl and ms-swift from PyPI, in an environment of theirs,
+# and checkouts of the others that are named: make test-hosts SAPO_SLIME=/path/to/slime
+CHECKOUTS := $(if $(SAPO_MEGATRON_LM),tests/hosts/test_megatron_rl.py) \
+	$(if $(SAPO_SLIME)$(SAPO_MILES),tests/hosts/test_slime.py) \
+	$(if $(SAPO_NEMO_RL),tests/hosts/test_nemo_rl.py)
+
+test-hosts: $(HOSTS_STAMP) $(if $(strip $(CHECKOUTS)),venv)
+	OMP_NUM_THREADS=1 $(HOSTS)/bin/python -m pytest --noconftest \
+		$(or $(ARGS),tests/hosts/test_verl.py tests/hosts/test_ms_swift.py)
+	$(if $(strip $(CHECKOUTS)),$(PYTEST) $(CHECKOUTS))
 
 $(HOSTS_STAMP): requirements-hosts.txt
 	rm -rf $(HOSTS)
@@ -94,6 +127,7 @@ $(HOSTS_STAMP): requirements-hosts.txt
 lint: venv
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 	$(BIN)/shellcheck -x launch/*.sh launch/slurm.sbatch
 
 # Tables on the screen, rows as JSON below runs/benchmarks. For instance: make bench ARGS=--full

@@ -7,6 +7,7 @@ turns. Then the weights are changed: how far the server's log-probs of a probe a
 engine's before it gets the new weights, and behind that.
 """
 
+import asyncio
 import logging
 import os
 import statistics
@@ -15,6 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import httpx
 import measure
 import torch
 
@@ -23,7 +25,9 @@ from sapo_megatron.policy.decode import MegatronDecoder
 from sapo_megatron.policy.step import Policy
 from sapo_megatron.recipe.load import load
 from sapo_megatron.recipe.schema import Recipe
-from sapo_megatron.rollout.generate import InProcess, Request, SamplingParams
+from sapo_megatron.rollout.engine import Request, SamplingParams
+from sapo_megatron.rollout.generate import InProcess
+from sapo_megatron.rollout.vllm.client import Server
 from sapo_megatron.training.engine import open_engine
 from sapo_megatron.training.inputs import read_inputs
 
@@ -51,10 +55,15 @@ def tokens_per_second(engine: Any, requests: list[Request], params: SamplingPara
     return sum(len(s.response_tokens) for s in samples) / seconds
 
 
+async def logprobs_at(url: str, tokens: tuple[int, ...]) -> list[float]:
+    async with httpx.AsyncClient(timeout=60.0, trust_env=False) as http:
+        return await Server(url, http).logprobs(tokens)
+
+
 def difference(policy: Policy, engine: Any) -> float:
     """Mean absolute difference of the probe's log-probs, training engine and server."""
     ours = policy.logprobs(engine._probe, engine._layout)
-    (theirs,) = engine._servers.logprobs(engine._probe).values()
+    theirs = asyncio.run(logprobs_at(*engine._servers._urls, engine._probe))
     return statistics.fmean(abs(a - b) for a, b in zip(ours, theirs, strict=True))
 
 

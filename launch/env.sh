@@ -1,6 +1,7 @@
 # shellcheck shell=bash
 # Environment of every process that trains or serves: the one place for NCCL, CUDA, torch and OpenMP
-# settings. Sourced by the other scripts; whatever is set already stays as it is.
+# settings. Sourced by the other scripts; whatever is set already stays as it is. A process started
+# without these scripts sets those that matter to itself (ENVIRONMENT in sapo_megatron/__main__.py).
 
 # The interpreter that has sapo_megatron (in rollout_server.sh: the one that has vLLM).
 export PYTHON="${PYTHON:-python3}"

@@ -1,4 +1,5 @@
-"""The command line: ``sapo-megatron train | plan | eval | export | report | gates | doctor``.
+"""The command line: ``sapo-megatron train | plan | eval | export | report | gates | doctor |
+qualify``.
 
 Exit status: 0 done, 1 the work failed, 2 the input is wrong (one line on stderr says what).
 """
@@ -14,7 +15,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from sapo_megatron.errors import RunFailed, UserError
+from sapo_megatron.errors import RunFailed, UserError, one_line
+from sapo_megatron.files import write_whole
 from sapo_megatron.patches import HOSTS
 from sapo_megatron.recipe.check import smallest_world
 from sapo_megatron.recipe.load import load
@@ -22,15 +24,31 @@ from sapo_megatron.recipe.schema import Recipe
 
 logger = logging.getLogger("sapo_megatron")
 
+ENVIRONMENT = {
+    "CUDA_DEVICE_MAX_CONNECTIONS": "1",
+    "NCCL_DEBUG": "WARN",
+    "PYTORCH_ALLOC_CONF": "expandable_segments:True",
+    "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
+}
+"""What a process that trains has in its environment unless it is set there. ``launch/env.sh`` says
+what each is for, and sets what torchrun needs besides."""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
     words = sys.argv[1:] if argv is None else list(argv)
     debug = "--debug" in words
     _set_up_logging(debug)
+    _set_up_environment()
     try:
         arguments, rest = _parser().parse_known_args(words)
-        return arguments.command(arguments, rest, words)
+        arguments.words, arguments.rest = words, rest
+        if rest and not hasattr(arguments, "recipe"):
+            raise UserError(
+                f"{arguments.name}: expected its own words only, got also {' '.join(rest)}; see "
+                f"sapo-megatron {arguments.name} --help"
+            )
+        return arguments.command(arguments)
     except UserError as error:
         return _fail(error, 2, debug, everywhere=False)
     except RunFailed as error:
@@ -47,59 +65,61 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser() -> argparse.ArgumentParser:
+    """What each command takes; the words that change a recipe are left over."""
     parser = _Parser(
         prog="sapo-megatron",
         description="SAPO reinforcement learning for Mixture-of-Experts models on Megatron-Core.",
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
-    def command(name: str, function: Callable, help: str) -> argparse.ArgumentParser:
+    def command(function: Callable, help: str) -> argparse.ArgumentParser:
+        name = function.__name__.removeprefix("_")
         sub = commands.add_parser(name, help=help, description=help, allow_abbrev=False)
         sub.add_argument("--debug", action="store_true", help="show tracebacks and debug messages")
-        sub.set_defaults(command=function)
+        sub.set_defaults(command=function, name=name)
         return sub
 
-    train = command("train", _train, "Train a recipe. Anything in it can be changed on the line.")
-    train.add_argument("recipe", help="a YAML recipe")
-    train.add_argument(
-        "--resume",
-        metavar="auto|PATH",
-        help="go on with the newest run that has a checkpoint, or with this run or checkpoint",
+    def recipe_command(function: Callable, help: str, usage: str) -> argparse.ArgumentParser:
+        sub = command(function, help)
+        sub.add_argument("recipe", help="a YAML recipe, or the config.yaml of a run")
+        sub.usage = f"{sub.prog} RECIPE {usage} [--debug] [--KEY VALUE | SECTION.KEY=VALUE]..."
+        return sub
+
+    train = recipe_command(
+        _train, "Train a recipe. Anything in it can be changed on the line.", "[--resume auto|PATH]"
     )
-    train.usage = (
-        "sapo-megatron train RECIPE [--resume auto|PATH] [--debug] "
-        "[--KEY VALUE | SECTION.KEY=VALUE]..."
+    resume = "go on with the newest run that has a checkpoint, or with this run or checkpoint"
+    train.add_argument("--resume", metavar="auto|PATH", help=resume)
+    plan = recipe_command(
+        _plan,
+        "Say what a recipe needs of its cluster; needs no GPU itself.",
+        "[--gpu NAME] [--nodes N] [--json]",
     )
-    plan = command("plan", _plan, "Say what a recipe needs of its cluster; needs no GPU itself.")
-    plan.add_argument("recipe", help="a YAML recipe")
     plan.add_argument("--json", action="store_true", help="print JSON instead of tables")
-    plan.usage = (
-        "sapo-megatron plan RECIPE [--gpu NAME] [--nodes N] [--json] [--debug] "
-        "[--KEY VALUE | SECTION.KEY=VALUE]..."
+    checkpoint = "a run folder, or one checkpoint of it"
+    evaluate = recipe_command(
+        _eval,
+        "Score a run on the held-out problems of a recipe.",
+        "--checkpoint PATH [--out FILE]",
     )
-    evaluate = command("eval", _eval, "Score a run on the held-out problems of a recipe.")
-    evaluate.add_argument("recipe", help="the run's recipe, or its config.yaml")
-    evaluate.add_argument(
-        "--checkpoint", required=True, metavar="PATH", help="a run folder, or one checkpoint of it"
-    )
+    evaluate.add_argument("--checkpoint", required=True, metavar="PATH", help=checkpoint)
     evaluate.add_argument("--out", metavar="FILE", help="write the scores here, as JSON")
-    evaluate.usage = (
-        "sapo-megatron eval RECIPE --checkpoint PATH [--out FILE] [--debug] "
-        "[--KEY VALUE | SECTION.KEY=VALUE]..."
+    export = recipe_command(
+        _export,
+        "Write the weights of a run as a Hugging Face folder.",
+        "--checkpoint PATH --out FOLDER",
     )
-    export = command("export", _export, "Write the weights of a run as a Hugging Face folder.")
-    export.add_argument("recipe", help="the run's recipe, or its config.yaml")
-    export.add_argument(
-        "--checkpoint", required=True, metavar="PATH", help="a run folder, or one checkpoint of it"
-    )
+    export.add_argument("--checkpoint", required=True, metavar="PATH", help=checkpoint)
     export.add_argument("--out", required=True, metavar="FOLDER", help="a folder that is not there")
-    export.usage = (
-        "sapo-megatron export RECIPE --checkpoint PATH --out FOLDER [--debug] "
-        "[--KEY VALUE | SECTION.KEY=VALUE]..."
-    )
-    report = command("report", _report, "Draw a run's report: pictures and one HTML page.")
+    report = command(_report, "Draw a run's report: pictures and one HTML page.")
     report.add_argument("run", help="a run folder, finished or not")
-    gates = command("gates", _gates, "Compare what gates keep of the gradient of dumped tokens.")
+    _add_gates(command(_gates, "Compare what gates keep of the gradient of dumped tokens."))
+    _add_doctor(command(_doctor, "Check what is installed and what this machine has."))
+    _add_qualify(command(_qualify, "Compare what this machine's GPUs compute with the CPU."))
+    return parser
+
+
+def _add_gates(gates: argparse.ArgumentParser) -> None:
     gates.add_argument("dumps", nargs="+", metavar="DUMP", help="a token dump, or a folder of them")
     gates.add_argument(
         "--gate",
@@ -118,7 +138,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     gates.add_argument("--json", metavar="FILE", help="write the numbers here, as JSON")
     gates.add_argument("--out", metavar="FOLDER", help="draw gates.png into this folder")
-    doctor = command("doctor", _doctor, "Check what is installed and what this machine has.")
+
+
+def _add_doctor(doctor: argparse.ArgumentParser) -> None:
     doctor.add_argument("--json", action="store_true", help="write a JSON list, not a table")
     doctor.add_argument(
         "--run-dir", default="runs", metavar="DIR", help="where runs will be written (default runs)"
@@ -128,13 +150,18 @@ def _parser() -> argparse.ArgumentParser:
         choices=HOSTS,
         help="look instead at a pipeline that is to be patched (docs/patches.md)",
     )
-    return parser
 
 
-def _train(arguments: argparse.Namespace, rest: list[str], words: list[str]) -> int:
+def _add_qualify(qualify: argparse.ArgumentParser) -> None:
+    qualify.add_argument("--section", choices=("A", "B", "C"), help="only these checks")
+    qualify.add_argument("--json", action="store_true", help="write a JSON list, not a table")
+    qualify.add_argument("--list", action="store_true", help="say what the checks are; run none")
+
+
+def _train(arguments: argparse.Namespace) -> int:
     from sapo_megatron.training.inputs import Inputs
 
-    recipe = load(arguments.recipe, _overrides(rest))
+    recipe = load(arguments.recipe, _overrides(arguments.rest))
 
     def work(inputs: Inputs) -> None:
         from sapo_megatron.training.loop import train
@@ -143,7 +170,7 @@ def _train(arguments: argparse.Namespace, rest: list[str], words: list[str]) -> 
         if summary and summary["steps"] and _is_main():
             _report_apart(Path(summary["report"]).parents[1])
 
-    return _on_all_processes(recipe, words, work)
+    return _on_all_processes(recipe, arguments.words, work)
 
 
 def _report_apart(run: Path) -> None:
@@ -153,8 +180,8 @@ def _report_apart(run: Path) -> None:
         logger.warning("the report was not drawn; try sapo-megatron report %s", run)
 
 
-def _plan(arguments: argparse.Namespace, rest: list[str], words: list[str]) -> int:
-    recipe = load(arguments.recipe, _overrides(rest))
+def _plan(arguments: argparse.Namespace) -> int:
+    recipe = load(arguments.recipe, _overrides(arguments.rest))
     # Before torch looks: the plan is the same on a machine with GPUs and on one without.
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     from sapo_megatron.commands.plan import plan
@@ -168,16 +195,15 @@ def _plan(arguments: argparse.Namespace, rest: list[str], words: list[str]) -> i
     return 0
 
 
-def _eval(arguments: argparse.Namespace, rest: list[str], words: list[str]) -> int:
+def _eval(arguments: argparse.Namespace) -> int:
     from sapo_megatron.training.inputs import Inputs
 
-    recipe = load(arguments.recipe, _overrides(rest))
+    recipe = load(arguments.recipe, _overrides(arguments.rest))
     out = Path(arguments.out) if arguments.out else None
     if out and (out.is_dir() or not out.parent.is_dir()):
         raise UserError(f"--out: expected a file in a folder that exists, got {out}; name another")
 
     def work(inputs: Inputs) -> None:
-        from sapo_megatron.runs import folder as runs
         from sapo_megatron.training.session import evaluate_checkpoint
 
         scores = evaluate_checkpoint(recipe, inputs, Path(arguments.checkpoint))
@@ -185,15 +211,15 @@ def _eval(arguments: argparse.Namespace, rest: list[str], words: list[str]) -> i
             return
         sys.stdout.write("".join(f"{name} {score:.4f}\n" for name, score in scores.items()))
         if out:
-            runs.write_whole(out, json.dumps(scores, indent=2) + "\n")
+            write_whole(out, json.dumps(scores, indent=2) + "\n")
 
-    return _on_all_processes(recipe, words, work)
+    return _on_all_processes(recipe, arguments.words, work)
 
 
-def _export(arguments: argparse.Namespace, rest: list[str], words: list[str]) -> int:
+def _export(arguments: argparse.Namespace) -> int:
     from sapo_megatron.training.inputs import Inputs
 
-    recipe = load(arguments.recipe, _overrides(rest))
+    recipe = load(arguments.recipe, _overrides(arguments.rest))
     out = Path(arguments.out)
     if out.exists():
         raise UserError(f"--out: expected a folder that is not there yet, got {out}; name another")
@@ -203,21 +229,17 @@ def _export(arguments: argparse.Namespace, rest: list[str], words: list[str]) ->
 
         export_checkpoint(recipe, inputs, Path(arguments.checkpoint), out)
 
-    return _on_all_processes(recipe, words, work)
+    return _on_all_processes(recipe, arguments.words, work)
 
 
-def _report(arguments: argparse.Namespace, rest: list[str], words: list[str]) -> int:
-    if rest:
-        raise UserError(f"report: expected a run folder only, got also {' '.join(rest)}")
+def _report(arguments: argparse.Namespace) -> int:
     from sapo_megatron.commands.report import write_report
 
     write_report(arguments.run)
     return 0
 
 
-def _gates(arguments: argparse.Namespace, rest: list[str], words: list[str]) -> int:
-    if rest:
-        raise UserError(f"gates: expected dumps and its own options, got also {' '.join(rest)}")
+def _gates(arguments: argparse.Namespace) -> int:
     from sapo_megatron.commands.gates import compare_gates
 
     text = compare_gates(
@@ -227,15 +249,29 @@ def _gates(arguments: argparse.Namespace, rest: list[str], words: list[str]) -> 
     return 0
 
 
-def _doctor(arguments: argparse.Namespace, rest: list[str], words: list[str]) -> int:
-    if rest:
-        raise UserError(f"doctor: expected its own options only, got also {' '.join(rest)}")
+def _doctor(arguments: argparse.Namespace) -> int:
     from sapo_megatron.commands.doctor import examine, examine_host, show
 
     host = arguments.host
     findings = examine_host(host) if host else examine(Path(arguments.run_dir))
     sys.stdout.write(show(findings, as_json=arguments.json))
     return int(any(finding.status == "fail" for finding in findings))
+
+
+def _qualify(arguments: argparse.Namespace) -> int:
+    from sapo_megatron.commands.qualify import first_failure, listed, qualify, read_machine, show
+
+    if arguments.list:
+        sys.stdout.write(listed(arguments.section))
+        return 0
+    outcomes = qualify(arguments.section, read_machine())
+    sys.stdout.write(show(outcomes, as_json=arguments.json))
+    if failed := first_failure(outcomes):
+        raise RunFailed(
+            f"{failed.check}: expected {failed.expected}, got {failed.got}; docs/gpu.md says what "
+            f"it proves"
+        )
+    return 0
 
 
 def _on_all_processes(recipe: Recipe, words: list[str], work: Callable) -> int:
@@ -329,12 +365,22 @@ def _set_up_logging(debug: bool) -> None:
     logger.setLevel(logging.DEBUG if debug else logging.INFO if _is_main() else logging.ERROR)
 
 
+def _set_up_environment() -> None:
+    """:data:`ENVIRONMENT`, before torch is imported and starts CUDA."""
+    older = "PYTORCH_CUDA_ALLOC_CONF"  # the name that releases of torch before 2.9 read
+    if older in os.environ:
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", os.environ[older])
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    os.environ[older] = os.environ["PYTORCH_ALLOC_CONF"]
+
+
 def _fail(error: Exception, status: int, debug: bool, *, everywhere: bool) -> int:
     """``everywhere``: the other processes may not know of this error."""
     if debug:
         logger.exception("")
     if everywhere or _speaks():
-        sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
+        sys.stderr.write(f"error: {one_line(error)}\n")
     return status
 
 

@@ -1,4 +1,13 @@
-"""What a user sees when something is wrong."""
+"""What a user sees when something is wrong: kinds of errors, and how they are put into words."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # reward workers start without it
+    from pydantic import ValidationError
 
 
 class UserError(ValueError):
@@ -7,3 +16,39 @@ class UserError(ValueError):
 
 class RunFailed(RuntimeError):
     """The work itself failed (a diverged run, a plan that does not fit); exit status 1."""
+
+
+def one_line(message: object, longest: int | None = None) -> str:
+    """A text or an error's message without line breaks, of at most ``longest`` characters.
+
+    Of an error without a message it is the name of its type.
+    """
+    line = " ".join(str(message).split())
+    if not line and isinstance(message, BaseException):
+        line = type(message).__name__
+    return line if longest is None or len(line) <= longest else f"{line[: longest - 4]} ..."
+
+
+def with_type(error: BaseException, longest: int | None = None) -> str:
+    """The type of an error and its message, as by ``one_line``: ``KeyError: 'weight'``."""
+    parts = (type(error).__name__, str(error).strip())
+    return one_line(": ".join(filter(None, parts)), longest)
+
+
+def first_problem(error: ValidationError) -> str:
+    """What pydantic finds wrong first: ``key: Input should be a valid integer, got 'x'``."""
+    problem = error.errors(include_url=False)[0]
+    value, parts = problem["input"], [".".join(map(str, problem["loc"])), problem["msg"]]
+    found = ": ".join(filter(None, parts))
+    if problem["type"] == "missing":
+        return found
+    text = value.decode(errors="replace") if isinstance(value, bytes) else repr(value)
+    return f"{found}, got {one_line(text, 80)}"
+
+
+def nearest(word: str, names: Iterable[str], *, cutoff: float = 0.0) -> str | None:
+    """The one of ``names`` that is most like ``word``.
+
+    None where none is as much like it as ``cutoff`` asks: 0 is content with any, 1 wants the same.
+    """
+    return next(iter(difflib.get_close_matches(word, list(names), n=1, cutoff=cutoff)), None)

@@ -294,26 +294,25 @@ class Metrics:
         return self._metrics[name]
 
     def to_host(self) -> "Metrics":
-        """The same bag with plain floats: one device-to-host transfer for all scalars."""
-        tensors = [
-            getattr(m, f.name)
-            for m in self._metrics.values()
+        """The same bag with plain floats: one transfer for all scalars of a device.
+
+        There may be several devices: what a rollout says of its responses was never on a GPU.
+        """
+        scalars = {
+            (name, f.name): value
+            for name, m in self._metrics.items()
             for f in fields(m)
-            if isinstance(getattr(m, f.name), Tensor) and getattr(m, f.name).dim() == 0
-        ]
-        stacked = torch.stack([t.double() for t in tensors]).tolist() if tensors else []
-        floats = iter(stacked)
+            if isinstance(value := getattr(m, f.name), Tensor) and value.dim() == 0
+        }
+        floats: dict[tuple[str, str], float] = {}
+        for device in {value.device for value in scalars.values()}:
+            here = {place: value for place, value in scalars.items() if value.device == device}
+            stacked = torch.stack([value.double() for value in here.values()])
+            floats.update(zip(here, stacked.tolist(), strict=True))
         bag = Metrics()
         for name, m in self._metrics.items():
-            values = [getattr(m, f.name) for f in fields(m)]
-            bag._metrics[name] = type(m)(
-                *(
-                    next(floats)
-                    if isinstance(v, Tensor) and v.dim() == 0
-                    else (v.cpu() if isinstance(v, Tensor) else v)
-                    for v in values
-                )
-            )
+            values = (floats.get((name, f.name), getattr(m, f.name)) for f in fields(m))
+            bag._metrics[name] = type(m)(*(v.cpu() if isinstance(v, Tensor) else v for v in values))
         return bag
 
     def gather(self, group: dist.ProcessGroup | None = None) -> "Metrics":

@@ -136,7 +136,7 @@ class Routes:
     """The experts of a micro-batch as one rank's routers see it.
 
     M layers with experts on this rank, N tokens that its routers see (sequence parallelism gives
-    each tensor-parallel rank a part), k experts a token, E experts.
+    each tensor-parallel rank a part), k experts per token, E experts.
     """
 
     experts: Tensor
@@ -145,7 +145,7 @@ class Routes:
     """fp32 [P, M, E]: router probabilities of the P tokens at which they are kept."""
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class PackedBatch:
     """A micro-batch as one context-parallel rank sees it: sequences laid end to end.
 

@@ -2,10 +2,9 @@
 
 import os
 from importlib.metadata import version
+from pathlib import Path
 
 import pytest
-
-import sapo_megatron.policy  # noqa: F401  before a test names Megatron
 
 # Other projects' pipelines have an environment of their own, which make test-hosts runs with the
 # Python of, and without this file; real vLLM servers have one that make test-vllm names.
@@ -14,10 +13,20 @@ collect_ignore = ["hosts/test_verl.py", "hosts/test_ms_swift.py"] + (
 )
 
 
+ROOT = str(Path(__file__).parents[1])
+
+
 def pytest_configure() -> None:
+    inherited = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
+    # First of all for whatever tests start: this package, not one that is installed.
+    os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys([ROOT, *inherited]))
     asked, found = os.environ.get("MEGATRON_CORE_VERSION"), version("megatron-core")
     if asked not in (None, found):
         raise pytest.UsageError(f"megatron-core: expected {asked}, got {found}; see the Makefile")
+
+
+def pytest_collection() -> None:
+    import sapo_megatron.policy  # noqa: F401  before a test names Megatron; seconds, if it is new
 
 
 def pytest_report_header() -> str:

@@ -1,5 +1,6 @@
 """The command line: exit statuses, and one line for whatever is wrong with the input."""
 
+import importlib.util
 import json
 import logging
 import shutil
@@ -44,6 +45,17 @@ def refused(done, *expected):
     assert done.stdout == ""
 
 
+def test_a_cuda_build_of_torch_without_a_gpu_adds_no_line(caplog):
+    importlib.import_module("sapo_megatron.policy")
+    said = "No CUDA runtime is found, using CUDA_HOME='%s'"
+    found = importlib.util.find_spec("torch.utils.cpp_extension")
+    assert said in Path(found.origin).read_text()
+    torchs = logging.getLogger(found.name)
+    torchs.warning(said, "/usr/local/cuda")
+    torchs.warning("something else")
+    assert caplog.messages == ["something else"]
+
+
 @pytest.fixture
 def refuses(monkeypatch, capsys, work):
     """The same of ``main`` in this process; nothing may have changed in the working folder."""
@@ -52,7 +64,7 @@ def refuses(monkeypatch, capsys, work):
         monkeypatch.chdir(work)
         before = sorted(work.rglob("*"))
         status = main(words)
-        refused(Done(status, *capsys.readouterr(), 0), *expected)
+        refused(Done(status, *capsys.readouterr(), []), *expected)
         assert sorted(work.rglob("*")) == before
 
     return refuses
@@ -103,7 +115,7 @@ def test_wrong_words(refuses, words, expected):
 
 
 def test_through_the_shell(work):
-    refused(cli(cwd=work), "COMMAND")
+    refused(cli(cwd=work, fresh=True), "COMMAND")
     (work / "model" / "config.json").unlink()
     refused(cli("train", "recipe.yaml", cwd=work), "model.path", "config.json")
 

@@ -15,7 +15,7 @@ from tests.support.tiny import ROOT
 
 PACKAGE = ROOT / "sapo_megatron"
 FLOORS = (
-    ("__init__", "errors", "sample", "metrics"),
+    ("__init__", "errors", "files", "sample", "metrics"),
     ("hf",),
     ("recipe",),
     ("objective", "routing", "data"),

@@ -55,15 +55,26 @@ def micro_batches(samples: Sequence[Sample], cut: MicroBatching) -> list[PackedB
     Their number is the same on every rank and a multiple of ``cut.count_multiple``; a rank with
     nothing to do gets a filler without valid tokens.
     """
-    lengths = [_padded(_length(s), cut.cp_size) for s in samples]
-    plan = plan_micro_batches(
-        lengths, cut.dp_size, cut.max_tokens, cut.count_multiple, packing=cut.packing
-    )
     batches = []
-    for bin_ in plan[cut.dp_rank]:
+    for bin_ in _plan(samples, cut)[cut.dp_rank]:
         batch = pack([samples[i] for i in bin_], cut.cp_size, cut.tp_size, packing=cut.packing)
         batches.append(cp_slice(batch, cut.cp_rank, cut.cp_size))
     return batches
+
+
+def data_parallel_ranks(samples: Sequence[Sample], cut: MicroBatching) -> list[int]:
+    """Which data-parallel rank trains on each sample of a mini-batch."""
+    place = {
+        i: rank for rank, bins in enumerate(_plan(samples, cut)) for bin_ in bins for i in bin_
+    }
+    return [place[i] for i in range(len(samples))]
+
+
+def _plan(samples: Sequence[Sample], cut: MicroBatching) -> list[list[list[int]]]:
+    lengths = [_padded(_length(s), cut.cp_size) for s in samples]
+    return plan_micro_batches(
+        lengths, cut.dp_size, cut.max_tokens, cut.count_multiple, packing=cut.packing
+    )
 
 
 def plan_micro_batches(
@@ -129,7 +140,7 @@ def pack(
         mask[response] = True
         rollout_logprob[response] = torch.tensor(sample.rollout_logprobs)
     per_sequence = torch.tensor(sizes)
-    routed = any(s.routes for s in samples)
+    experts, probs, probs_row = _lay_out_routes(samples, starts)
     return PackedBatch(
         tokens=tokens,
         targets=targets,
@@ -145,16 +156,23 @@ def pack(
         rollout_logprob=rollout_logprob,
         sample_uids=tuple(s.uid for s in samples),
         padded=not packing,
-        **(_lay_out_routes(samples, starts) if routed else {}),
+        rollout_experts=experts,
+        rollout_probs=probs,
+        rollout_probs_row=probs_row,
     )
 
 
-def _lay_out_routes(samples: Sequence[Sample], starts: Sequence[int]) -> dict[str, Tensor]:
-    """The rollout engine's routes in the order of the tokens: ``rollout_*`` of a PackedBatch.
+def _lay_out_routes(
+    samples: Sequence[Sample], starts: Sequence[int]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The rollout engine's routes in the order of the tokens, as far as there are some.
 
-    ``starts`` bounds the samples' sequences, as ``PackedBatch.cu_seqlens`` does.
+    ``rollout_experts``, ``rollout_probs`` and ``rollout_probs_row`` of a PackedBatch; ``starts``
+    bounds the samples' sequences, as its ``cu_seqlens`` does.
     """
-    first = next(s.routes for s in samples if s.routes)
+    first = next((s.routes for s in samples if s.routes), None)
+    if first is None:
+        return None, None, None
     experts = torch.full((starts[-1], *first.experts.shape[1:]), -1, dtype=torch.int16)
     rows = torch.full((starts[-1],), -1)
     probs: list[Tensor] = []
@@ -171,13 +189,7 @@ def _lay_out_routes(samples: Sequence[Sample], starts: Sequence[int]) -> dict[st
             rows[start + torch.from_numpy(positions)] = torch.arange(kept, kept + len(positions))
             probs.append(torch.from_numpy(sample.routes.probs))
             kept += len(positions)
-    if not probs:
-        return {"rollout_experts": experts}
-    return {
-        "rollout_experts": experts,
-        "rollout_probs": torch.cat(probs),
-        "rollout_probs_row": rows,
-    }
+    return (experts, torch.cat(probs), rows) if probs else (experts, None, None)
 
 
 def cp_slice(batch: PackedBatch, cp_rank: int, cp_size: int) -> PackedBatch:

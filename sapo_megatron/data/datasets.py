@@ -17,14 +17,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sapo_megatron.data.tokenizer import Message
-from sapo_megatron.errors import UserError
+from sapo_megatron.errors import UserError, one_line
 from sapo_megatron.recipe.schema import DataConfig, SourceConfig
 
 logger = logging.getLogger(__name__)
 
 SUFFIXES = (".parquet", ".jsonl")
 ROLES = ("system", "user", "assistant")
-LAYOUTS = (
+COLUMNS = (
     ("prompt", "reward_model.ground_truth"),
     ("prompt", "label"),
     ("prompt", "answer"),
@@ -54,9 +54,9 @@ class Problem(NamedTuple):
 
 class _Row(NamedTuple):
     at: str
-    """Where it stands, for messages."""
+    """The file and the row's number in it, for messages."""
     fields: dict[str, Any]
-    """Those that the keys lead into, and maybe others."""
+    """The fields that the keys lead into, and maybe others."""
     whole: Callable[[], dict[str, Any]]
 
 
@@ -84,8 +84,7 @@ def read_problems(data: DataConfig, where: str) -> list[Problem]:
                     seen.add(identity)
                     problems.append(_problem(prompt, answer, row, data, where, task))
         except (OSError, pa.ArrowException) as error:  # pyarrow raises either for a broken file
-            reason = " ".join(str(error).split())
-            raise UserError(f"{where}.path: cannot read {file}: {reason}") from None
+            raise UserError(f"{where}.path: cannot read {file}: {one_line(error)}") from None
     if not problems:
         raise UserError(
             f"{where}.path: expected rows with {source.prompt_key} and {source.answer_key}, got "
@@ -149,7 +148,7 @@ def _download(path: str, where: str) -> Path:
         offline = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the hub does not answer"
         reason = f"there is no copy in {constants.HF_HUB_CACHE}, and {offline}"
     except (OSError, ValueError) as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        reason = one_line(error, 200)
     raise UserError(
         f"{where}.path: expected a file or folder beside the recipe, or a dataset of the Hugging "
         f"Face hub, got {path}: {reason}; correct it, or make a copy where the hub can be reached: "
@@ -174,7 +173,7 @@ def _jsonl_rows(file: Path, source: SourceConfig) -> Iterator[_Row]:
             if line.strip():
                 at = f"{file}:{number}"
                 row = _parse(line, at)
-                yield _Row(at, row, lambda row=row: row)
+                yield _Row(at, row, row.copy)
 
 
 def _parse(line: bytes, at: str) -> dict[str, Any]:
@@ -211,10 +210,10 @@ def _field(row: _Row, key: str, where: str) -> Any:
         return _pick(row.fields, key)
     except KeyError:
         whole = row.whole()
-    layout = next((keys for keys in LAYOUTS if all(_has(whole, key) for key in keys)), None)
+    usual = next((keys for keys in COLUMNS if all(_has(whole, key) for key in keys)), None)
     fix = (
-        f"set {where}.prompt_key={layout[0]} and {where}.answer_key={layout[1]}"
-        if layout
+        f"set {where}.prompt_key={usual[0]} and {where}.answer_key={usual[1]}"
+        if usual
         else "set prompt_key and answer_key to the file's names"
     )
     raise UserError(

@@ -7,7 +7,6 @@ epochs, each in an order of its own.
 
 import contextlib
 import dataclasses
-import difflib
 import hashlib
 import logging
 import os
@@ -19,7 +18,7 @@ import numpy as np
 
 from sapo_megatron.data.datasets import Problem, read_problems
 from sapo_megatron.data.tokenizer import Tokenizer
-from sapo_megatron.errors import UserError
+from sapo_megatron.errors import UserError, nearest, one_line
 from sapo_megatron.recipe.schema import DataConfig, TaskConfig
 from sapo_megatron.sample import Prompt
 
@@ -194,7 +193,7 @@ class _Tasks:
             except Exception as error:  # whatever the task's own validation raises
                 raise UserError(
                     f"{where}.tasks.{i}.options: {task.name} refuses {task.options}: "
-                    f"{_one_line(error)}; change them"
+                    f"{one_line(error)}; change them"
                 ) from None
 
     def get(self, index: int) -> Problem | None:
@@ -206,7 +205,7 @@ class _Tasks:
             item = self._item(i, index)
         except Exception as error:  # some tasks cannot make some of their items
             if name not in self._failed:
-                logger.warning("%s made no item %d: %s", name, index, _one_line(error))
+                logger.warning("%s made no item %d: %s", name, index, one_line(error))
                 self._failed.add(name)
             return None
         entry = {**item, "options": tasks[i].options}
@@ -264,19 +263,17 @@ def _check_task(task: TaskConfig, where: str) -> None:
 
     tasks = sorted(set(DATASETS) - {"composite"})  # a mixture is written as several tasks
     if task.name not in tasks:
-        nearest = difflib.get_close_matches(task.name, tasks, n=1, cutoff=0.0)[0]
         raise UserError(
             f"{where}.name: expected a reasoning-gym task, got {task.name!r}; the nearest is "
-            f"{nearest}"
+            f"{nearest(task.name, tasks)}"
         )
     fields = {f.name for f in dataclasses.fields(DATASETS[task.name][1])}
     options = sorted(fields - {"seed", "size"})  # these are the source's
     for option in task.options:
         if option not in options:
-            nearest = difflib.get_close_matches(option, options, n=1, cutoff=0.0)
             raise UserError(
                 f"{where}.options: {task.name} has no option {option!r}; the nearest is "
-                f"{nearest[0] if nearest else 'none: it takes no options'}"
+                f"{nearest(option, options) or 'none: it takes no options'}"
             )
     if task.name in HASH_ORDERED_TASKS and os.environ.get("PYTHONHASHSEED", "random") == "random":
         raise UserError(
@@ -296,7 +293,3 @@ def _global_seed(seed: str) -> Iterator[None]:
     finally:
         random.setstate(python)
         np.random.set_state(numpy)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

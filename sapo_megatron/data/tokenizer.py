@@ -8,7 +8,7 @@ from typing import Protocol
 import jinja2
 import sentencepiece
 
-from sapo_megatron.errors import UserError
+from sapo_megatron.errors import UserError, one_line
 
 logger = logging.getLogger(__name__)
 
@@ -20,7 +20,6 @@ class Tokenizer(Protocol):
     """What the pipeline asks of a tokenizer."""
 
     eos_id: int
-    pad_id: int
     vocab_size: int
     """Every id the tokenizer makes is below it; the model's vocabulary may be larger (padded)."""
 
@@ -40,7 +39,7 @@ class Tokenizer(Protocol):
 
 
 class SentencePieceTokenizer:
-    """A sentencepiece ``.model`` file; one without a pad piece pads with eos."""
+    """A sentencepiece ``.model`` file."""
 
     def __init__(self, path: Path) -> None:
         """Raises UserError when the file is missing, malformed or has no eos piece."""
@@ -53,7 +52,6 @@ class SentencePieceTokenizer:
         self._path = path
         self._warned = False
         self.eos_id = self._model.eos_id()
-        self.pad_id = self._model.pad_id() if self._model.pad_id() >= 0 else self.eos_id
         self.vocab_size = self._model.get_piece_size()
 
     def encode(self, text: str) -> list[int]:
@@ -74,7 +72,7 @@ class SentencePieceTokenizer:
 
 
 class HuggingFaceTokenizer:
-    """A transformers ``AutoTokenizer``; one without a pad token pads with eos."""
+    """A transformers ``AutoTokenizer``."""
 
     def __init__(self, path: str, *, trust_remote_code: bool = False) -> None:
         """``path``: a local folder or a name on the hub; ``trust_remote_code``: whether Python
@@ -93,9 +91,7 @@ class HuggingFaceTokenizer:
         if self._tokenizer.eos_token_id is None:
             raise UserError(f"model.tokenizer: expected an eos token in {path}, got none")
         self._path = path
-        pad_id = self._tokenizer.pad_token_id
         self.eos_id = self._tokenizer.eos_token_id
-        self.pad_id = self.eos_id if pad_id is None else pad_id
         self.vocab_size = max(self._tokenizer.get_vocab().values()) + 1
 
     def encode(self, text: str) -> list[int]:
@@ -115,7 +111,7 @@ class HuggingFaceTokenizer:
             roles = ", ".join(message["role"] for message in messages)
             raise UserError(
                 f"data.apply_chat_template: the chat template of {self._path} refuses the turns "
-                f"{roles}: {' '.join(str(error).split())}; change the data or the tokenizer"
+                f"{roles}: {one_line(error)}; change the data or the tokenizer"
             ) from None
         return self.encode(rendered)
 
@@ -153,8 +149,7 @@ def load_tokenizer(path: str, vocab_size: int, *, trust_remote_code: bool = Fals
 def _unreadable(path: str | Path, error: Exception) -> UserError:
     if isinstance(error, FileNotFoundError):
         return UserError(f"model.tokenizer: no such file: {path}")
-    reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
     return UserError(
         f"model.tokenizer: expected a sentencepiece model or a Hugging Face tokenizer, could not "
-        f"read {path}: {reason}"
+        f"read {path}: {one_line(error, 200)}"
     )

@@ -5,16 +5,19 @@ can express and this package does not compute is refused here, before anything i
 """
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from sapo_megatron.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
 class GroupedQueryAttention:
+    """Attention whose query heads share key and value heads (arXiv 2305.13245)."""
+
     num_heads: int
     num_kv_heads: int
     head_dim: int
@@ -49,6 +52,8 @@ class Yarn:
 
 @dataclass(frozen=True, kw_only=True)
 class Rope:
+    """Rotary positions (arXiv 2104.09864)."""
+
     theta: float
     fraction: float = 1.0
     """Share of a head's dimensions that are rotated."""
@@ -79,6 +84,8 @@ class Experts:
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
+    """What a model is made of: the sizes and choices that ``config.json`` gives."""
+
     config: dict[str, Any] = field(repr=False)
     """The ``config.json`` itself."""
     model_type: str
@@ -108,24 +115,24 @@ def read_architecture(folder: str | Path) -> Architecture:
         raise UserError(f"{path}:{error.lineno}: not JSON: {error.msg}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"model.path: cannot read {path}: {error}") from None
-    if not isinstance(config, dict):
-        raise UserError(f"{path}: expected a JSON object, got {type(config).__name__}")
     return parse_architecture(config, path)
 
 
-def parse_architecture(config: dict[str, Any], path: str | Path = "config.json") -> Architecture:
+def parse_architecture(config: Any, path: str | Path = "config.json") -> Architecture:
     """What ``config`` says; ``path`` is the file that messages name. Raises UserError."""
+    if not isinstance(config, dict):
+        raise UserError(f"{path}: expected a JSON object, got {type(config).__name__}")
     kind = config.get("model_type")
-    if kind not in _FAMILIES:
+    if not (isinstance(kind, str) and kind in _FAMILIES):
         raise UserError(
             f"{path}: model_type: expected {' or '.join(_FAMILIES)}, got {kind!r}; use a model of "
             f"such an architecture"
         )
     c = _Config(config, path, kind)
-    if (method := (config.get("quantization_config") or {}).get("quant_method")) is not None:
+    if (method := c.given("quantization_config", dict).get("quant_method")) is not None:
         raise UserError(
             f"{path}: quantization_config: expected weights in bf16 or fp32, got {method}; convert "
-            f"the checkpoint to bf16 and remove the key"
+            f"them to bf16 and remove the key"
         )
     c.only("hidden_act", "silu")
     attention, experts = _FAMILIES[kind]
@@ -145,8 +152,11 @@ def parse_architecture(config: dict[str, Any], path: str | Path = "config.json")
     )
 
 
+Given = TypeVar("Given", dict[str, Any], list[Any])
+
+
 class _Config:
-    """Typed look-ups in a ``config.json``, with messages that name it."""
+    """Typed look-ups in a ``config.json``. Each raises UserError, naming file and key."""
 
     def __init__(self, config: dict[str, Any], path: str | Path, kind: str) -> None:
         self.config, self.path, self.kind = config, path, kind
@@ -155,16 +165,23 @@ class _Config:
         return self._get(key, int, f"a whole number >= {least}", lambda x: x >= least)
 
     def number(self, key: str) -> float:
-        return float(self._get(key, (int, float), "a number > 0", lambda x: x > 0))
+        what = "a finite number > 0"
+        return float(self._get(key, (int, float), what, lambda x: 0 < x < math.inf))
 
     def flag(self, key: str, *, default: bool | None = None) -> bool:
         if default is not None and self.config.get(key) is None:
             return default
         return self._get(key, bool, "true or false", lambda x: True)
 
-    def only(self, key: str, value: Any, *, default: Any = None) -> None:
-        """Refuse any other value of ``key``; None where it may be left out."""
-        got = self.config.get(key, default)
+    def given(self, key: str, kind: type[Given]) -> Given:
+        """An object or a list; an empty one where it is left out."""
+        if self.config.get(key) is None:
+            return kind()
+        return self._get(key, kind, "an object" if kind is dict else "a list", lambda x: True)
+
+    def only(self, key: str, value: Any) -> None:
+        """Raises UserError for any other value of a key, which may be left out."""
+        got = self.config.get(key)
         if got is not None and got != value:
             raise UserError(
                 f"{self.path}: {key}: expected {json.dumps(value)} for {self.kind}, got "
@@ -228,7 +245,7 @@ def _topk(c: _Config, experts: int) -> int:
 
 
 def _qwen3_experts(c: _Config) -> Experts:
-    dense, step = c.config.get("mlp_only_layers") or [], c.whole("decoder_sparse_step")
+    dense, step = c.given("mlp_only_layers", list), c.whole("decoder_sparse_step")
     layers = range(c.whole("num_hidden_layers"))
     return Experts(
         number=c.whole("num_experts"),
@@ -273,7 +290,7 @@ _FAMILIES: dict[str, tuple[Callable[[_Config], Any], Callable[[_Config], Any] | 
 
 def _rope(c: _Config) -> Rope:
     # transformers 5 moved rope_theta into rope_parameters, beside what rope_scaling was.
-    scaling = c.config.get("rope_parameters") or c.config.get("rope_scaling") or {}
+    scaling = c.given("rope_parameters", dict) or c.given("rope_scaling", dict)
     nested = _Config({**c.config, **scaling}, c.path, c.kind)
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     yarn = None

@@ -7,7 +7,7 @@ tokenizer. Nothing here reads more of a tensor than it is asked for.
 import dataclasses
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from sapo_megatron.errors import UserError
+from sapo_megatron.errors import UserError, one_line, with_type
 from sapo_megatron.hf.architecture import Architecture, parse_architecture, read_architecture
 
 INDEX = "model.safetensors.index.json"
@@ -54,10 +54,9 @@ def _find(path: str, patterns: list[str]) -> Path:
     try:
         return Path(snapshot_download(path, allow_patterns=patterns))
     except Exception as error:  # network, permission and cache errors have no common ancestor
-        reason = " ".join(str(error).split())
         raise UserError(
             f"model.path: expected a folder or a model of the Hugging Face hub, got {path}: "
-            f"{reason[:200]}; download it first (hf download {path}) or name a folder"
+            f"{one_line(error, 200)}; download it first (hf download {path}) or name a folder"
         ) from None
 
 
@@ -123,19 +122,21 @@ class Listed(NamedTuple):
     shape: torch.Size
 
 
-class Checkpoint:
+class WeightFiles:
     """The weights of a model folder, by tensor name."""
 
     def __init__(self, folder: Path) -> None:
-        """Reads what every file says it holds.
+        """Opens every file, once, and reads what it says it holds.
 
         Raises UserError, naming the file, for weights that are missing, cut short or in a dtype
         that is no floating-point number's.
         """
         self.folder = folder
         self._files: dict[str, Path] = {}
+        self._open: dict[Path, Any] = {}
         for path, names in self._listed().items():
-            held = _names(path)
+            self._open[path] = _opened(path)
+            held = set(self._open[path].keys())
             for name in held if names is None else names:
                 if name not in held:
                     raise UserError(
@@ -144,7 +145,7 @@ class Checkpoint:
                     )
                 self._files[name] = path
 
-    def _listed(self) -> dict[Path, list[str] | None]:
+    def _listed(self) -> Mapping[Path, list[str] | None]:
         """File -> the tensors that the index places in it; None: all that it has."""
         index = self.folder / INDEX
         if not index.exists():
@@ -160,9 +161,9 @@ class Checkpoint:
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(
                 f"{index}: expected a weight_map from tensors to files, could not read it "
-                f"({type(error).__name__}: {error}); download it again"
+                f"({with_type(error)}); download it again"
             ) from None
-        listed: dict[Path, list[str] | None] = {}
+        listed: dict[Path, list[str]] = {}
         for name, file in places.items():
             listed.setdefault(self.folder / file, []).append(name)
         return listed
@@ -179,14 +180,13 @@ class Checkpoint:
                 f"{self.folder}: expected the tensor {name}, got none in its files; the weights "
                 f"are not whole or not those of config.json"
             )
-        with safe_open(path, framework="pt") as file:
-            tensor = file.get_slice(name)
-            if tuple(tensor.get_shape()) != tuple(shape):
-                raise UserError(
-                    f"{path}: {name}: expected the shape {list(shape)} that config.json asks for, "
-                    f"got {list(tensor.get_shape())}; the weights are not those of config.json"
-                )
-            values = tensor[index or (...,)]
+        tensor = self._open[path].get_slice(name)
+        if tuple(tensor.get_shape()) != tuple(shape):
+            raise UserError(
+                f"{path}: {name}: expected the shape {list(shape)} that config.json asks for, "
+                f"got {list(tensor.get_shape())}; the weights are not those of config.json"
+            )
+        values = tensor[index or (...,)]
         if not bool(torch.isfinite(values).all()):
             bad = int((~torch.isfinite(values)).sum())
             raise UserError(
@@ -196,12 +196,11 @@ class Checkpoint:
         return values
 
 
-def _names(path: Path) -> set[str]:
-    """The tensors of one file, after a look at its header. Raises UserError."""
+def _opened(path: Path) -> Any:
+    """One file, after a look at its header. Raises UserError."""
     try:
-        with safe_open(path, framework="pt") as file:
-            names = set(file.keys())
-            dtypes = {name: file.get_slice(name).get_dtype() for name in names}
+        file = safe_open(path, framework="pt")
+        dtypes = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
     except FileNotFoundError:
         raise UserError(
             f"{path}: no such file, and {INDEX} places tensors there; download it"
@@ -215,6 +214,6 @@ def _names(path: Path) -> set[str]:
         if dtype not in DTYPES:
             raise UserError(
                 f"{path}: {name}: expected one of {', '.join(sorted(DTYPES))}, got {dtype}; "
-                f"convert the checkpoint to bf16"
+                f"convert the weights to bf16"
             )
-    return names
+    return file

@@ -2,12 +2,12 @@
 
 One table for all families. A weight of a GPTModel with Transformer Engine's names is one tensor of
 the Hugging Face model, or gate and up projection one below the other, or query, key and value
-interleaved by group; tensor parallelism cuts each along one dimension.
+interleaved by key head; tensor parallelism cuts each along one dimension.
 """
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -50,6 +50,10 @@ class Plain:
         whole = pieces[0] if self.split is None else torch.cat(tuple(pieces), dim=self.split)
         return [(self.name, whole[: self.shape[0]])]
 
+    def below(self, prefix: str) -> "Plain":
+        """The same with ``prefix`` before the name."""
+        return replace(self, name=prefix + self.name)
+
 
 @dataclass(frozen=True)
 class GateUp:
@@ -65,32 +69,39 @@ class GateUp:
         gates, ups = zip(*(piece.chunk(2) for piece in pieces), strict=True)
         return [*self.gate.merge(gates), *self.up.merge(ups)]
 
+    def below(self, prefix: str) -> "GateUp":
+        return GateUp(self.gate.below(prefix), self.up.below(prefix))
+
 
 @dataclass(frozen=True)
 class QueryKeyValue:
-    """Three tensors, interleaved: a group's query heads, its key head, its value head."""
+    """Three tensors, interleaved: the query heads of a key head, that key head, its value head."""
 
     names: tuple[str, str, str]
     shapes: tuple[tuple[int, ...], ...]
-    groups: int
+    kv_heads: int
 
     def load(self, read: Read, rank: int, size: int) -> Tensor:
-        rows = [shape[0] // self.groups for shape in self.shapes]
-        count = sum(rows) * self.groups // size
-        # A rank may have a part of a group: it reads the groups that it touches.
+        rows = [shape[0] // self.kv_heads for shape in self.shapes]
+        count = sum(rows) * self.kv_heads // size
+        # A rank may have a part of what belongs to a key head: it reads all of what it touches.
         first, last = rank * count // sum(rows), -(-(rank + 1) * count // sum(rows))
         parts = [
             read(name, shape, slice(first * n, last * n)).unflatten(0, (last - first, n))
             for name, shape, n in zip(self.names, self.shapes, rows, strict=True)
         ]
-        start = rank * count - first * sum(rows)
-        return torch.cat(parts, dim=1).flatten(0, 1)[start : start + count]
+        before = rank * count - first * sum(rows)
+        return torch.cat(parts, dim=1).flatten(0, 1)[before : before + count]
 
     def merge(self, pieces: Sequence[Tensor]) -> list[Named]:
-        rows = [shape[0] // self.groups for shape in self.shapes]
-        grouped = torch.cat(tuple(pieces)).unflatten(0, (self.groups, sum(rows)))
-        parts = grouped.split(rows, dim=1)
+        rows = [shape[0] // self.kv_heads for shape in self.shapes]
+        by_head = torch.cat(tuple(pieces)).unflatten(0, (self.kv_heads, sum(rows)))
+        parts = by_head.split(rows, dim=1)
         return [(n, part.flatten(0, 1)) for n, part in zip(self.names, parts, strict=True)]
+
+    def below(self, prefix: str) -> "QueryKeyValue":
+        q, k, v = (prefix + name for name in self.names)
+        return replace(self, names=(q, k, v))
 
 
 Entry = Plain | GateUp | QueryKeyValue
@@ -117,7 +128,7 @@ def entry(arch: Architecture, name: str, padded_vocab_size: int) -> Entry:
     assert match, f"{name}: not a weight of a GPTModel"
     layer, rest, expert = match.groups()
     table = {**_norms(arch), **_attention(arch), **_feed_forward(arch, expert)}
-    return _below(f"model.layers.{layer}.", table[rest])
+    return table[rest].below(f"model.layers.{layer}.")
 
 
 def _norms(arch: Architecture) -> dict[str, Entry]:
@@ -136,7 +147,7 @@ def _attention(arch: Architecture) -> dict[str, Entry]:
         table = _latent_attention(arch.hidden_size, arch.attention)
     else:
         table = _grouped_query_attention(arch.hidden_size, arch.attention)
-    return {f"self_attention.{name}": _below("self_attn.", e) for name, e in table.items()}
+    return {f"self_attention.{name}": e.below("self_attn.") for name, e in table.items()}
 
 
 def _grouped_query_attention(hidden: int, a: GroupedQueryAttention) -> dict[str, Entry]:
@@ -198,13 +209,3 @@ def _feed_forward(arch: Architecture, expert: str) -> dict[str, Entry]:
         "mlp.router.weight": Plain("mlp.gate.weight", (e.number, arch.hidden_size)),
         "mlp.router.expert_bias": Plain("mlp.gate.e_score_correction_bias", (e.number,)),
     }
-
-
-def _below(prefix: str, e: Entry) -> Entry:
-    """The entry with a prefix before its names."""
-    if isinstance(e, Plain):
-        return Plain(prefix + e.name, e.shape, e.split, e.padded_rows)
-    if isinstance(e, GateUp):
-        return GateUp(_below(prefix, e.gate), _below(prefix, e.up))
-    q, k, v = (prefix + name for name in e.names)
-    return QueryKeyValue((q, k, v), e.shapes, e.groups)

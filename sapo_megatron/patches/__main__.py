@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from sapo_megatron.errors import UserError
+from sapo_megatron.errors import UserError, one_line
 from sapo_megatron.recipe.load import load
 from sapo_megatron.recipe.schema import AlgorithmConfig
 from sapo_megatron.sample import Temperatures
@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                     f"recipe, got {got}; {SEE}"
                 )
     except UserError as error:
-        sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
+        sys.stderr.write(f"error: {one_line(error)}\n")
         return 2
     return 0
 

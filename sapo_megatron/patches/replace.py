@@ -8,12 +8,13 @@ A newer release whose functions still fit is taken, with a warning.
 import importlib
 import inspect
 import logging
-import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
+
+from packaging.version import InvalidVersion, Version
 
 from sapo_megatron.errors import UserError
 
@@ -47,19 +48,19 @@ class Host:
     symbols: tuple[Symbol, ...]
 
     def version(self) -> str | None:
-        """None where the host is not installed; ``unknown`` where it does not say."""
+        """None where the host is not installed; ``unknown`` where it has no version to compare."""
         try:
             module = importlib.import_module(self.module)
         except ModuleNotFoundError as error:
             if error.name and f"{self.module}.".startswith(f"{error.name}."):
                 return None
             raise
-        if found := getattr(module, "__version__", None):
-            return str(found)
         try:
-            return metadata.version(self.distribution)
-        except metadata.PackageNotFoundError:
+            found = getattr(module, "__version__", None) or metadata.version(self.distribution)
+            Version(str(found))
+        except (metadata.PackageNotFoundError, InvalidVersion):
             return "unknown"
+        return str(found)
 
 
 def check(host: Host) -> None:
@@ -140,11 +141,11 @@ def restore(symbol: Symbol) -> None:
 
 
 def too_old(host: Host, version: str) -> bool:
-    return version != "unknown" and _numbers(version) < _numbers(host.oldest)
+    return version != "unknown" and _release(version) < _release(host.oldest)
 
 
 def newer(host: Host, version: str) -> bool:
-    return version != "unknown" and _numbers(version) > _numbers(host.verified)
+    return version != "unknown" and _release(version) > _release(host.verified)
 
 
 _originals: dict[Symbol, Callable[..., Any]] = {}
@@ -159,6 +160,6 @@ def _owner(symbol: Symbol) -> tuple[Any, str]:
     return owner, last
 
 
-def _numbers(version: str) -> tuple[int, ...]:
-    """``0.20.0rc1`` -> (0, 20, 0)."""
-    return tuple(map(int, re.findall(r"\d+", re.split(r"[^\d.]", version)[0])))
+def _release(version: str) -> Version:
+    """The release that a version is of, or comes before: ``0.20.0rc1+cu130`` -> 0.20.0."""
+    return Version(Version(version).base_version)

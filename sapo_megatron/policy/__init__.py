@@ -23,5 +23,9 @@ for _message in (
 # layout of its buffers itself.
 for _module in ("models.gpt.gpt_model", "distributed.distributed_data_parallel"):
     logging.getLogger(f"megatron.core.{_module}").setLevel(logging.ERROR)
+# What a CUDA build of torch says where there is no GPU, or `plan` hides them.
+logging.getLogger("torch.utils.cpp_extension").addFilter(
+    lambda record: not record.getMessage().startswith("No CUDA runtime is found")
+)
 
 cpu.prepare_import()

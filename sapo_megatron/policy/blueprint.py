@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from sapo_megatron.errors import UserError
+from sapo_megatron.errors import UserError, one_line
 from sapo_megatron.hf.architecture import Architecture
 from sapo_megatron.policy import parallel
 from sapo_megatron.policy.gpt import LogprobGPT, build_model
@@ -73,7 +73,7 @@ def _stage(recipe: Recipe, arch: Architecture, world_size: int, rank: int) -> St
         try:
             chunks = build_model(arch, config, groups, recipe)
         except (AssertionError, ValueError) as error:
-            message = " ".join(str(error).split())
+            message = one_line(error)
             raise UserError(
                 f"parallel: expected a layout that megatron-core can build, got: {message}; change "
                 f"the size that does not divide"

@@ -18,6 +18,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 
+from sapo_megatron.policy import compat
 from sapo_megatron.policy.step import Policy
 from sapo_megatron.runs.state import RunState, checkpoints, write_state
 
@@ -34,8 +35,9 @@ def save(policy: Policy, folder: Path, state: RunState, *, keep: int) -> Path:
         temporary.mkdir(parents=True)
     dist.barrier(policy.groups.world)
     metadata = _metadata(policy)
-    # Upstream's queue belongs to a process of its own, which outlives a rank that is killed; the
-    # one thread that writes needs no more than this.
+    # Upstream's queue belongs to a process of its own, which outlives a rank that is killed, as do
+    # its writers; threads need no more than this.
+    compat.write_with_threads()
     filesystem_async._results_queue = queue.SimpleQueue()
     dist_checkpointing.save(
         _sharded_state(policy, metadata, loading=False, with_rng=True),
@@ -75,15 +77,19 @@ def _restore_steps(policy: Policy) -> None:
     """Give torch's Adam its step counts back: upstream leaves them in the parameter groups.
 
     Of Adam in host memory it loads the moments and leaves the counts of a first, made-up step:
-    updates behind a resume would be up to a third too small until the counts have caught up.
+    updates behind a resume would be up to a third too small until the counts have caught up. The
+    part on the GPU counts in its groups, which would be set back to the loaded count at each step.
     """
     for part in policy.optimizer.chained_optimizers:
         if isinstance(part.optimizer, HybridDeviceOptimizer):
-            step = float(part.optimizer.param_groups[0]["step"])
+            for group in part.optimizer.param_groups:
+                step = group.pop("step")
             for inner in part.optimizer.sub_optimizers:
+                for group in inner.param_groups:
+                    group["step"] = step
                 for state in inner.state.values():
                     if "step" in state:
-                        state["step"] = torch.tensor(step)
+                        state["step"] = torch.tensor(float(step))
         elif isinstance(part.optimizer, torch.optim.Adam):
             for group in part.optimizer.param_groups:
                 step = group.pop("step")

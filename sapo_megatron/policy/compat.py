@@ -6,9 +6,12 @@ patches from later releases.
 
 import functools
 import inspect
+import queue
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 from megatron.core.models.backends import BackendSpecProvider
 from megatron.core.tensor_parallel import random
 from megatron.core.transformer import multi_latent_attention
@@ -79,3 +82,33 @@ def auxiliary_loss_tokens(tokens: int, tp_size: int) -> int:
     """
     code = TopKRouter.attach_and_log_load_balancing_loss.__code__
     return tokens if "tp_cp_group" in code.co_names else tokens // tp_size
+
+
+def write_with_threads() -> None:
+    """Have threads of the rank write its files of a checkpoint, as 0.19 does. Idempotent.
+
+    0.16 forks a process per file, which hangs for good where its rank is killed while it writes.
+    """
+    if hasattr(FileSystemWriterAsync, "write_preloaded_data_multiproc"):
+        FileSystemWriterAsync.write_preloaded_data_multiproc = staticmethod(_write)
+
+
+def _write(
+    transforms: list[Any], use_msc: bool, rank: int, buckets: list[Any], results: Any
+) -> None:
+    """Stands for ``write_preloaded_data_multiproc``: one thread per bucket, that is per file."""
+    written: queue.SimpleQueue = queue.SimpleQueue()
+    to_write: queue.Queue = queue.Queue()
+
+    def write(number: int) -> None:
+        FileSystemWriterAsync.write_preloaded_data(
+            transforms, number, buckets[number], written, to_write, use_fsync=True, use_msc=use_msc
+        )
+
+    for number in range(len(buckets)):
+        to_write.put(number)
+    with ThreadPoolExecutor(len(buckets)) as pool:
+        list(pool.map(write, range(len(buckets))))
+    found = dict(written.get() for _ in buckets)
+    failed = [error for error in found.values() if isinstance(error, Exception)]
+    results.put(failed[0] if failed else found)

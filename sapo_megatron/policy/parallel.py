@@ -17,7 +17,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch.distributed import ProcessGroup
 
 from sapo_megatron.data.batch import MicroBatching
-from sapo_megatron.errors import RunFailed, UserError
+from sapo_megatron.errors import RunFailed, UserError, one_line
 from sapo_megatron.policy import cpu
 from sapo_megatron.policy.machine import check_parallel
 from sapo_megatron.recipe.schema import ParallelConfig, Recipe
@@ -118,7 +118,7 @@ def pretended(parallel: ParallelConfig, *, rank: int, world_size: int) -> Iterat
     hook = sys.excepthook
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
     try:
-        _lay_out(parallel, create_gloo_process_groups=False)
+        _lay_out(parallel)
         meta = torch.device("meta")
         with meta:
             yield _groups(dist.distributed_c10d._get_default_group(), meta)
@@ -136,6 +136,8 @@ def _lay_out(parallel: ParallelConfig, **options: Any) -> None:
         context_parallel_size=parallel.context_parallel_size,
         expert_model_parallel_size=parallel.expert_model_parallel_size,
         expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
+        # Upstream's twins of groups over gloo are for a form of checkpoint that is not used here.
+        create_gloo_process_groups=False,
         **options,
     )
 
@@ -153,6 +155,20 @@ def _groups(world: ProcessGroup, device: torch.device) -> ParallelGroups:
         megatron=groups,
         device=device,
     )
+
+
+def data_parallel_blocks(groups: ParallelGroups) -> list[list[int]]:
+    """The global ranks that have the sequences of each data-parallel rank, in its order.
+
+    Collective over all ranks.
+    """
+    places: list[Any] = [None] * dist.get_world_size()
+    # Over the world: each rank says its own place.
+    dist.all_gather_object(places, groups.dp.rank(), group=groups.world)
+    return [
+        [rank for rank, found in enumerate(places) if found == place]
+        for place in range(groups.dp.size())
+    ]
 
 
 def on_first_rank(groups: ParallelGroups, function: Callable[[], T]) -> T:
@@ -212,7 +228,7 @@ def _init_process_group(backend: str, timeout_s: float) -> None:
             address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
             raise UserError(
                 f"MASTER_ADDR:MASTER_PORT: expected a free port that every node reaches, got "
-                f"{address} ({str(error).splitlines()[0]}); choose another with --master-port"
+                f"{address} ({one_line(error, 200)}); choose another with --master-port"
             ) from None
     else:
         dist.init_process_group(

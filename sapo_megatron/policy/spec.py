@@ -30,7 +30,7 @@ from megatron.core.transformer.transformer_layer import (
     get_transformer_layer_offset,
 )
 
-from sapo_megatron.errors import UserError
+from sapo_megatron.errors import UserError, one_line
 from sapo_megatron.hf.architecture import (
     Architecture,
     Experts,
@@ -82,7 +82,7 @@ def transformer_config(
     try:
         return kind(**settings)
     except (AssertionError, ValueError) as error:
-        message = " ".join(str(error).split())
+        message = one_line(error)
         raise UserError(f"model and parallel: megatron-core refuses them: {message}") from None
 
 

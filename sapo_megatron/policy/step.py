@@ -72,7 +72,7 @@ class Policy:
         settings = _optimizer_config(optimizer, config.params_dtype, bf16=config.bf16)
         if settings.optimizer_cpu_offload:
             torch.set_num_threads(host_threads())  # torchrun leaves one, which Adam waits for
-        self.optimizer = get_megatron_optimizer(settings, self.ddp)
+        self.optimizer = get_megatron_optimizer(settings, self.ddp, use_gloo_process_groups=False)
         _allocate_state(self.optimizer)
         self.scheduler = OptimizerParamScheduler(
             self.optimizer,

@@ -8,7 +8,6 @@ model is written by many ranks at once; the folder must be one that all of them 
 import itertools
 import json
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -22,8 +21,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from sapo_megatron.files import whole_folder
 from sapo_megatron.hf.architecture import Architecture
-from sapo_megatron.hf.folder import INDEX, NOT_WEIGHTS, Checkpoint, Listed
+from sapo_megatron.hf.folder import INDEX, NOT_WEIGHTS, Listed, WeightFiles
 from sapo_megatron.hf.names import Entry, Named, Plain, entry
 from sapo_megatron.policy import parallel
 from sapo_megatron.policy.gpt import LogprobGPT
@@ -47,7 +47,7 @@ def save_random(arch: Architecture, model: ModelConfig, folder: Path, *, seed: i
         torch.manual_seed(seed)
         fresh = transformers.AutoModelForCausalLM.from_config(config)
     fresh.config.pad_token_id = arch.config.get("pad_token_id")
-    with _whole_folder(folder) as temporary:
+    with whole_folder(folder) as temporary:
         fresh.to(DTYPES[model.params_dtype]).save_pretrained(temporary)
 
 
@@ -91,9 +91,9 @@ class HuggingFaceWeights:
         Raises UserError, on every rank, where a tensor is missing, misshapen or not finite.
         """
         with parallel.failing_together(self._groups), torch.no_grad():
-            checkpoint = Checkpoint(self._folder)
+            files = WeightFiles(self._folder)
             for weight in self._weights():
-                weight.tensor.copy_(weight.entry.load(checkpoint.read, *weight.place))
+                weight.tensor.copy_(weight.entry.load(files.read, *weight.place))
 
     def save(self, folder: Path, *, tokenizer: str | None = None) -> None:
         """Write the chunks' present weights as a new folder. Collective over all ranks.
@@ -291,20 +291,8 @@ def _write_index(files: list[_File], folder: Path) -> None:
 
 @contextmanager
 def _shared_folder(groups: ParallelGroups, folder: Path) -> Iterator[Path]:
-    """``_whole_folder`` of the first rank, on every rank. Collective over all ranks."""
+    """``whole_folder`` of the first rank, on every rank. Collective over all ranks."""
     with ExitStack() as stack:
-        yield parallel.on_first_rank(groups, lambda: stack.enter_context(_whole_folder(folder)))
+        yield parallel.on_first_rank(groups, lambda: stack.enter_context(whole_folder(folder)))
         dist.barrier(groups.world)
     dist.barrier(groups.world)
-
-
-@contextmanager
-def _whole_folder(folder: Path) -> Iterator[Path]:
-    """A temporary folder that takes the place of ``folder`` once the block is through."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as parent:
-        temporary = Path(parent) / folder.name
-        temporary.mkdir()
-        yield temporary
-        shutil.rmtree(folder, ignore_errors=True)
-        temporary.rename(folder)

@@ -6,12 +6,11 @@ broken: what, expected, got, how to fix it.
 """
 
 import dataclasses
-import difflib
 import logging
 import math
 import re
 
-from sapo_megatron.errors import UserError
+from sapo_megatron.errors import UserError, nearest
 from sapo_megatron.hf.architecture import Architecture, GroupedQueryAttention
 from sapo_megatron.recipe.schema import (
     AlgorithmConfig,
@@ -145,10 +144,9 @@ def _check_data(recipe: Recipe) -> None:
     _check_template("data.template", recipe.data.template)
     function = recipe.reward.function
     if function not in REWARD_FUNCTIONS and not re.fullmatch(r"[\w.]+:[\w.]+", function):
-        nearest = difflib.get_close_matches(function, REWARD_FUNCTIONS, n=1, cutoff=0.0)[0]
         raise UserError(
             f"reward.function: expected {', '.join(REWARD_FUNCTIONS)} or module:function, got "
-            f"{function!r}; the nearest is {nearest}"
+            f"{function!r}; the nearest is {nearest(function, REWARD_FUNCTIONS)}"
         )
 
 
@@ -330,10 +328,9 @@ def _check_recompute(p: ParallelConfig) -> None:
         )
     for module in p.recompute_modules:
         if module not in RECOMPUTE_MODULES:
-            nearest = difflib.get_close_matches(module, RECOMPUTE_MODULES, n=1, cutoff=0.0)[0]
             raise UserError(
                 f"parallel.recompute_modules: expected any of {', '.join(RECOMPUTE_MODULES)}, got "
-                f"{module!r}; the nearest is {nearest}"
+                f"{module!r}; the nearest is {nearest(module, RECOMPUTE_MODULES)}"
             )
 
 

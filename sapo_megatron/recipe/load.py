@@ -6,11 +6,9 @@ types and ranges, and then the rules of :mod:`sapo_megatron.recipe.check`. User 
 """
 
 import dataclasses
-import difflib
 import json
 import os
 import re
-import textwrap
 import typing
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -20,7 +18,7 @@ import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
 from pydantic.fields import FieldInfo
 
-from sapo_megatron.errors import UserError
+from sapo_megatron.errors import UserError, nearest, one_line
 from sapo_megatron.recipe.check import check
 from sapo_megatron.recipe.schema import Recipe
 
@@ -164,7 +162,7 @@ def _read(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
 def _yaml_problem(error: yaml.YAMLError) -> str:
     if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark:
         return f":{error.problem_mark.line + 1}: not YAML as recipes want it: {error.problem}"
-    return f": not YAML: {' '.join(str(error).split())}"
+    return f": not YAML: {one_line(error)}"
 
 
 def _absolute(raw: dict[str, Any], key: str, folder: Path) -> None:
@@ -220,19 +218,18 @@ def _find_key(key: str) -> str:
         return matches[0]
     if matches:
         raise UserError(f"{key}: several sections have it; say one of {', '.join(matches)}")
-    raise UserError(f"{key}: no such key; {_nearest(key)}")
+    raise UserError(f"{key}: no such key; {_suggest(key)}")
 
 
-def _nearest(key: str) -> str:
+def _suggest(key: str) -> str:
+    """What to say of a key that is none of ours."""
     last = key.rsplit(".", 1)[-1]
     if last in PEER_KEYS:
         return f"here it is called {PEER_KEYS[last]}"
     known = keys()
     by_name = {k.rsplit(".", 1)[-1]: k for k in reversed(known)}
-    named = difflib.get_close_matches(last, by_name, n=1, cutoff=0.7)
-    if named:
-        return f"the nearest is {by_name[named[0]]}"
-    return f"the nearest is {difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]}"
+    named = nearest(last, by_name, cutoff=0.7)
+    return f"the nearest is {by_name[named] if named else nearest(key, known)}"
 
 
 def keys(cls: type = Recipe, prefix: str = "") -> list[str]:
@@ -275,7 +272,7 @@ def _explain(error: ValidationError) -> str:
         while isinstance(got, dict) and got:
             name, got = next(iter(got.items()))
             key = f"{key}.{name}"
-        return f"{key}: no such key; {_nearest(key)}"
+        return f"{key}: no such key; {_suggest(key)}"
     if problem["type"] == "missing":
         return f"{key}: missing; set it in the recipe"
     if problem["type"] in _OUT_OF_RANGE:
@@ -321,7 +318,7 @@ def _number(place: Sequence[str | int]) -> str:
 
 
 def _show(value: Any) -> str:
-    return textwrap.shorten(json.dumps(value, default=str), 80, placeholder=" ...")
+    return one_line(json.dumps(value, default=str), 80)
 
 
 def _sections(cls: type = Recipe) -> list[type]:

@@ -17,6 +17,8 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
+    """The model: where it comes from, and what it computes with."""
+
     path: str
     """Hugging Face model folder, or a name on the hub such as ``Qwen/Qwen3-30B-A3B``."""
     architecture: str | None = None
@@ -92,6 +94,8 @@ class SourceConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
+    """The problems to train and evaluate on, and the text around them."""
+
     train: SourceConfig
     eval: SourceConfig | None = None
     """Held-out problems; training never draws a prompt whose text is among them."""
@@ -103,6 +107,8 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RolloutConfig:
+    """How responses are sampled, and by whom."""
+
     engine: Literal["in_process", "vllm"] = "in_process"
     """Who generates: the training processes with the training weights, or vLLM servers."""
     servers: tuple[str, ...] = ()
@@ -141,10 +147,14 @@ class RolloutConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RewardConfig:
+    """What scores a response."""
+
     function: str = "exact_match"
     """``reasoning_gym``, ``math_verify``, ``exact_match`` or ``module:function``."""
     timeout_s: Positive = 10.0
     """Seconds for one response; beyond it the reward is 0 and ``reward/timeouts`` counts it."""
+    num_workers: Count = 1
+    """Processes in which each rank that scores does so; a response that hangs holds up but one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,6 +192,8 @@ CLIP_DEFAULTS: dict[str, tuple[float, float]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class AlgorithmConfig:
+    """The policy loss and the advantages that it is given."""
+
     loss_type: LossType = "sapo"
     tau_pos: Positive = 1.0
     tau_neg: Positive = 1.05
@@ -202,7 +214,7 @@ class AlgorithmConfig:
 
     @property
     def temperatures(self) -> Temperatures:
-        """Of SAPO's gate. Raises ValueError unless both are finite and > 0."""
+        """The temperatures of SAPO's gate. Raises ValueError unless both are finite and > 0."""
         return Temperatures(self.tau_pos, self.tau_neg)
 
     @property
@@ -223,7 +235,7 @@ class CorrectionConfig:
     """
 
     rollout_is: Literal["disabled", "tis", "icepop"] = "disabled"
-    """By the ratio of the training engine's probability to the rollout engine's: cut off at
+    """A factor: the training engine's probability over the rollout engine's, cut off at
     ``tis_cap`` (truncated importance sampling), or 0 outside ``icepop_low`` to ``icepop_high``."""
     tis_cap: Positive = 2.0
     icepop_low: Positive = 0.5
@@ -235,6 +247,8 @@ class CorrectionConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
+    """Adam and its learning rate."""
+
     lr: Positive = 1e-6
     min_lr: NotNegative = 0.0
     lr_warmup_steps: Whole = 0
@@ -251,6 +265,8 @@ class OptimizerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
+    """How long a run trains, and how a step is cut into pieces."""
+
     steps: Whole = 100
     """Rollout batches; each makes ``num_mini_batches`` optimizer steps."""
     num_mini_batches: Count = 4
@@ -284,6 +300,8 @@ class ColdStartConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EvalConfig:
+    """How held-out problems are scored."""
+
     every: Whole = 0
     """Steps between evaluations; 0: only before and at the end."""
     num_problems: Count = 64
@@ -295,6 +313,8 @@ class EvalConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
+    """When checkpoints are written, and how many are kept."""
+
     every: Whole = 0
     """Steps between checkpoints; 0: only at the end."""
     keep: Count = 2
@@ -302,6 +322,8 @@ class CheckpointConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LoggingConfig:
+    """What a run writes beside ``metrics.jsonl``."""
+
     tensorboard: bool = False
     wandb: bool = False
     wandb_project: str = "sapo-megatron"
@@ -321,10 +343,14 @@ class ClusterConfig:
     nodes: Count | None = None
     """None: as few GPUs as the layout takes."""
     gpus_per_node: Count = 8
+    host_memory_gib: Count | None = None
+    """Host memory of a node; None: what nodes with such GPUs have at least."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
+    """Everything that a run is told."""
+
     name: str
     """The file's stem unless the recipe says otherwise."""
     model: ModelConfig

@@ -1,7 +1,7 @@
 """Prompts -> scored groups, the same on every rank.
 
-Each rank that generates takes its share of the requests, the leader of each model-parallel block
-scores that share, and all ranks exchange the result. An engine that works by itself may do so in
+Each rank that generates takes its part of the requests, the leader of each model-parallel block
+scores that part, and all ranks exchange the result. An engine that works by itself may do so in
 the background, while the ranks train on what it gave before.
 """
 
@@ -9,9 +9,8 @@ import logging
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -22,44 +21,21 @@ from sapo_megatron.errors import RunFailed, UserError
 from sapo_megatron.metrics import Max, Mean, Metrics, Std, Sum
 from sapo_megatron.objective.advantage import zero_std
 from sapo_megatron.recipe.schema import RolloutConfig
-from sapo_megatron.rollout.generate import Request, SamplingParams, share
+from sapo_megatron.rollout.engine import Engine, Request, SamplingParams, part_of
+from sapo_megatron.rollout.exchange import HeldRoutes, exchange_samples
 from sapo_megatron.rollout.reward import Scorer
 from sapo_megatron.sample import Group, Prompt, Sample
 
 logger = logging.getLogger(__name__)
 
 
-class Engine(Protocol):
-    """What turns requests into responses."""
-
-    background: bool
-    """Whether :meth:`generate` waits for no other rank, and may run in a thread."""
-
-    def serving(self, *, record: bool) -> AbstractContextManager[Metrics]:
-        """The engine with the policy's present weights; what it took. Collective over all ranks.
-
-        ``record``: with routes, where it can. An engine in the background goes on with these
-        weights behind the block.
-        """
-
-    def generate(self, requests: Sequence[Request], params: SamplingParams) -> list[Sample]:
-        """This block's responses, fillers among them or not, on its leader at least.
-
-        Collective over the ranks that share a model unless ``background``.
-        """
-
-    @property
-    def age(self) -> int:
-        """Optimizer steps that the policy is ahead of the engine's weights."""
-
-
 @dataclass(frozen=True, kw_only=True)
-class _Share:
+class _Part:
     """What one rank contributes."""
 
     scored: list[Sample]
     failures: Metrics
-    """Of the rewards that this rank gave."""
+    """Failures of the rewards that this rank gave."""
     generating_s: float
     scoring_s: float
 
@@ -70,14 +46,18 @@ class _Pending:
 
     prompts: list[Prompt]
     num_generations: int
-    share: "Future[_Share]"
+    part: "Future[_Part]"
     metrics: Metrics
 
 
 @dataclass(frozen=True, kw_only=True)
 class Responses:
+    """Scored responses to some prompts, and what they took."""
+
     groups: list[Group]
-    """The same on every rank."""
+    """The same on every rank, routes aside, which are where they were made."""
+    held: dict[int, HeldRoutes]
+    """Where routes are, by uid of the sample."""
     metrics: Metrics
     """Failures of rewards and times, of this rank; what making the engine ready took."""
 
@@ -93,24 +73,25 @@ class Collector:
         scorer: Scorer | None,
         config: RolloutConfig,
         with_routes: bool,
-        share_rank: int,
-        shares: int,
+        part: int,
+        parts: int,
         world: dist.ProcessGroup,
     ) -> None:
         """``scorer``: on the leader of each model-parallel block, None elsewhere; ``with_routes``:
-        whether training wants them; ``share_rank``: which of ``shares`` parts of the requests this
-        rank's block generates; ``world``: every rank, carries host objects.
+        whether training wants them; ``part``: which of ``parts`` equal parts of the requests
+        this rank's block generates; ``world``: every rank, carries host objects.
         """
         self.tokenizer = tokenizer
         self._engine = engine
         self._scorer = scorer
         self._config = config
         self._with_routes = with_routes
-        self._share = share_rank, shares
+        self._place = part, parts
         self._world = world
         self._thread = ThreadPoolExecutor(1) if engine.background else None
         self._ahead: _Pending | None = None
-        self._cursor_before: dict[str, Any] | None = None
+        self._cursor_before: dict[str, Any] = {}
+        """Where the source stood before ``_ahead``."""
 
     def respond(
         self,
@@ -141,7 +122,7 @@ class Collector:
         """Where the source stood before what is still under way, for a checkpoint."""
         return self._cursor_before if self._ahead else source.state_dict()
 
-    def collect(self, source: PromptSource, *, seed: int) -> tuple[list[Group], Metrics]:
+    def collect(self, source: PromptSource, *, seed: int) -> Responses:
         """One step's groups: those begun before, or new ones.
 
         With dynamic sampling, groups whose rewards are all equal are dropped and new prompts
@@ -151,6 +132,7 @@ class Collector:
         """
         config = self._config
         kept: list[Group] = []
+        held: dict[int, HeldRoutes] = {}
         metrics = Metrics()
         for _ in range(config.dynamic_sampling_max_rounds if config.dynamic_sampling else 1):
             age = self._engine.age if self._ahead else 0
@@ -164,6 +146,7 @@ class Collector:
                     prompts, config.num_generations, params, record=self._with_routes
                 )
             metrics.update(responses.metrics)
+            held |= responses.held
             metrics.add("rollout/staleness", Max(float(age)))
             if dist.get_rank(self._world) == 0:
                 metrics.update(describe(responses.groups))
@@ -175,7 +158,7 @@ class Collector:
                 f"no group with different rewards in {config.dynamic_sampling_max_rounds} rounds "
                 f"of dynamic sampling; look at the reward function, or use easier or harder prompts"
             )
-        return kept, metrics
+        return Responses(groups=kept, held=held, metrics=metrics)
 
     def _params(self, seed: int) -> SamplingParams:
         return SamplingParams(
@@ -196,13 +179,13 @@ class Collector:
     ) -> _Pending:
         if self._ahead:
             # Its weights must not change under it. What went wrong is told where it is collected.
-            self._ahead.share.exception()
+            self._ahead.part.exception()
         requests = [
             Request(uid=p.uid * num_generations + k, prompt_tokens=p.tokens)
             for p in prompts
             for k in range(num_generations)
         ]
-        mine = share(requests, *self._share)
+        mine = part_of(requests, *self._place)
         arguments = (mine, prompts, num_generations, params)
         with self._engine.serving(record=record) as metrics:
             if self._thread:
@@ -211,7 +194,7 @@ class Collector:
                 found = Future()
                 found.set_result(self._generate(*arguments))
         return _Pending(
-            prompts=list(prompts), num_generations=num_generations, share=found, metrics=metrics
+            prompts=list(prompts), num_generations=num_generations, part=found, metrics=metrics
         )
 
     def _generate(
@@ -220,7 +203,7 @@ class Collector:
         prompts: Sequence[Prompt],
         num_generations: int,
         params: SamplingParams,
-    ) -> _Share:
+    ) -> _Part:
         """What this rank generates and scores; no collective if the engine needs none."""
         began = time.monotonic()
         mine = self._engine.generate(requests, params)
@@ -232,7 +215,7 @@ class Collector:
             for s in scored:
                 s.text = self.tokenizer.decode(s.response_tokens)
             failures = self._scorer.score(_grouped(prompts, scored, num_generations))
-        return _Share(
+        return _Part(
             scored=scored,
             failures=failures,
             generating_s=generated - began,
@@ -242,9 +225,9 @@ class Collector:
     def _finish(self, pending: _Pending) -> Responses:
         metrics = pending.metrics
         began = time.monotonic()
-        mine: list[Sample] | Exception
+        mine: list[Sample] | UserError | RunFailed
         try:
-            result = pending.share.result()
+            result = pending.part.result()
             mine = result.scored
             metrics.update(result.failures)
             metrics.add("time/rollout", Max(result.generating_s))
@@ -253,16 +236,9 @@ class Collector:
             mine = error
         if self._thread:
             metrics.add("time/rollout_wait", Max(time.monotonic() - began))
-        gathered: list[list[Sample] | Exception] = [[]] * dist.get_world_size(self._world)
-        # Over the world: leaders bring their shares, the others nothing, and all get everything.
-        dist.all_gather_object(gathered, mine, group=self._world)
-        for part in gathered:
-            if isinstance(part, Exception):
-                raise part
-        samples = sorted((s for part in gathered for s in part), key=lambda s: s.uid)
-        return Responses(
-            groups=_grouped(pending.prompts, samples, pending.num_generations), metrics=metrics
-        )
+        samples, held = exchange_samples(mine, self._world)
+        groups = _grouped(pending.prompts, samples, pending.num_generations)
+        return Responses(groups=groups, held=held, metrics=metrics)
 
 
 def rewards(groups: Sequence[Group]) -> torch.Tensor:

@@ -6,16 +6,15 @@ however it is laid out, and resuming needs no generator state.
 Shape legend: B sequences generated at once, V vocabulary, L longest sequence.
 """
 
-import dataclasses
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from sapo_megatron.metrics import Metrics
+from sapo_megatron.rollout.engine import Request, SamplingParams
 from sapo_megatron.sample import DecodedRoutes, Sample
 
 
@@ -40,25 +39,7 @@ class Decoder(Protocol):
         """Whether any rank that must stay in step says True."""
 
     def routes(self) -> DecodedRoutes | None:
-        """Of what was fed since ``start``; None where they are not recorded."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Request:
-    """One response to generate."""
-
-    uid: int
-    prompt_tokens: tuple[int, ...]
-
-
-@dataclass(frozen=True, kw_only=True)
-class SamplingParams:
-    temperature: float
-    """0 is greedy."""
-    top_p: float
-    max_new_tokens: int
-    eos_id: int
-    seed: int
+        """The routes of what was fed since ``start``; None where they are not recorded."""
 
 
 class InProcess:
@@ -161,7 +142,7 @@ def _to_samples(
                 response_tokens=response,
                 rollout_logprobs=logprobs[row, begin : begin + len(response)].tolist(),
                 truncated=truncated,
-                routes=routes and routes.of(row, begin + len(response) - 1),
+                routes=routes.of(row, begin + len(response) - 1) if routes else None,
             )
         )
     return samples
@@ -220,10 +201,3 @@ def _mix(x: Tensor) -> Tensor:
 def _shift(x: Tensor, bits: int) -> Tensor:
     """Logical right shift of int64."""
     return (x >> bits) & ((1 << (64 - bits)) - 1)
-
-
-def share(requests: Sequence[Request], rank: int, size: int) -> list[Request]:
-    """This rank's part of ``requests``, as many on every rank; fillers have uid -1."""
-    mine = list(requests[rank::size])
-    filler = dataclasses.replace(requests[0], uid=-1)
-    return mine + [filler] * (-(-len(requests) // size) - len(mine))

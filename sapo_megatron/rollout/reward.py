@@ -1,6 +1,6 @@
 """Rewards: a verifier's score for each response, whatever the verifier does.
 
-Verifiers run in one worker process of their own, because nothing less stops all that they do: a
+Verifiers run in worker processes of their own, because nothing less stops all that they do: a
 signal cannot end a loop inside C code (a huge power, a regular expression) and is swallowed by a
 bare ``except``, a thread cannot be killed, and neither survives a crash or an ``os._exit``. The
 worker is started afresh rather than forked, since a training process has threads, sockets and maybe
@@ -11,9 +11,11 @@ costs is a message per response, tens of microseconds.
 import logging
 import multiprocessing
 import os
+import queue
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from types import TracebackType
 from typing import Self
@@ -34,9 +36,10 @@ class Scorer:
     """Scores responses with ``reward.function``; close it, or use it in a ``with`` statement.
 
     ``module:function`` is imported, from the working folder or the Python path, and called as
-    ``function(prompt: Prompt, response: str) -> float`` in the worker process, one response after
-    the other. A response whose scoring raises, gives no finite number, crashes or takes longer than
-    ``timeout_s`` scores 0 and is counted; the first failure of each kind is logged.
+    ``function(prompt: Prompt, response: str) -> float`` in ``num_workers`` processes; the responses
+    to one prompt go to one of them, one after the other. A response whose scoring raises, gives no
+    finite number, crashes or takes longer than ``timeout_s`` scores 0 and is counted; the first
+    failure of each kind is logged.
     """
 
     def __init__(self, config: RewardConfig) -> None:
@@ -44,16 +47,21 @@ class Scorer:
         self._config = config
         self._logged: set[str] = set()
         # exact_match can neither hang nor crash: it needs no process.
-        self._worker = None if config.function == "exact_match" else _Worker(config)
+        self._workers = [] if config.function == "exact_match" else [_Worker(config)]
+        # The worker that runs is on top; those below it start when they are needed.
+        self._idle: queue.LifoQueue[_Worker | None] = queue.LifoQueue()
+        for worker in [*[None] * (config.num_workers - 1), *self._workers]:
+            self._idle.put(worker)
 
-    def score(self, groups: Iterable[Group]) -> Metrics:
+    def score(self, groups: Sequence[Group]) -> Metrics:
         """Set the ``reward`` of every sample from its ``text``.
 
         Returns ``reward/errors`` and ``reward/timeouts``: sums, present also where they are 0.
         """
         errors = timeouts = 0
-        for group in groups:
-            verdicts = self._judge(group.prompt, [sample.text for sample in group.samples])
+        with ThreadPoolExecutor(self._config.num_workers) as threads:
+            judged = list(threads.map(self._judge, groups))
+        for group, verdicts in zip(groups, judged, strict=True):
             for sample, (reward, problem) in zip(group.samples, verdicts, strict=True):
                 sample.reward = reward
                 if problem:
@@ -67,9 +75,9 @@ class Scorer:
         return metrics
 
     def close(self) -> None:
-        """End the worker process; the scorer cannot be used afterwards."""
-        if self._worker:
-            self._worker.stop()
+        """End the worker processes; the scorer cannot be used afterwards."""
+        for worker in self._workers:
+            worker.stop()
 
     def __enter__(self) -> Self:
         return self
@@ -82,10 +90,19 @@ class Scorer:
     ) -> None:
         self.close()
 
-    def _judge(self, prompt: Prompt, responses: list[str]) -> list[tuple[float, str]]:
-        if self._worker is None:
-            return [judge(exact_match, prompt, response) for response in responses]
-        return self._worker.judge(prompt, responses)
+    def _judge(self, group: Group) -> list[tuple[float, str]]:
+        """A (reward, problem) for each sample, by a worker that is idle."""
+        responses = [sample.text for sample in group.samples]
+        if not self._workers:
+            return [judge(exact_match, group.prompt, response) for response in responses]
+        worker = self._idle.get()
+        try:
+            if worker is None:
+                worker = _Worker(self._config)
+                self._workers.append(worker)
+            return worker.judge(group.prompt, responses)
+        finally:
+            self._idle.put(worker)
 
     def _log(self, problem: str, prompt: Prompt) -> None:
         kind = problem.split(":")[0]
@@ -106,7 +123,7 @@ _TIMED_OUT = "took longer than reward.timeout_s"
 
 
 class _Worker:
-    """The process that calls the reward function, and its replacements."""
+    """A process that calls the reward function, and its replacements."""
 
     def __init__(self, config: RewardConfig) -> None:
         self._config = config

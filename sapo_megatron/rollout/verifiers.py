@@ -5,7 +5,6 @@ worker is started as ``python -m sapo_megatron.rollout.verifiers FD FUNCTION TIM
 over the inherited socket FD; it imports neither torch nor Megatron, so that it starts fast.
 """
 
-import difflib
 import faulthandler
 import functools
 import importlib
@@ -21,6 +20,7 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
+from sapo_megatron.errors import nearest, with_type
 from sapo_megatron.sample import Prompt
 
 RewardFunction = Callable[[Prompt, str], float]
@@ -77,11 +77,11 @@ def find_function(name: str) -> RewardFunction:
     try:
         found: Any = importlib.import_module(module_name)
     except Exception as error:
-        raise ValueError(f"cannot import {module_name!r}: {describe(error)}") from error
+        raise ValueError(f"cannot import {module_name!r}: {with_type(error)}") from error
     for part in path.split("."):
         if not hasattr(found, part):
-            near = difflib.get_close_matches(part, dir(found), n=1)
-            hint = f"; the nearest is {near[0]}" if near else ""
+            near = nearest(part, dir(found), cutoff=0.6)
+            hint = f"; the nearest is {near}" if near else ""
             raise ValueError(f"{module_name!r} has no {path!r}{hint}")
         found = getattr(found, part)
     if not callable(found):
@@ -92,19 +92,14 @@ def find_function(name: str) -> RewardFunction:
 def judge(function: RewardFunction, prompt: Prompt, response: str) -> tuple[float, str]:
     """(reward, ""), or (0.0, the problem) where the function raises or gives no finite number."""
     try:
-        reward = function(prompt, response)
+        reward: Any = function(prompt, response)
     except BaseException as error:  # also sys.exit() and math-verify's own TimeoutException
-        return 0.0, describe(error)
+        return 0.0, with_type(error)
     if not isinstance(reward, numbers.Real):
         return 0.0, f"expected a number, got {type(reward).__name__}"
     if not math.isfinite(reward):
         return 0.0, f"expected a finite number, got {reward}"
     return float(reward), ""
-
-
-def describe(error: BaseException) -> str:
-    """An exception in one line."""
-    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 @functools.lru_cache(maxsize=64)
@@ -134,7 +129,7 @@ def _answer(prompt: Prompt) -> str:
 
 
 def _serve(connection: Connection, function: RewardFunction, timeout_s: float) -> None:
-    """Answer requests (prompt, responses) with one ``judge`` result a response until the end."""
+    """Answer requests (prompt, responses) with a ``judge`` result per response until the end."""
     with open(os.devnull, "w") as nowhere:
         while True:
             prompt, responses = connection.recv()

@@ -20,18 +20,18 @@ token once: the ranks of a data- and context-parallel group write, tensor-parall
 
 import dataclasses
 import json
-import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
 from torch import Tensor
 
-from sapo_megatron.errors import UserError
+from sapo_megatron.errors import UserError, first_problem, one_line
+from sapo_megatron.files import whole_file
 from sapo_megatron.sample import PackedBatch
 
 VERSION = "1"
@@ -78,30 +78,27 @@ class DumpRows:
         """
         assert batch.old_logprob is not None, "old_logprob is set before the first update"
         uids = torch.tensor(batch.sample_uids, device=batch.mask.device)
-        columns = {
-            "sequence": uids[batch.sequence_ids],
-            "position": batch.position_ids,
-            "old_logprob": batch.old_logprob,
-            "logprob": logprob,
-            "advantage": batch.advantages,
-            "mask": batch.mask,
-            "layers_changed": layers_changed,
-        }
+
+        def valid(x: Tensor) -> Tensor:
+            return x.detach()[batch.mask].cpu()
+
         return cls(
-            **{
-                name: None if x is None else x.detach()[batch.mask].cpu()
-                for name, x in columns.items()
-            }
+            sequence=valid(uids[batch.sequence_ids]),
+            position=valid(batch.position_ids),
+            old_logprob=valid(batch.old_logprob),
+            logprob=valid(logprob),
+            advantage=valid(batch.advantages),
+            mask=valid(batch.mask),
+            layers_changed=None if layers_changed is None else valid(layers_changed),
         )
 
     @classmethod
     def cat(cls, parts: Iterable["DumpRows"]) -> "DumpRows":
         """The rows of several micro-batches or files, of which there is at least one."""
         parts = list(parts)
-        columns = {name: torch.cat([part.column(name) for part in parts]) for name in SCHEMA.names}
-        if all(part.layers_changed is None for part in parts):
-            columns["layers_changed"] = None
-        return cls(**columns)
+        rows = cls(**{n: torch.cat([part.column(n) for part in parts]) for n in SCHEMA.names})
+        known = any(part.layers_changed is not None for part in parts)
+        return rows if known else dataclasses.replace(rows, layers_changed=None)
 
     def column(self, name: str) -> Tensor:
         """One column, [N]; :data:`UNKNOWN` throughout for ``layers_changed`` of None."""
@@ -110,6 +107,7 @@ class DumpRows:
         return getattr(self, name)
 
 
+@with_config(ConfigDict(extra="forbid", allow_inf_nan=False))
 @dataclass(frozen=True, kw_only=True)
 class DumpInfo:
     """The mini-batch that a file belongs to, and the objective that it was trained with.
@@ -120,25 +118,11 @@ class DumpInfo:
 
     step: int
     update: int
-    """Which mini-batch of the step, from 0."""
+    """The number of the mini-batch in the step, from 0."""
     loss_type: str
     tau_pos: float
     tau_neg: float
     loss_agg_mode: str
-
-    @classmethod
-    def from_json(cls, text: str) -> Self:
-        """Raises ValueError for anything but the fields of this class, each of its type."""
-        values = json.loads(text)
-        types = {f.name: f.type for f in fields(cls)}
-        if not isinstance(values, dict) or values.keys() != types.keys():
-            raise ValueError(f"expected the keys {', '.join(types)}")
-        for name, value in values.items():
-            if not isinstance(value, (int, float) if types[name] is float else types[name]):
-                raise ValueError(f"{name}: expected {types[name].__name__}, got {value!r}")
-            if types[name] is float and not math.isfinite(value):
-                raise ValueError(f"{name}: expected a finite number, got {value}")
-        return cls(**values)
 
     @property
     def settings(self) -> dict[str, str | float]:
@@ -147,18 +131,21 @@ class DumpInfo:
         return {name: value for name, value in values.items() if name not in ("step", "update")}
 
 
+_INFO: TypeAdapter[DumpInfo] = TypeAdapter(DumpInfo)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Dump:
     """One or several mini-batches, read back: N tokens on the CPU, S sequences."""
 
     rows: DumpRows
-    """With the dtypes of the columns."""
+    """All tokens, with the dtypes of the columns."""
     sequence_ids: Tensor
     """int64 [N], index of each token's sequence, 0 .. S-1: one response in one mini-batch."""
     lengths: Tensor
     """int64 [S], valid tokens of each whole sequence."""
     mini_batches: tuple[DumpInfo, ...]
-    """In the order of training; they differ in step and update only."""
+    """The mini-batches in the order of training; they differ in step and update only."""
     files: int
 
     @property
@@ -185,9 +172,8 @@ def write_dump(path: Path, rows: DumpRows, info: DumpInfo) -> None:
     metadata = {VERSION_KEY: VERSION, INFO_KEY: json.dumps(dataclasses.asdict(info))}
     table = pa.Table.from_arrays(columns, schema=SCHEMA.with_metadata(metadata))
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    pq.write_table(table, temporary, compression="zstd")
-    temporary.replace(path)
+    with whole_file(path) as temporary:
+        pq.write_table(table, temporary, compression="zstd")
 
 
 _TORCH = {
@@ -233,7 +219,7 @@ def read_dumps(paths: Sequence[str | Path]) -> Dump:
     return Dump(
         rows=rows,
         sequence_ids=sequence_ids,
-        lengths=torch.bincount(sequence_ids[rows.mask], minlength=sequence_ids.max().item() + 1),
+        lengths=torch.bincount(sequence_ids[rows.mask], minlength=int(sequence_ids.max()) + 1),
         mini_batches=tuple(mini_batches),
         files=len(files),
     )
@@ -287,7 +273,7 @@ def _read(path: Path) -> tuple[DumpRows, DumpInfo]:
     except (ValueError, pa.ArrowException, OSError) as error:
         raise UserError(
             f"{path}: expected a parquet file with the columns of a token dump, got one that "
-            f"cannot be read ({' '.join(str(error).split())}); write it again"
+            f"cannot be read ({one_line(error)}); write it again"
         ) from None
     columns = {}
     for name in SCHEMA.names:
@@ -297,14 +283,14 @@ def _read(path: Path) -> tuple[DumpRows, DumpInfo]:
     for name in ("old_logprob", "logprob", "advantage"):
         bad = ~columns[name].isfinite() & columns["mask"]
         if bad.any():
-            row = bad.nonzero()[0].item()
+            row = int(bad.nonzero()[0])
             raise UserError(
                 f"{path}: {name}: expected finite numbers on valid tokens, got "
                 f"{columns[name][row].item()} in row {row}; mask those tokens, or look into the run"
             )
-    if (columns["layers_changed"] < 0).all():
-        columns["layers_changed"] = None
-    return DumpRows(**columns), info
+    rows = DumpRows(**columns)
+    known = (columns["layers_changed"] >= 0).any()
+    return rows if known else dataclasses.replace(rows, layers_changed=None), info
 
 
 def _read_info(path: Path, schema: pa.Schema) -> DumpInfo:
@@ -328,9 +314,9 @@ def _read_info(path: Path, schema: pa.Schema) -> DumpInfo:
             f"{', '.join(missing)}; write the dump again"
         )
     try:
-        return DumpInfo.from_json(metadata.get(INFO_KEY, b"null").decode())
-    except ValueError as error:
+        return _INFO.validate_json(metadata.get(INFO_KEY, b"null"), strict=True)
+    except ValidationError as error:
         raise UserError(
             f"{path}: {INFO_KEY.decode()}: expected the mini-batch and its objective as JSON, got "
-            f"something else ({error}); write the dump again"
+            f"something else ({first_problem(error)}); write the dump again"
         ) from None

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from sapo_megatron.errors import UserError
+from sapo_megatron.files import write_whole
 from sapo_megatron.hf.architecture import Architecture
 from sapo_megatron.recipe.load import to_yaml
 from sapo_megatron.recipe.schema import Recipe
@@ -22,11 +23,13 @@ RUNS = Path("runs")
 
 @dataclass(frozen=True, kw_only=True)
 class RunFolder:
+    """A run's folder, and where the run goes on from."""
+
     path: Path
     shared: Path
     """What runs of this recipe have in common."""
     checkpoint: Path | None = None
-    """Where to go on from; None for a new run."""
+    """The checkpoint to go on from; None for a new run."""
     state: RunState | None = None
     """What was saved with the checkpoint."""
 
@@ -49,13 +52,6 @@ class RunFolder:
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         write_whole(self.path / "summary.json", json.dumps(summary, indent=2) + "\n")
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text)
-    temporary.replace(path)
 
 
 def open_run(recipe: Recipe, arch: Architecture, resume: str | None) -> RunFolder:

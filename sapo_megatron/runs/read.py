@@ -1,6 +1,7 @@
 """What a run folder holds, read back: the recipe, the series and the summary."""
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,15 @@ class Run:
         table = np.array(points, dtype=np.float64).reshape(-1, 2)
         return table[:, 0], table[:, 1]
 
+    def table(self, names: list[str]) -> tuple[Floats, Floats]:
+        """(steps, ``[len(names), steps]``) of the steps that logged any of these; else NaN."""
+        held = [dict(zip(*self.series(name), strict=True)) for name in names]
+        steps = sorted({step for series in held for step in series})
+        rows = [[series.get(step, np.nan) for step in steps] for series in held]
+        return np.array(steps), np.array(rows).reshape(len(names), len(steps))
+
     def has(self, name: str) -> bool:
+        """Whether the metric was ever logged with a finite value."""
         return any(_is_number(r.get(name)) for r in self.records)
 
     def histogram(self, name: str) -> tuple[Floats, Floats] | None:
@@ -74,17 +83,22 @@ class Run:
 
     @property
     def steps_done(self) -> int:
+        """Steps behind the run, also where it was cut off."""
         return int(self.summary.get("steps", self.records[-1]["step"]))
 
     @property
     def wall_s(self) -> float | None:
-        """Seconds of the whole run; the steps alone where there is no summary."""
+        """Seconds of the whole run, with the cold start where it was made and not found.
+
+        Of the steps alone where there is no summary; None where no step was timed either.
+        """
         if _is_number(self.summary.get("wall_s")):
             return float(self.summary["wall_s"])
         return float(self.series("perf/step_s")[1].sum()) if self.has("perf/step_s") else None
 
     @property
     def world_size(self) -> int | None:
+        """Ranks of the run; None where it has not ended."""
         return self.summary.get("world_size")
 
 
@@ -130,4 +144,5 @@ def _read_records(path: Path) -> list[dict[str, Any]]:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    real = isinstance(value, int | float) and not isinstance(value, bool)
+    return real and math.isfinite(value)

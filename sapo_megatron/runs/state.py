@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from sapo_megatron.errors import UserError
+from sapo_megatron.errors import UserError, first_problem
 from sapo_megatron.hf.architecture import Architecture
 from sapo_megatron.recipe.schema import ParallelConfig, Recipe
 
@@ -63,7 +63,10 @@ def write_state(checkpoint: Path, state: RunState) -> None:
 
 
 def read_state(checkpoint: Path, parallel: ParallelConfig) -> RunState:
-    """The state of ``checkpoint``. Raises UserError where there is none, or the layout differs."""
+    """The state of ``checkpoint``.
+
+    Raises UserError where there is none, where it is damaged, or where the layout differs.
+    """
     path = checkpoint / "state.json"
     try:
         state = _ADAPTER.validate_json(path.read_bytes(), strict=True)
@@ -73,10 +76,8 @@ def read_state(checkpoint: Path, parallel: ParallelConfig) -> RunState:
             f"such as RUN/checkpoints/step-000010"
         ) from None
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        key = ".".join(map(str, first["loc"]))
         raise UserError(
-            f"{path}: expected the state of a run, got something else ({key}: {first['msg']}); "
+            f"{path}: expected the state of a run, got something else ({first_problem(error)}); "
             f"resume from another checkpoint"
         ) from None
     for name, ours in layout(parallel).items():

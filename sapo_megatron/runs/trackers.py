@@ -1,6 +1,6 @@
 """Writers of a run's metrics: JSONL always, TensorBoard and Weights & Biases on request.
 
-Only rank 0 builds these. ``metrics.jsonl`` holds one JSON object a step: ``step`` and the flat
+Only rank 0 builds these. ``metrics.jsonl`` holds one JSON object per step: ``step`` and the flat
 metric names; what is not finite is null. A histogram stands under its name as
 ``{"hist": {"edges": [n + 1 numbers], "counts": [n integers]}}``, the points of a scatter plot as
 ``{"points": [[x, y], ...]}``; edges and points to six digits.
@@ -22,8 +22,12 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Any, Literal, Protocol, Self
 
+import numpy as np
+
+from sapo_megatron.errors import with_type
+from sapo_megatron.files import write_whole
 from sapo_megatron.metrics import Metrics
 from sapo_megatron.recipe.schema import LoggingConfig
 
@@ -81,7 +85,9 @@ class RunTrackers:
                 tracker.log(step, metrics)
             except Exception as error:
                 del self._trackers[name]
-                logger.warning("%s failed at step %d and is dropped: %s", name, step, _line(error))
+                logger.warning(
+                    "%s failed at step %d and is dropped: %s", name, step, with_type(error)
+                )
 
     def close(self, *, failed: bool = False) -> None:
         """Flush and close; ``failed`` marks the run as failed where a tracker can show it."""
@@ -90,7 +96,7 @@ class RunTrackers:
             try:
                 tracker.close(failed)
             except Exception as error:
-                logger.warning("%s failed while closing: %s", name, _line(error))
+                logger.warning("%s failed while closing: %s", name, with_type(error))
 
     def __enter__(self) -> Self:
         return self
@@ -107,11 +113,13 @@ class RunTrackers:
         try:
             self._trackers[name] = build()
         except Exception as error:
-            logger.warning("%s did not start, the run goes on without it: %s", name, _line(error))
+            logger.warning(
+                "%s did not start, the run goes on without it: %s", name, with_type(error)
+            )
 
 
 class JsonlTracker:
-    """One JSON object a step, flushed at once, so that a killed run keeps what it logged."""
+    """One JSON object per step, flushed at once, so that a killed run keeps what it logged."""
 
     def __init__(self, path: Path, *, resume_step: int | None = None) -> None:
         _keep_before(path, resume_step)
@@ -183,7 +191,7 @@ class WandbTracker:
         import wandb
 
         self._wandb = wandb
-        arguments = {
+        arguments: dict[str, Any] = {
             "project": config.wandb_project,
             "name": config.wandb_name or run_dir.name,
             "id": _wandb_id(run_dir / "wandb" / "run_id", resuming=resume_step is not None),
@@ -199,12 +207,12 @@ class WandbTracker:
         }
         mode = _wandb_mode()
         try:
-            resume = "allow" if mode == "online" else None
+            resume: Literal["allow"] | None = "allow" if mode == "online" else None
             self._run = wandb.init(mode=mode, resume=resume, **arguments)
         except Exception as error:
             if mode != "online":
                 raise
-            logger.warning("W&B goes offline: %s", _line(error))
+            logger.warning("W&B goes offline: %s", with_type(error))
             wandb.teardown()  # else the service still holds the run's id
             mode = "offline"
             self._run = wandb.init(mode=mode, **arguments)
@@ -214,7 +222,9 @@ class WandbTracker:
     def log(self, step: int, metrics: Metrics) -> None:
         record: dict[str, Any] = metrics.values()
         for name, h in metrics.histograms().items():
-            record[name] = self._wandb.Histogram(np_histogram=(h.counts.tolist(), list(h.edges)))
+            record[name] = self._wandb.Histogram(
+                np_histogram=(h.counts.cpu().numpy(), np.array(h.edges))
+            )
         for name, p in metrics.points().items():
             table = self._wandb.Table(columns=["x", "y"], data=p.pairs())
             record[name] = self._wandb.plot.scatter(table, "x", "y", title=name)
@@ -225,7 +235,7 @@ class WandbTracker:
 
 
 class Progress:
-    """One log line a step: where the run stands and how long it will take.
+    """One log line per step: where the run stands and how long it will take.
 
     The time left is the median of the recent steps times the steps to come, so a slow first step,
     an evaluation or a checkpoint does not throw it off.
@@ -275,7 +285,7 @@ def duration(seconds: float) -> str:
 
 
 def _keep_before(path: Path, step: int | None) -> None:
-    """Leave only the lines of steps before ``step`` (none when it is None), in one rename."""
+    """Leave only the lines of steps before ``step`` (none when it is None)."""
     if not path.exists():
         return
     kept = []
@@ -285,12 +295,7 @@ def _keep_before(path: Path, step: int | None) -> None:
                 kept.append(line + "\n")
         except (json.JSONDecodeError, KeyError, TypeError):
             logger.warning("%s:%d: not a line of metrics (cut off?), dropped", path, number)
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("w") as file:
-        file.writelines(kept)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    write_whole(path, "".join(kept))
 
 
 def _wandb_id(path: Path, *, resuming: bool) -> str:
@@ -298,15 +303,18 @@ def _wandb_id(path: Path, *, resuming: bool) -> str:
     if resuming and path.exists():
         return path.read_text().strip()
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(uuid.uuid4().hex[:8])
-    return path.read_text()
+    found = uuid.uuid4().hex[:8]
+    write_whole(path, found)
+    return found
 
 
-def _wandb_mode() -> str:
-    """``online`` where that can work; else ``offline``, or what WANDB_MODE asks for."""
-    asked = os.environ.get("WANDB_MODE", "online")
-    if asked in ("offline", "dryrun", "disabled"):
-        return asked
+def _wandb_mode() -> Literal["online", "offline", "disabled"]:
+    """``online`` where that can work and WANDB_MODE does not ask for another."""
+    asked = os.environ.get("WANDB_MODE")
+    if asked == "disabled":
+        return "disabled"
+    if asked in ("offline", "dryrun"):
+        return "offline"
     if not os.environ.get("WANDB_API_KEY"):
         logger.info("W&B goes offline: WANDB_API_KEY is not set")
         return "offline"
@@ -337,11 +345,5 @@ def _reachable(url: str, timeout_s: float) -> bool:
 
 
 def _rounded(numbers: Iterable[float]) -> list[float]:
-    """To six significant digits."""
+    """The numbers to six significant digits."""
     return [float(f"{x:.6g}") for x in numbers]
-
-
-def _line(error: Exception) -> str:
-    """An error's type and the start of its message, on one line."""
-    text = f"{type(error).__name__}: {str(error).strip() or 'no message'}".splitlines()[0]
-    return text if len(text) <= 200 else text[:197] + "..."

@@ -21,8 +21,8 @@ from sapo_megatron.policy import parallel
 from sapo_megatron.policy.decode import MegatronDecoder
 from sapo_megatron.policy.step import Policy
 from sapo_megatron.recipe.schema import Recipe
-from sapo_megatron.rollout.collect import Engine
-from sapo_megatron.rollout.generate import InProcess, Request, SamplingParams
+from sapo_megatron.rollout.engine import Engine, Request, SamplingParams
+from sapo_megatron.rollout.generate import InProcess
 from sapo_megatron.rollout.vllm.engine import Probe, VllmEngine
 from sapo_megatron.rollout.vllm.servers import LocalServers
 from sapo_megatron.rollout.vllm.transfer import Transfer

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from sapo_megatron.recipe.schema import Recipe
 from sapo_megatron.rollout.collect import Collector, rewards
-from sapo_megatron.rollout.generate import SamplingParams
+from sapo_megatron.rollout.engine import SamplingParams
 from sapo_megatron.sample import Prompt
 
 SEED_OFFSET = 1

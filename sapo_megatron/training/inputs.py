@@ -7,7 +7,7 @@ from sapo_megatron.data.prompts import PromptSource, held_out
 from sapo_megatron.data.tokenizer import Tokenizer, load_tokenizer
 from sapo_megatron.errors import UserError
 from sapo_megatron.hf.architecture import Architecture, read_architecture
-from sapo_megatron.hf.folder import Checkpoint, check_same, find_model
+from sapo_megatron.hf.folder import WeightFiles, check_same, find_model
 from sapo_megatron.policy.machine import check_machine
 from sapo_megatron.recipe.check import check_architecture, check_world
 from sapo_megatron.recipe.schema import Recipe
@@ -49,7 +49,7 @@ def preflight(recipe: Recipe, world_size: int) -> Inputs:
     """``read_inputs``, and use each once: what every process would stumble over, one finds."""
     inputs = read_inputs(recipe, world_size)
     if recipe.model.init == "pretrained":
-        Checkpoint(inputs.model)
+        WeightFiles(inputs.model)
     beginning = inputs.source.state_dict()
     inputs.source.next(1)
     if recipe.cold_start.steps:

@@ -77,10 +77,12 @@ def run_step(session: Session, step: int) -> Metrics:
     """A rollout batch, and the updates on it."""
     recipe, groups, updater = session.recipe, session.groups, session.updater
     began = time.monotonic()
-    collected, metrics = session.collect(step)
-    set_advantages(collected, recipe.algorithm.adv_estimator)
+    collected = session.collect(step)
+    metrics = collected.metrics
+    set_advantages(collected.groups, recipe.algorithm.adv_estimator)
 
-    mini_batches = split_mini_batches(collected, recipe.train.num_mini_batches)
+    mini_batches = split_mini_batches(collected.groups, recipe.train.num_mini_batches)
+    session.deliver_routes(mini_batches, collected.held)
     cut = groups.micro_batching(recipe)
     packed = [
         [batch.to(groups.device) for batch in micro_batches(samples, cut)]
@@ -97,7 +99,7 @@ def run_step(session: Session, step: int) -> Metrics:
     seconds = time.monotonic() - began
     metrics.add("perf/step_s", Max(seconds))
     if dist.get_rank() == 0:
-        samples = [sample for group in collected for sample in group.samples]
+        samples = [sample for group in collected.groups for sample in group.samples]
         tokens = sum(len(s.prompt_tokens) + len(s.response_tokens) for s in samples)
         metrics.add("perf/tokens_per_s", Mean(tokens / seconds, 1.0))
     return metrics

@@ -3,7 +3,7 @@
 import logging
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import Any
 import torch.distributed as dist
 import yaml
 
+from sapo_megatron.data.batch import data_parallel_ranks
 from sapo_megatron.errors import RunFailed
 from sapo_megatron.metrics import Max, Mean, Metrics
 from sapo_megatron.policy import checkpoint, parallel
@@ -20,13 +21,14 @@ from sapo_megatron.policy.parallel import ParallelGroups
 from sapo_megatron.policy.step import Policy
 from sapo_megatron.recipe.load import to_yaml
 from sapo_megatron.recipe.schema import Recipe
-from sapo_megatron.rollout.collect import Collector
+from sapo_megatron.rollout.collect import Collector, Responses
+from sapo_megatron.rollout.exchange import HeldRoutes, deliver_routes
 from sapo_megatron.rollout.reward import Scorer
 from sapo_megatron.runs.folder import RunFolder, find_run
 from sapo_megatron.runs.journal import Journal
 from sapo_megatron.runs.state import RunState, identity, layout
 from sapo_megatron.runs.trackers import RunTrackers, duration
-from sapo_megatron.sample import Group
+from sapo_megatron.sample import Sample
 from sapo_megatron.training.coldstart import initial_weights
 from sapo_megatron.training.engine import open_engine
 from sapo_megatron.training.evaluate import evaluate
@@ -49,6 +51,8 @@ class Session:
     """The weights that the run started from."""
     policy: Policy
     updater: Updater
+    data_parallel: list[list[int]]
+    """The ranks with the samples of each data-parallel rank."""
     collector: Collector
     trackers: RunTrackers | None
     """On the first rank."""
@@ -58,7 +62,7 @@ class Session:
     def first_step(self) -> int:
         return self.run.state.step + 1 if self.run.state else 1
 
-    def collect(self, step: int) -> tuple[list[Group], Metrics]:
+    def collect(self, step: int) -> Responses:
         """This step's groups; with ``rollout.async_steps``, the next step's are under way then."""
         source, seed = self.inputs.source, self.recipe.train.seed
         with self._saved_if_lost(step - 1):
@@ -66,6 +70,18 @@ class Session:
             if self.recipe.rollout.async_steps and step < self.recipe.train.steps:
                 self.collector.begin(source, seed=seed)
         return collected
+
+    def deliver_routes(
+        self, mini_batches: Sequence[Sequence[Sample]], held: Mapping[int, HeldRoutes]
+    ) -> None:
+        """Bring the rollout's routes to the ranks that train on them."""
+        if not held:
+            return
+        cut, world = self.groups.micro_batching(self.recipe), self.groups.world
+        for samples in mini_batches:
+            places = data_parallel_ranks(samples, cut)
+            readers = [self.data_parallel[place] for place in places]
+            deliver_routes(samples, readers, held, world)
 
     def evaluate(self) -> dict[str, float]:
         """avg@k and pass@1 of the policy as it is."""
@@ -164,6 +180,7 @@ def open_session(
             run=run,
             start=start,
             policy=policy,
+            data_parallel=parallel.data_parallel_blocks(groups),
             updater=Updater(recipe, policy, reference, observer),
             collector=_open_collector(stack, recipe, inputs, policy, run),
             trackers=_open_trackers(stack, recipe, run),
@@ -235,8 +252,8 @@ def _open_collector(
         tokenizer=inputs.tokenizer,
         config=recipe.rollout,
         with_routes=recipe.routing.observe or recipe.routing.router_replay == "R3",
-        share_rank=groups.dp_cp.rank() if in_process else 0,
-        shares=groups.dp_cp.size() if in_process else 1,
+        part=groups.dp_cp.rank() if in_process else 0,
+        parts=groups.dp_cp.size() if in_process else 1,
         world=groups.world,
     )
 

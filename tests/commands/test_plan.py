@@ -1,6 +1,8 @@
 """``plan``: every recipe on its cluster; against published numbers, hand counts, measurements."""
 
+import dataclasses
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -117,6 +119,9 @@ def test_json_as_the_program_prints_it():
     parts = {"weights", "gradients", "optimizer", "activations", "logprobs", "kv_cache", "total"}
     assert parts <= set(out["memory_gib"])
     assert out["memory_gib"]["total"] <= out["available_gib"]
+    host = out["host_memory_gib"]
+    assert list(host) == ["samples", "exchange", "pinned", "optimizer", "total"]
+    assert host["total"] == pytest.approx(sum(host.values()) - host["total"], abs=0.05)
 
 
 def test_total_is_the_larger_of_update_and_rollout(planned):
@@ -348,7 +353,7 @@ def test_bytes_of_a_packed_batch():
         truncated=False,
     )
     batch = pack([sample])
-    batch.old_logprob = torch.zeros(len(batch.tokens))
+    batch = dataclasses.replace(batch, old_logprob=torch.zeros(len(batch.tokens)))
     tensors = [x for x in vars(batch).values() if isinstance(x, torch.Tensor)]
     per_token = sum(x.numel() * x.element_size() for x in tensors if len(x) == 1000) / 1000
     assert per_token == 45
@@ -360,7 +365,62 @@ def test_offloading_moves_the_optimizer_to_the_host():
     stage = made.stages[0]
     assert made.memory[0].optimizer == 0
     # dp x cp = 2 for dense weights, 1 for experts; 16 bytes per parameter, 8 GPUs per node.
-    assert made.host_gib * GIB == pytest.approx(8 * 16 * (stage.dense / 2 + stage.experts))
+    assert made.host.optimizer == pytest.approx(8 * 16 * (stage.dense / 2 + stage.experts))
+
+
+def test_host_memory_by_hand():
+    made = plan(load(MOE_8))
+    stage, tokens = made.stages[0], 1024 * 10240
+    # 48 layers: 8 experts of 2 bytes each, and at one token of 128 fp32 probabilities of 128.
+    routes = 48 * (2 * 8 + 4 * 128 / 128)
+    # All is kept once by the two leaders that made it, and half by each of eight ranks.
+    assert made.host.samples == 8 * tokens * 72
+    assert made.host.exchange == (1 + 8 / 2) * tokens * routes + 8 * tokens / 2 * 64
+    # Weights in bf16, as the optimizer is not on the GPU.
+    assert made.host.pinned == 8 * 2 * 2 * stage.parameters
+    assert made.host.total == sum(made.host.parts().values()) * GIB
+
+
+@pytest.mark.parametrize(
+    ("settings", "exchange"),
+    [
+        ({"routing.observe": "false"}, 0.0),
+        ({"rollout.engine": "vllm", "rollout.servers": "[http://a]"}, (1 + 4) * 960),
+        (
+            {
+                **{"rollout.engine": "vllm", "rollout.servers": "[http://a]"},
+                "rollout.async_steps": "1",
+            },
+            (2 + 4) * 960,
+        ),
+    ],
+    ids=["no routes", "servers", "ahead"],
+)
+def test_routes_that_hosts_keep(settings, exchange):
+    made = plan(load(MOE_8, settings))
+    in_process = made.recipe.rollout.engine == "in_process"
+    made_at_once = 1024 / 2 if in_process else 1024 * (1 + made.recipe.rollout.async_steps)
+    sent = 8 * made_at_once * 10240 * 64
+    assert made.host.exchange == 1024 * 10240 * exchange + sent
+
+
+def test_a_node_without_the_memory(capsys):
+    words = ["plan", str(MOE_8), "cluster.host_memory_gib=600"]
+    assert main(words) == 1
+    printed = capsys.readouterr()
+    assert re.search(r"host memory per node: .*; does not fit: 6\d\d of 600 GiB", printed.out)
+    (line,) = printed.err.splitlines()
+    assert line.startswith("error: qwen3-30b-a3b-8gpu: does not fit: a node needs 6")
+    assert "most of it optimizer (45" in line
+    assert "cluster.host_memory_gib" in line
+    assert main([*words[:-1], "cluster.host_memory_gib=640"]) == 0
+
+
+def test_what_fits_the_gpus_alone_is_not_suggested():
+    settings = {"cluster.host_memory_gib": "600", "optimizer.optimizer_offload_fraction": "0"}
+    for suggestion in plan(load(MOE_8, settings)).suggestions:
+        words = dict(word.split("=") for word in suggestion.words.split())
+        assert plan(load(MOE_8, settings | words)).fits, suggestion
 
 
 # Against what training really holds

@@ -3,35 +3,49 @@
 import json
 import re
 from html.parser import HTMLParser
+from itertools import combinations, product
+from pathlib import Path
 
-import matplotlib.image
+import numpy as np
 import pytest
+import yaml
+from matplotlib.colors import to_rgb
+from matplotlib.text import Text
 
+from sapo_megatron.commands import report
 from sapo_megatron.commands.report import write_report
-from sapo_megatron.commands.report.drawing import THEMES, render
-from sapo_megatron.commands.report.figures import FIGURES
+from sapo_megatron.commands.report.drawing import BARS, THEMES, WIDTH, drawn, render
+from sapo_megatron.commands.report.figures import SECTIONS
 from sapo_megatron.commands.report.router_figures import (
     ENGINES,
     FLIPS,
+    POOLED,
     ROUTER_FIGURES,
     SHIFT,
+    SPLIT,
     by_layers,
 )
 from sapo_megatron.errors import UserError
 from sapo_megatron.runs.read import read_run
 from tests.support.synthetic_run import write_run
 
+FIGURES = [figure for figures in SECTIONS.values() for figure in figures]
+LARGEST_PAGE = 2_000_000
+"""Bytes."""
+
 
 class _Page(HTMLParser):
-    """Collects what a page would load, and its text."""
+    """Collects what a page would load, the names of its pictures, and its text."""
 
     def __init__(self, html: str) -> None:
         super().__init__()
         self.loads: list[str] = []
+        self.pictures: list[str] = []
         self.text = ""
         self.feed(html)
 
     def handle_starttag(self, tag, attributes):
+        self.pictures += [v for k, v in attributes if k == "alt"]
         self.loads += [v for k, v in attributes if k in ("src", "href", "srcset", "data", "poster")]
 
     def handle_data(self, data):
@@ -40,18 +54,20 @@ class _Page(HTMLParser):
 
 @pytest.fixture(scope="module")
 def sapo_run(tmp_path_factory):
-    folder = write_run(tmp_path_factory.mktemp("runs") / "sapo")
+    folder = write_run(tmp_path_factory.mktemp("runs") / "sapo", steps=1000)
     return folder, write_report(folder)
 
 
-def test_every_figure_is_drawn_and_legible(sapo_run):
-    folder, _ = sapo_run
+def test_every_figure_is_in_the_folder_and_on_the_page(sapo_run):
+    folder, page = sapo_run
     pngs = {path.stem for path in (folder / "report").glob("*.png")}
     assert pngs == {figure.name for figure in FIGURES}
-    for name in pngs:
-        image = matplotlib.image.imread(folder / "report" / f"{name}.png")
-        assert image.shape[1] >= 1000
-        assert image.std() > 0.02, f"{name} is blank"
+    titles = [figure.title for figure in FIGURES for _ in THEMES]
+    assert sorted(_Page(page.read_text()).pictures) == sorted(titles)
+
+
+def test_the_page_of_a_long_run_is_small(sapo_run):
+    assert sapo_run[1].stat().st_size <= LARGEST_PAGE
 
 
 def test_the_page_loads_nothing_from_outside(sapo_run):
@@ -66,15 +82,15 @@ def test_the_page_loads_nothing_from_outside(sapo_run):
 def test_the_page_tells_the_main_numbers(sapo_run):
     text = _Page(sapo_run[1].read_text()).text
     for told in (
-        "60 of 60",
-        "8m12s",
+        "1000 of 1000",
+        "2h16m",
         "tau_pos 1, tau_neg 1.05",
         "31.0% before, 68.0% after",
         "from 42.0% (+32.0 points)",
         "2 ranks: TP 1, PP 1, CP 1, EP 2",
         "router's share of the variance",
         "Experts that changed",
-        "at step 60",
+        "at step 1000",
     ):
         assert told in text
     assert "Left out" not in text
@@ -107,7 +123,37 @@ def test_a_run_that_was_cut_off_still_has_a_report(tmp_path):
     assert run.steps_done == 7
     assert run.evaluations() == {}
     assert run.wall_s == pytest.approx(7 * 8.2, rel=0.3)
-    assert "7 of 12" in _Page(write_report(folder).read_text()).text
+    page = write_report(folder)
+    assert "7 of 12" in _Page(page.read_text()).text
+    assert page.stat().st_size <= LARGEST_PAGE
+
+
+def test_the_time_says_what_is_in_it(tmp_path):
+    folder = write_run(tmp_path / "run", steps=2)
+    _steps(folder, **{"reward/mean": [0.1, 0.2], "perf/step_s": [3.0, 4.0]})
+    config = folder / "config.yaml"
+    assert "Wall time16s\n" in _Page(write_report(folder).read_text()).text
+    raw = yaml.safe_load(config.read_text())
+    raw["cold_start"]["steps"] = 100
+    config.write_text(yaml.safe_dump(raw))
+    assert "16s, cold start included" in _Page(write_report(folder).read_text()).text
+    (folder / "summary.json").unlink()
+    told = "7s in steps, without evaluation and checkpoints"
+    assert told in _Page(write_report(folder).read_text()).text
+
+
+def test_a_report_needs_nothing_but_its_folder(tmp_path):
+    folder = write_run(tmp_path / "run", steps=1)
+    _steps(folder, **{"reward/mean": [0.1]})
+    raw = yaml.safe_load((folder / "config.yaml").read_text())
+    gone = str(tmp_path / "gone")
+    raw["model"] |= {"path": gone, "tokenizer": gone, "architecture": f"{gone}/config.json"}
+    raw["data"]["train"] |= {"tasks": [], "path": f"{gone}/train.jsonl"}
+    raw["data"]["eval"] = {"path": f"{gone}/eval.parquet"}
+    raw["rollout"] |= {"engine": "vllm", "vllm_python": f"{gone}/bin/python"}
+    raw["train"]["run_dir"] = gone
+    (folder / "config.yaml").write_text(yaml.safe_dump(raw))
+    assert write_report(folder).exists()
 
 
 def test_histograms_add_up_over_the_steps(tmp_path):
@@ -167,6 +213,176 @@ def test_points_at_zero_are_no_figure(tmp_path):
     run = _steps(write_run(tmp_path / "run", steps=1), **{"sapo/bound_points": points})
     assert run.points("sapo/bound_points").tolist() == [[1, 0, 0], [1, 1e-16, 2e-16]]
     assert "bound" not in {figure.name for figure in FIGURES if figure.available(run)}
+
+
+# The pictures
+
+
+def _scaled(folder, factor):
+    """A run of which every metric that is one number was ``factor`` times the usual."""
+    write_run(folder, steps=6)
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    for record in records:
+        record.update({name: factor * x for name, x in record.items() if isinstance(x, float)})
+    (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, records)))
+    return read_run(folder)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, sapo_run):
+    """Runs of a thousand steps, with values like rounding errors, and with nothing but zeros."""
+    folder = tmp_path_factory.mktemp("runs")
+    tiny, zero = _scaled(folder / "tiny", 1e-7), _scaled(folder / "zero", 0.0)
+    return {"long": read_run(sapo_run[0]), "tiny": tiny, "zero": zero}
+
+
+@pytest.fixture
+def written(monkeypatch):
+    """Draws a figure; (its canvas, the texts that stand on it, the renderer)."""
+
+    def written(figure, run):
+        texts, draw = {}, Text.draw
+
+        def kept(text, renderer):
+            if text.get_visible() and text.get_text().strip():
+                texts[id(text)] = text
+            draw(text, renderer)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Text, "draw", kept)
+            made = drawn(figure, run, THEMES["light"])
+        return made.figure, list(texts.values()), made.get_renderer()
+
+    return written
+
+
+def _within(box, canvas):
+    """Whether a box lies on the canvas, give or take a pixel."""
+    low, high = min(box.x0, box.y0), (box.x1 - canvas.x1, box.y1 - canvas.y1)
+    return low >= -1 and max(high) <= 1
+
+
+def _apart(one, other):
+    """Whether two boxes have no pixel in common, give or take one."""
+    return min(one.x1, other.x1) - max(one.x0, other.x0) <= 1 or (
+        min(one.y1, other.y1) - max(one.y0, other.y0) <= 1
+    )
+
+
+def _narrowest_image():
+    """Pixels that the page gives to a picture in the narrowest of its columns."""
+    css = Path(report.__file__).with_name("template.html").read_text()
+    column = float(re.search(r"minmax\(min\(100%, (\S+)rem\)", css)[1])
+    padding = float(re.search(r"figure \{ margin: 0; padding: (\S+)rem;", css)[1])
+    return 16 * (column - 2 * padding) - 2
+
+
+@pytest.mark.parametrize("kind", ["long", "tiny", "zero"])
+def test_letters_are_legible_and_nothing_is_covered_or_cut_off(written, runs, kind):
+    for figure in FIGURES:
+        if not figure.available(runs[kind]):
+            continue
+        canvas, texts, renderer = written(figure, runs[kind])
+        boxes = [text.get_window_extent(renderer) for text in texts]
+        for text, box in zip(texts, boxes, strict=True):
+            assert text.get_fontsize() / 72 / WIDTH * _narrowest_image() >= 9, (figure.name, text)
+            assert _contrast(text.get_color(), THEMES["light"].face) >= 4.5, (figure.name, text)
+            assert _within(box, canvas.bbox), (figure.name, text)
+        for (one, box), (other, beside) in combinations(zip(texts, boxes, strict=True), 2):
+            assert _apart(box, beside), (figure.name, one, other)
+        legends = [ax.get_legend() for ax in canvas.axes if ax.get_legend()]
+        for ax, legend in product(canvas.axes, legends):
+            assert _apart(legend.get_window_extent(renderer), ax.bbox), figure.name
+        for ax in canvas.axes if figure.name != "bound" else ():  # which leaves out outliers
+            low, high = ax.get_ylim()
+            for line in (line for line in ax.lines if line.get_transform() == ax.transData):
+                y = np.asarray(line.get_ydata(), dtype=np.float64)
+                assert np.all(((low <= y) & (y <= high)) | np.isnan(y)), (figure.name, line)
+
+
+@pytest.mark.parametrize("theme", THEMES.values(), ids=THEMES)
+def test_colours_stand_out_from_the_page(theme):
+    """The thresholds of WCAG 2.1: 4.5 for letters, 3 for what is drawn."""
+    assert _contrast(theme.ink, theme.face) >= 7
+    assert _contrast(theme.muted, theme.face) >= 4.5
+    assert all(_contrast(color, theme.face) >= 3 for color in theme.series)
+
+
+def _contrast(one, other):
+    dark, light = sorted((_luminance(one), _luminance(other)))
+    return (light + 0.05) / (dark + 0.05)
+
+
+def _luminance(color):
+    rgb = np.array(to_rgb(color))
+    linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+    return linear @ (0.2126, 0.7152, 0.0722)
+
+
+def _figure(name):
+    (found,) = [figure for figure in FIGURES if figure.name == name]
+    return found
+
+
+def test_the_axis_of_what_is_always_0_goes_from_0_to_1(written, runs):
+    run = runs["zero"]
+    for name in ("flips", "response", "grad_norm", "variance_split", "time", "engines", "loss"):
+        canvas, texts, _ = written(_figure(name), run)
+        assert {ax.get_ylim() for ax in canvas.axes} == {(0, 1)}, name
+        assert not any("e-" in text.get_text() for text in texts), name
+    assert {"0%", "100%"} <= {text.get_text() for text in written(_figure("flips"), run)[1]}
+
+
+def _lines(canvas):
+    return {line.get_label(): line for ax in canvas.axes for line in ax.lines}
+
+
+def test_the_gradient_norm_is_a_running_median_on_a_logarithmic_axis(written, tmp_path):
+    norms = [0.1 + 0.001 * i for i in range(60)]
+    norms[20], norms[40] = 500.0, 0.0
+    run = _steps(write_run(tmp_path / "run", steps=1), **{"actor/grad_norm": norms})
+    canvas, texts, _ = written(_figure("grad_norm"), run)
+    assert canvas.axes[0].get_yscale() == "log"
+    lines = _lines(canvas)
+    assert lines["each step"].get_ydata().tolist() == [*norms[:40], *norms[41:]]
+    assert lines["0"].get_xdata().tolist() == [41]
+    median = lines["running median"].get_ydata()
+    assert len(median) == 60
+    assert 0.1 <= median.min() <= median.max() < 0.17
+    assert median[30] == pytest.approx(0.13)
+    assert {"each step", "running median", "0"} <= {text.get_text() for text in texts}
+
+
+def test_the_total_lies_on_the_bars_of_the_variance(written, runs):
+    run = runs["long"]
+    canvas, texts, _ = written(_figure("variance_split"), run)
+    (ax,) = canvas.axes
+    assert len(ax.containers) == len(SPLIT)
+    bars = [bar for container in ax.containers for bar in container]
+    assert len(ax.containers[0]) <= BARS < len(run.series("variance/total")[0])
+    (total,) = ax.collections
+    assert total.get_zorder() > max(bar.get_zorder() for bar in bars)
+    assert {"total, Var[log r]", "noise floor", *SPLIT.values()} <= {t.get_text() for t in texts}
+    segments = total.get_segments()
+    for segment, *parts in zip(segments, *ax.containers, strict=True):
+        (left, level), (right, _) = segment
+        assert level == pytest.approx(sum(bar.get_height() for bar in parts), rel=1e-3)
+        assert left == pytest.approx(parts[0].get_x())
+        assert right - left == pytest.approx(parts[0].get_width())
+
+
+def test_the_routers_share_is_the_pooled_one_where_there_is_one(written, tmp_path):
+    raw, pooled = [0.9, -0.2, 0.7], [0.9, 0.5, 0.55]
+    folder = write_run(tmp_path / "run", steps=1)
+    run = _steps(folder, **{"variance/router_share": raw, POOLED: pooled})
+    canvas, _, _ = written(_figure("router_share"), run)
+    lines = _lines(canvas)
+    assert lines["one measurement"].get_ydata().tolist() == raw
+    assert lines["measurements of a window, pooled"].get_ydata().tolist() == pooled
+    text = _Page(write_report(folder).read_text()).text
+    assert "55.0%at step 3, over a window" in text
+    assert "55.0% at step 3, over a window" in text
+    assert "70.0%" not in text
 
 
 def test_a_folder_without_metrics_is_the_users_error(tmp_path):

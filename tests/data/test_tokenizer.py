@@ -79,7 +79,7 @@ def test_tiny_digits_are_pieces_of_their_own():
 
 def test_special_and_padding_ids_have_no_text():
     ids = TINY_TOKENIZER.encode("42")
-    padded = [*ids, TINY_TOKENIZER.eos_id, TINY_TOKENIZER.pad_id, TINY_TOKENIZER.vocab_size, 103]
+    padded = [*ids, TINY_TOKENIZER.eos_id, 0, TINY_TOKENIZER.vocab_size, 103]
     assert TINY_TOKENIZER.decode(padded) == "42"
 
 
@@ -96,7 +96,7 @@ def test_huggingface(hf_folder):
     assert tokenizer.encode("what is 1") == [4, 5, 6]
     assert tokenizer.encode_chat([user("what is 1")]) == [2, 4, 5, 6, 3]
     assert tokenizer.decode([4, 6, 1, 999]) == "what 1"
-    assert (tokenizer.eos_id, tokenizer.pad_id, tokenizer.vocab_size) == (1, 1, 8)
+    assert (tokenizer.eos_id, tokenizer.vocab_size) == (1, 8)
 
 
 def test_a_tokenizer_larger_than_the_model(hf_folder):

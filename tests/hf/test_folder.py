@@ -7,16 +7,18 @@ import shutil
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from sapo_megatron.errors import UserError
-from sapo_megatron.hf.architecture import LatentAttention, parse_architecture, read_architecture
-from sapo_megatron.hf.folder import INDEX, Checkpoint, check_same, find_architecture, find_model
+from sapo_megatron.hf.architecture import LatentAttention, read_architecture
+from sapo_megatron.hf.folder import INDEX, WeightFiles, check_same, find_architecture, find_model
 from sapo_megatron.policy import parallel, weights
 from sapo_megatron.policy.model import Model
 from tests.support.families import FAMILIES, Place, make_model
 from tests.support.gloo import run_ranks
 from tests.support.tiny import TOKENIZER, cli, write_recipe
+from tests.support.whole_runs import command
 
 FAMILY = "qwen3-moe"
 TENSOR = "model.layers.1.self_attn.q_proj.weight"
@@ -97,7 +99,7 @@ def test_files_that_are_not_whole(model, name):
     spoil, parts = HEADERS[name]
     spoil(model)
     with pytest.raises(UserError) as caught:
-        Checkpoint(model)
+        WeightFiles(model)
     message = str(caught.value)
     assert all(part in message for part in [str(model), *parts]), message
     assert "\n" not in message
@@ -108,7 +110,7 @@ def messages(folders):
     found = []
     for folder in folders:
         recipe = Place(family=FAMILY, tp=2, ep=2).recipe
-        groups = parallel.setup(recipe.parallel, seed=1, timeout_s=60)
+        groups = parallel.setup(recipe.parallel, seed=1)
         try:
             Model(recipe, read_architecture(folder), groups, folder)
             found.append("")
@@ -134,7 +136,7 @@ def test_values_that_are_not_what_they_should_be(whole, tmp_path):
 
 def bytes_read(model):
     """What this rank reads of the files, and what its piece of the model holds."""
-    read = Checkpoint.read
+    read = WeightFiles.read
     sizes = []
 
     def counted(self, *args):
@@ -142,9 +144,9 @@ def bytes_read(model):
         sizes.append(values.nbytes)
         return values
 
-    Checkpoint.read = counted
+    WeightFiles.read = counted
     recipe = Place(family=FAMILY, tp=2, ep=2).recipe
-    groups = parallel.setup(recipe.parallel, seed=1, timeout_s=60)
+    groups = parallel.setup(recipe.parallel, seed=1)
     policy = Model(recipe, read_architecture(model), groups, model)
     held = sum(w.nbytes for chunk in policy.chunks for w in chunk.parameters())
     parallel.teardown()
@@ -159,10 +161,26 @@ def test_a_rank_reads_its_piece_and_no_more(whole):
         assert largest < 0.1 * total
 
 
+def test_a_file_is_opened_once(whole, monkeypatch):
+    opened = []
+
+    def counting(path, **options):
+        opened.append(path)
+        return safe_open(path, **options)
+
+    monkeypatch.setattr("sapo_megatron.hf.folder.safe_open", counting)
+    weights = WeightFiles(whole)
+    for path in whole.glob("*.safetensors"):
+        for name, tensor in load_file(path).items():
+            half = slice(0, tensor.shape[0] // 2)
+            assert torch.equal(weights.read(name, tensor.shape, half), tensor[half])
+    assert sorted(opened) == sorted(whole.glob("*.safetensors"))
+
+
 def export_to_a_full_disk(model, out):
     """What each rank is told when the second cannot write, and then when it can."""
     recipe = Place(family=FAMILY, ep=2).recipe
-    groups = parallel.setup(recipe.parallel, seed=1, timeout_s=60)
+    groups = parallel.setup(recipe.parallel, seed=1)
     policy = Model(recipe, read_architecture(model), groups, model)
     save_file = weights.save_file
 
@@ -188,7 +206,7 @@ def export_to_a_full_disk(model, out):
 def test_an_export_that_fails_leaves_nothing(whole, tmp_path):
     first, second = run_ranks(2, export_to_a_full_disk, whole, tmp_path)
     assert first == second == ("[Errno 28] No space left on device", [])
-    assert Checkpoint(tmp_path / "whole")
+    assert WeightFiles(tmp_path / "whole")
     assert [path.name for path in tmp_path.iterdir()] == ["whole"]
 
 
@@ -225,49 +243,9 @@ def test_a_model_that_is_not_here(tmp_path, monkeypatch):
     file.write_text(json.dumps(FAMILIES["moonlight"]))
     arch = find_architecture("Nobody/Nothing", str(file))
     assert isinstance(arch.attention, LatentAttention)
-
-
-@pytest.mark.parametrize(
-    ("family", "change", "parts"),
-    [
-        ("qwen3", {"model_type": "gpt2"}, ["model_type", "qwen3 or qwen3_moe", "'gpt2'"]),
-        ("qwen3", {"num_hidden_layers": None}, ["num_hidden_layers: missing"]),
-        ("qwen3", {"num_hidden_layers": "x"}, ["num_hidden_layers", "'x'"]),
-        ("qwen3", {"hidden_act": "gelu"}, ["hidden_act", '"silu"', '"gelu"']),
-        ("qwen3", {"attention_bias": True}, ["attention_bias", "false", "true"]),
-        ("qwen3", {"use_sliding_window": True}, ["use_sliding_window"]),
-        ("qwen3", {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, ["rope_scaling", "yarn"]),
-        ("qwen3-moe", {"num_experts_per_tok": 9}, ["num_experts_per_tok", "experts 8", "9"]),
-        ("qwen3-moe", {"norm_topk_prob": "yes"}, ["norm_topk_prob", "true or false", "'yes'"]),
-        ("moonlight", {"scoring_func": "softmax"}, ["scoring_func", '"sigmoid"', '"softmax"']),
-        ("moonlight", {"topk_method": "greedy"}, ["topk_method", '"noaux_tc"']),
-        ("moonlight", {"norm_topk_prob": False}, ["norm_topk_prob"]),
-        ("moonlight", {"kv_lora_rank": None}, ["kv_lora_rank: missing", "deepseek_v3"]),
-        ("deepseek-v3", {"quantization_config": {"quant_method": "fp8"}}, ["fp8", "bf16"]),
-        ("glm-4.5", {"n_routed_experts": 0}, ["n_routed_experts", ">= 1", "0"]),
-    ],
-)
-def test_a_config_json_that_is_not_supported(family, change, parts):
-    with pytest.raises(UserError) as caught:
-        parse_architecture(FAMILIES[family] | change, "there/config.json")
-    message = str(caught.value)
-    assert all(part in message for part in ["there/config.json", *parts]), message
-
-
-def test_a_config_json_that_cannot_be_read(tmp_path):
-    for text, part in [(None, "config.json"), ("{", ":1: not JSON"), ("[]", "a JSON object")]:
-        if text is not None:
-            (tmp_path / "config.json").write_text(text)
-        with pytest.raises(UserError, match=part):
-            read_architecture(tmp_path)
-
-
-def test_rope_as_transformers_5_writes_it():
-    moved = {k: v for k, v in FAMILIES["qwen3"].items() if k != "rope_theta"}
-    arch = parse_architecture(
-        moved | {"rope_parameters": {"rope_type": "default", "rope_theta": 7.0}}
-    )
-    assert arch.rope.theta == 7.0
+    file.write_text("[]")
+    with pytest.raises(UserError, match=r"config\.json: expected a JSON object, got list"):
+        find_architecture("Nobody/Nothing", str(file))
 
 
 def test_in_and_out_again(tmp_path):
@@ -277,19 +255,16 @@ def test_in_and_out_again(tmp_path):
     source = tmp_path / "source"
     make_model("qwen3-moe", source)
     shutil.copyfile(TOKENIZER, source / "tokenizer.model")
-    recipe = write_recipe(
+    write_recipe(
         tmp_path,
         model={"path": "source", "init": "pretrained", "tokenizer": None},
         parallel={"tensor_model_parallel_size": 2, "expert_model_parallel_size": 2},
         train={"steps": 2},
         eval={"num_problems": 2, "k": 1},
     )
-    done = cli("train", recipe, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    done = cli(
-        "export", recipe, "--checkpoint", "runs/recipe/run-001", "--out", "out", cwd=tmp_path
-    )
-    assert done.returncode == 0, done.stderr
+    export = ["export", "recipe.yaml", "--checkpoint", "runs/recipe/run-001", "--out", "out"]
+    for words in (["train", "recipe.yaml"], export):
+        assert run_ranks(2, command, tmp_path, words) == [(0, ""), (0, "")]
     assert (tmp_path / "out" / "tokenizer.model").exists()
     before = transformers.AutoModelForCausalLM.from_pretrained(source)
     after = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
@@ -299,8 +274,6 @@ def test_in_and_out_again(tmp_path):
     assert all(changed[:3])
     tokens = after.generate(torch.tensor([[3, 4, 5]]), max_new_tokens=8, do_sample=False)
     assert tokens.shape[1] > 3
-    again = cli(
-        "export", recipe, "--checkpoint", "runs/recipe/run-001", "--out", "out", cwd=tmp_path
-    )
+    again = cli(*export, cwd=tmp_path)
     assert again.returncode == 2
     assert "not there yet" in again.stderr

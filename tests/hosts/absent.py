@@ -2,13 +2,18 @@
 
 import importlib.util
 import sys
+import typing
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from unittest.mock import MagicMock
 
+import typing_extensions
+
 
 class Anything(ModuleType):
     """A package with every name in it."""
+
+    __version__ = "0"
 
     def __getattr__(self, name):
         if name.startswith("__"):
@@ -39,3 +44,10 @@ def stand_in_for(packages):
     missing = {name for name in packages if importlib.util.find_spec(name) is None}
     sys.meta_path.append(Finder(missing))
     return missing
+
+
+def newer_names_of_typing():
+    """Give ``typing`` what a later Python has there: hosts are written for 3.12 and later."""
+    for name in typing_extensions.__all__:
+        if not hasattr(typing, name):
+            setattr(typing, name, getattr(typing_extensions, name))

@@ -493,4 +493,4 @@ def test_real_host():
     path = os.environ.get("SAPO_NEMO_RL")
     if path is None:
         pytest.skip("SAPO_NEMO_RL names no checkout of NeMo-RL")
-    gloo.run_ranks(1, real_checks, path, timeout=300)
+    gloo.run_ranks(1, real_checks, path)

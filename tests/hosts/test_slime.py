@@ -360,7 +360,7 @@ def real_steps(host, path):
 
 @functools.cache
 def on_ranks(host, path, ranks):
-    return gloo.run_ranks(ranks, real_steps, host, path, timeout=500)[0]
+    return gloo.run_ranks(ranks, real_steps, host, path)[0]
 
 
 @pytest.mark.parametrize("per_token", [False, True])

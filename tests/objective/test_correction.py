@@ -1,5 +1,6 @@
 """How far the log-probs of two engines lie apart."""
 
+import dataclasses
 import math
 
 import pytest
@@ -178,7 +179,7 @@ def test_without_a_correction_nothing_is_multiplied():
 def test_the_policy_term_is_multiplied_and_nothing_else(loss_type, dtype):
     """Value and gradient, token by token; KL and entropy terms stay."""
     batch = micro_batch(dtype)
-    batch.ref_logprob = batch.old_logprob - 0.3
+    batch = dataclasses.replace(batch, ref_logprob=batch.old_logprob - 0.3)
     correction = CorrectionConfig(rollout_is="icepop", sequence_mask_kl=0.1)
     weights, _ = correction_weights(batch, batch.old_logprob, correction)
     assert weights[batch.mask].tolist()[:2] == [0.0, 0.0]

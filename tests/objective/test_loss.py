@@ -1,5 +1,6 @@
 """The policy loss: one number by hand, and the same numbers however the batch is cut."""
 
+import dataclasses
 import math
 from collections import Counter
 from typing import get_args
@@ -272,7 +273,7 @@ def test_terms_without_a_coefficient_have_no_gradient():
     _, (with_ref, entropy_gradient), metrics = run(AlgorithmConfig(), batch, logprob, entropy)
     assert entropy_gradient is None
     assert "actor/kl_loss" in metrics
-    batch.ref_logprob = None
+    batch = dataclasses.replace(batch, ref_logprob=None)
     _, (without_ref, _), metrics = run(AlgorithmConfig(), batch, logprob, entropy)
     assert "actor/kl_loss" not in metrics
     assert torch.equal(with_ref, without_ref)
@@ -280,7 +281,9 @@ def test_terms_without_a_coefficient_have_no_gradient():
 
 def test_fp32_stays_fp32():
     batch, logprob, entropy = pack(make_sequences())
-    batch.old_logprob, batch.ref_logprob = batch.old_logprob.float(), batch.ref_logprob.float()
+    batch = dataclasses.replace(
+        batch, old_logprob=batch.old_logprob.float(), ref_logprob=batch.ref_logprob.float()
+    )
     loss, _ = policy_loss(
         batch,
         logprob.float(),

@@ -137,7 +137,9 @@ def test_a_function_that_is_not_there_or_another(host, source, said):
         assert f"; {advice}, which" in str(refusal.value)
 
 
-@pytest.mark.parametrize("version", ["1.9.9", "2.0", "2.1.0", "2.1.0+cu130", "3.0rc1", None])
+@pytest.mark.parametrize(
+    "version", ["1.9.9", "2", "2.0", "2.1.0", "2.1.0+cu130", "2.1rc1", "3.0rc1", "main-1a", None]
+)
 def test_versions(host, version, caplog):
     host.write(version=version)
     if version == "1.9.9":

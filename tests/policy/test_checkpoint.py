@@ -5,7 +5,7 @@ import json
 import pytest
 
 from tests.support.gloo import run_ranks
-from tests.support.tiny import cli, read_metrics, write_recipe
+from tests.support.tiny import WITHOUT_REPORT, cli, read_metrics, write_recipe
 from tests.support.whole_runs import resuming
 
 
@@ -13,7 +13,7 @@ from tests.support.whole_runs import resuming
 def runs(tmp_path_factory):
     """(folder, what each rank found)."""
     folder = tmp_path_factory.mktemp("runs")
-    return folder, run_ranks(2, resuming, folder, timeout=280)
+    return folder, run_ranks(2, resuming, folder)
 
 
 def lines(run):
@@ -81,28 +81,32 @@ def test_a_finished_run_only_tells_its_scores_again(runs):
 
 
 KILLED = """
-import os, signal, sys
+import functools, os, signal, sys, time
 import sapo_megatron.policy
-from megatron.core import dist_checkpointing
-save = dist_checkpointing.save
-def killed(state, folder, **kwargs):
-    save(state, folder, **kwargs)
-    if "step-000002" in folder:
-        os.kill(os.getpid(), signal.SIGKILL)
-dist_checkpointing.save = killed
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+rank, write = os.getpid(), filesystem_async._write_item
+@functools.wraps(write)
+def killed(*args, **kwargs):
+    if "step-000002" in next(arg.name for arg in args if hasattr(arg, "fileno")):
+        time.sleep(0.5)  # by now the rank waits for those that write
+        os.kill(rank, signal.SIGKILL)
+    return write(*args, **kwargs)
+filesystem_async._write_item = killed
 from sapo_megatron.__main__ import main
 sys.exit(main(sys.argv[1:]))
 """
 
 
-def test_a_killed_run_goes_on_from_its_last_checkpoint(tmp_path):
+def test_a_run_that_is_killed_while_it_writes_goes_on_from_its_last_checkpoint(tmp_path):
     write_recipe(tmp_path, checkpoint={"every": 1}, train={"steps": 3})
     killed = cli("train", "recipe.yaml", cwd=tmp_path, program=("-c", KILLED))
     assert killed.returncode == -9
+    assert killed.left == []
     run = tmp_path / "runs" / "recipe" / "run-001"
     assert not (run / "summary.json").exists()
     assert [line["step"] for line in read_metrics(run)] == [1]
-    resumed = cli("train", "recipe.yaml", "--resume", "auto", cwd=tmp_path)
+    words = ["train", "recipe.yaml", "--resume", "auto"]
+    resumed = cli(*words, cwd=tmp_path, program=WITHOUT_REPORT)
     assert resumed.returncode == 0, resumed.stderr
     assert "run-001/checkpoints/step-000001" in resumed.stderr
     assert [line["step"] for line in read_metrics(run)] == [1, 2, 3]
@@ -115,7 +119,8 @@ def test_a_finished_run_that_is_resumed_keeps_its_summary(tmp_path):
     write_recipe(tmp_path, checkpoint={"every": 1}, train={"steps": 1}, routing=often)
     summaries = []
     for _ in range(2):
-        done = cli("train", "recipe.yaml", "--resume", "auto", cwd=tmp_path)
+        words = ["train", "recipe.yaml", "--resume", "auto"]
+        done = cli(*words, cwd=tmp_path, program=WITHOUT_REPORT)
         assert done.returncode == 0, done.stderr
         run = tmp_path / "runs" / "recipe" / "run-001"
         summaries.append(json.loads((run / "summary.json").read_text()))

@@ -16,7 +16,7 @@ from sapo_megatron.policy.layers import TorchAttention, _PackedLayout, rms_norm
 from sapo_megatron.policy.machine import check_parallel
 from sapo_megatron.policy.spec import transformer_config
 from sapo_megatron.recipe.schema import ModelConfig, ParallelConfig
-from tests.support.layouts import MODELS
+from tests.support.minibatches import MODELS
 
 
 class _Alone:

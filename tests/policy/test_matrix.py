@@ -2,7 +2,9 @@
 
 The ranks are started once and walk through the layouts. The reference is computed in fp64 on the
 same weights; the error of a parameter is the norm of the difference over the norm of the
-reference's gradient, and a gradient that must be zero must be zero.
+reference's gradient, and a gradient that must be zero must be zero. The gradient norm that the
+optimizer clips by is the reference's on every rank, with weights marked as torch's layers leave
+them and as Transformer Engine's do.
 """
 
 import math
@@ -14,29 +16,21 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.support.gloo import run_ranks
-from tests.support.layouts import (
-    LAYOUTS,
-    MODELS,
-    REPRESENTATIVE,
-    Layout,
-    Measured,
-    make_reference,
-    random_weights,
-    sequences,
-    walk,
-)
+from tests.support.exactness import Measured, measure
+from tests.support.gloo import run_worlds
+from tests.support.layouts import LAYOUTS, NARROW, REPRESENTATIVE, Layout
+from tests.support.minibatches import MODELS, make_reference, random_weights, sequences
 from tests.support.reference import Outcome
 
-pytestmark = pytest.mark.timeout(900)
-
 TOLERANCE = {"float32": 1e-5, "float64": 1e-11}
+USUAL = {"float32": NARROW, "float64": REPRESENTATIVE}
+"""What an ordinary run walks through; fp32 has its errors 1e6 times as close to the bound."""
 CASES = [
     pytest.param(
         layout,
         dtype,
         id=f"{layout.name}-{dtype}",
-        marks=() if layout in REPRESENTATIVE else pytest.mark.slow,
+        marks=() if layout in USUAL[dtype] else pytest.mark.slow,
     )
     for layout in LAYOUTS
     for dtype in TOLERANCE
@@ -73,7 +67,7 @@ def results(request, tmp_path_factory):
     }
     if any(item.name == "test_write_docs" for item in here):
         chosen = {param.values for param in CASES}
-    cases = sorted(chosen, key=lambda case: (-case[0].world, case[0].name, case[1]))
+    cases = sorted(chosen, key=lambda case: (case[0].name, case[1]))
     folder = tmp_path_factory.mktemp("matrix")
     expected = {}
     for layout, _ in cases:
@@ -82,14 +76,15 @@ def results(request, tmp_path_factory):
             random_weights(MODELS[layout.model], weights)
         if (key := _key(layout)) not in expected:
             expected[key] = make_reference(layout, weights)
-    ranks = run_ranks(cases[0][0].world, walk, cases, folder, folder, timeout=850)
-    found = {}
-    for i, case in enumerate(cases):
-        failures = [rank[i] for rank in ranks if i < len(rank) and isinstance(rank[i], str)]
-        found[case] = "\n".join(failures) or _result(
-            ranks[0][i], expected[_key(case[0])], folder / f"gradients{i}"
-        )
-    return found
+    outs = [folder / f"gradients{i}" for i in range(len(cases))]
+    jobs = [
+        (layout.world, (layout, dtype, folder / layout.model, out))
+        for (layout, dtype), out in zip(cases, outs, strict=True)
+    ]
+    return {
+        case: found if isinstance(found, str) else _result(found[0], expected[_key(case[0])], out)
+        for case, found, out in zip(cases, run_worlds(measure, jobs), outs, strict=True)
+    }
 
 
 def _key(layout: Layout) -> tuple[str, str, str, bool]:
@@ -122,6 +117,9 @@ def test_layout(results, layout, dtype):
     assert result.loss_error < TOLERANCE[dtype]
     assert result.errors[result.worst] < TOLERANCE[dtype], result.worst
     assert not measured.replicas_differ
+    norm = math.hypot(*(float(gradient.norm()) for gradient in expected.gradients.values()))
+    assert len(measured.grad_norms) == 2 * layout.world
+    assert measured.grad_norms == pytest.approx([norm] * len(measured.grad_norms), rel=1e-5)
     tolerance = TOLERANCE[dtype]
     for name, value in expected.metrics.items():
         assert measured.metrics[name] == pytest.approx(value, rel=tolerance, abs=tolerance), name
@@ -157,9 +155,10 @@ PAGE = """\
 # Exact under every layout
 
 The loss and its gradients are the same numbers however the model and the batch are cut. This table
-is written by `tests/test_matrix.py`, which runs {count} layouts on up to 8 gloo ranks, each in fp32
-and in fp64, and compares them with a dense reference: `tests/reference.py`, plain torch in fp64,
-one sequence at a time, no code shared with the package, itself compared with transformers.
+is written by `tests/policy/test_matrix.py`, which runs {count} layouts on up to 8 gloo ranks, each
+in fp32 and in fp64, and compares them with a dense reference: `tests/support/reference.py`, plain
+torch in fp64, one sequence at a time, no code shared with the package, itself compared with
+transformers.
 
 What is compared, after the backward pass of a mini-batch through the production path (DDP,
 distributed optimizer's reduce-scatter):
@@ -192,5 +191,5 @@ and context parallelism leave over; EP divides it.
 
 Write it again with
 
-    SAPO_WRITE_DOCS=1 OMP_NUM_THREADS=1 python -m pytest -m "slow or not slow" tests/test_matrix.py
+    SAPO_WRITE_DOCS=1 make test ARGS='-m "slow or not slow" tests/policy/test_matrix.py'
 """

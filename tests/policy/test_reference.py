@@ -9,7 +9,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from tests.support import reference
-from tests.support.layouts import MODELS, Layout, make_reference, random_weights
+from tests.support.layouts import Layout
+from tests.support.minibatches import MODELS, make_reference, random_weights
 
 
 @pytest.fixture(scope="module")

@@ -28,5 +28,5 @@ def test_on_ranks():
 
 
 def test_in_programs(tmp_path):
-    done = cli(cwd=tmp_path, program=("-c", PROGRAM))
+    done = cli(cwd=tmp_path, program=("-c", PROGRAM), fresh=True)
     assert done.stdout.strip().partition("+")[0] == RELEASE, done.stderr

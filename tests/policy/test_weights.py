@@ -1,6 +1,5 @@
 """Random weights; and all tensors of a model, one after the other, on the first rank."""
 
-import dataclasses
 import json
 
 import pytest
@@ -14,7 +13,7 @@ from sapo_megatron.policy import parallel
 from sapo_megatron.policy.step import Policy
 from sapo_megatron.policy.weights import save_random
 from sapo_megatron.recipe.load import load
-from tests.support.families import TIMEOUT_S, Place, make_model
+from tests.support.families import Place, make_model
 from tests.support.gloo import run_ranks
 from tests.support.tiny import ROOT
 
@@ -31,9 +30,7 @@ def streamed(cases):
     """What a rank got of two streams, and what was listed before; the model is saved as well."""
     found = []
     for place, source, out in cases:
-        groups = parallel.setup(
-            dataclasses.replace(place.recipe.parallel, distributed_timeout_s=TIMEOUT_S), seed=1
-        )
+        groups = parallel.setup(place.recipe.parallel, seed=1)
         policy = Policy(
             place.recipe,
             read_architecture(source),

@@ -10,7 +10,8 @@ from sapo_megatron.errors import RunFailed
 from sapo_megatron.metrics import Metrics, Sum
 from sapo_megatron.recipe.schema import RolloutConfig
 from sapo_megatron.rollout.collect import Collector, describe, rewards
-from sapo_megatron.rollout.generate import InProcess, SamplingParams
+from sapo_megatron.rollout.engine import SamplingParams
+from sapo_megatron.rollout.generate import InProcess
 from sapo_megatron.sample import Group, Prompt, Sample
 from tests.support.gloo import run_ranks
 
@@ -87,7 +88,7 @@ def prompt(uid):
     return Prompt(uid=uid, text=f"p{uid}", answer="", tokens=(3,) * (uid % 3 + 1))
 
 
-def collector(reward, *, shares=1, **config):
+def collector(reward, *, parts=1, **config):
     values = {"rollout_batch_size": 4, "num_generations": 3, "max_response_length": 5}
     return Collector(
         engine=InProcess(Echo(), batch_size=256),
@@ -95,8 +96,8 @@ def collector(reward, *, shares=1, **config):
         scorer=Rule(reward) if reward else None,
         config=RolloutConfig(**(values | config)),
         with_routes=True,
-        share_rank=dist.get_rank() % shares,
-        shares=shares,
+        part=dist.get_rank() % parts,
+        parts=parts,
         world=dist.group.WORLD,
     )
 
@@ -124,8 +125,8 @@ def test_groups_are_in_the_order_of_their_prompts(world):
 
 
 def on_two_ranks():
-    """Two shares of 15 responses; each leader scores what it generated."""
-    c = collector(lambda prompt_uid, uid: uid / 100, shares=2)
+    """Two parts of 15 responses; each leader scores what it generated."""
+    c = collector(lambda prompt_uid, uid: uid / 100, parts=2)
     responses = c.respond([prompt(uid) for uid in range(5)], 3, PARAMS)
     return responses.groups, len(c._scorer.texts), responses.metrics.gather().values()
 
@@ -162,7 +163,8 @@ def test_the_leader_alone_scores_and_its_failures_are_counted_once():
 
 def test_without_dynamic_sampling_every_group_stays(world):
     source = Numbers()
-    groups, metrics = collector(lambda prompt_uid, uid: 1.0).collect(source, seed=3)
+    collected = collector(lambda prompt_uid, uid: 1.0).collect(source, seed=3)
+    groups, metrics = collected.groups, collected.metrics
     assert source.drawn == [4]
     assert len(groups) == 4
     values = metrics.values()
@@ -174,7 +176,8 @@ def test_dynamic_sampling_draws_again_what_it_dropped(world):
     source = Numbers()
     # Of every four prompts, only the last tells its responses apart.
     c = collector(lambda p, uid: float(p % 4 == 3 and uid % 3 == 0), dynamic_sampling=True)
-    groups, metrics = c.collect(source, seed=3)
+    collected = c.collect(source, seed=3)
+    groups, metrics = collected.groups, collected.metrics
     assert source.drawn == [4, 3, 3, 2, 1, 1, 1, 1]
     assert [g.prompt.uid for g in groups] == [3, 7, 11, 15]
     values = metrics.values()
@@ -190,7 +193,7 @@ def test_dynamic_sampling_ends_with_what_there_is(world):
         dynamic_sampling=True,
         dynamic_sampling_max_rounds=3,
     )
-    groups, _ = c.collect(source, seed=3)
+    groups = c.collect(source, seed=3).groups
     assert source.drawn == [4, 3, 3]
     assert [g.prompt.uid for g in groups] == [2]
 
@@ -205,7 +208,8 @@ def test_dynamic_sampling_that_finds_nothing_fails(world):
 
 def test_failed_rewards_score_zero_and_are_counted(world):
     c = collector(lambda p, uid: None if uid % 3 == 0 else 1.0)
-    groups, metrics = c.collect(Numbers(), seed=3)
+    collected = c.collect(Numbers(), seed=3)
+    groups, metrics = collected.groups, collected.metrics
     assert rewards(groups).tolist() == [[0.0, 1.0, 1.0]] * 4
     assert metrics.values()["reward/errors"] == 4
 

@@ -8,15 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sapo_megatron.rollout.generate import (
-    Request,
-    SamplingParams,
-    generate,
-    nucleus,
-    sample,
-    share,
-    uniform,
-)
+from sapo_megatron.rollout.engine import Request, SamplingParams, part_of
+from sapo_megatron.rollout.generate import generate, nucleus, sample, uniform
 from tests.support.generating import check_layouts, check_one_rank
 from tests.support.gloo import run_ranks
 
@@ -264,17 +257,17 @@ def test_generation_ends_with_the_last_response():
 @settings(max_examples=50)
 def test_shares_are_of_one_size_and_cover_all(n, size):
     requests = [Request(uid=i, prompt_tokens=(i,)) for i in range(n)]
-    shares = [share(requests, rank, size) for rank in range(size)]
-    assert len({len(s) for s in shares}) == 1
-    assert sorted(r.uid for s in shares for r in s if r.uid >= 0) == list(range(n))
-    assert sum(r.uid < 0 for s in shares for r in s) < size
+    parts = [part_of(requests, rank, size) for rank in range(size)]
+    assert len({len(s) for s in parts}) == 1
+    assert sorted(r.uid for s in parts for r in s if r.uid >= 0) == list(range(n))
+    assert sum(r.uid < 0 for s in parts for r in s) < size
 
 
 # The real model
 
 
 def test_one_rank_generates_as_the_model_is(tmp_path):
-    (errors,) = run_ranks(1, check_one_rank, tmp_path, timeout=250)
+    (errors,) = run_ranks(1, check_one_rank, tmp_path)
     # fp32, one token at a time with a cache, against the whole sequence at once.
     assert errors["incremental"] < 1e-5
     # The training engine, on packed sequences, of the tokens that generation recorded.
@@ -285,7 +278,7 @@ def test_one_rank_generates_as_the_model_is(tmp_path):
 
 
 def test_two_ranks_generate_the_tokens_of_one(tmp_path):
-    (one,) = run_ranks(1, check_layouts, tmp_path, [{}], timeout=250)
+    (one,) = run_ranks(1, check_layouts, tmp_path, [{}])
     layouts = [
         {},
         {"tensor_model_parallel_size": 2},
@@ -294,7 +287,7 @@ def test_two_ranks_generate_the_tokens_of_one(tmp_path):
         {"context_parallel_size": 2},
         {"tensor_model_parallel_size": 2, "expert_model_parallel_size": 2},
     ]
-    two = run_ranks(2, check_layouts, tmp_path, layouts, timeout=250)
+    two = run_ranks(2, check_layouts, tmp_path, layouts)
     expected = [(s.uid, s.response_tokens) for s in one[0]]
     assert len({len(tokens) for _, tokens in expected}) > 2  # the ranks were not done together
     for i, layout in enumerate(layouts):

@@ -116,13 +116,3 @@ def test_a_folder_that_cannot_be_written(recipe, arch):
     Path("runs").write_text("a file")
     with pytest.raises(UserError, match=r"train.run_dir: .* runs/recipe: Not a directory"):
         runs.open_run(recipe, arch, None)
-
-
-def test_a_file_is_written_whole_or_not_at_all(tmp_path):
-    path = tmp_path / "x.json"
-    runs.write_whole(path, "old")
-    with pytest.raises(UnicodeEncodeError):
-        runs.write_whole(path, "new \udc80")
-    assert path.read_text() == "old"
-    runs.write_whole(path, "new")
-    assert path.read_text() == "new"

@@ -104,7 +104,7 @@ def test_wandb_without_a_key_writes_an_offline_run(tmp_path):
     (record,) = run.glob("*.wandb")
     assert record.name == f"run-{run_id}.wandb"
     # W&B's service flushes the file a moment after finish() has returned.
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     logged = (b"reward/mean", b"ratio/hist_pos", b"sapo/bound_points")
     while not all(name in record.read_bytes() for name in logged):
         assert time.monotonic() < deadline, "the offline run does not hold the metrics"
@@ -141,8 +141,7 @@ def test_a_wandb_client_that_fails_at_start_is_left_out(tmp_path, monkeypatch, c
     _log(tmp_path, range(1, 4), wandb=True)
     assert len(_lines(tmp_path)) == 3
     assert caplog.text.count("W&B did not start") == 1
-    assert "RuntimeError: no service" in caplog.text
-    assert "second line" not in caplog.text
+    assert "RuntimeError: no service second line" in caplog.text
 
 
 def test_a_wandb_client_that_fails_later_is_dropped_and_logged_once(tmp_path, monkeypatch, caplog):

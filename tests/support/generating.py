@@ -15,7 +15,8 @@ from sapo_megatron.policy.model import Model
 from sapo_megatron.recipe.load import load
 from sapo_megatron.recipe.schema import Recipe
 from sapo_megatron.rollout.collect import Collector
-from sapo_megatron.rollout.generate import InProcess, Request, SamplingParams, generate
+from sapo_megatron.rollout.engine import Request, SamplingParams
+from sapo_megatron.rollout.generate import InProcess, generate
 from sapo_megatron.sample import Prompt, Sample
 from tests.support.tiny import write_recipe
 
@@ -74,8 +75,8 @@ def check_layouts(folder: Path, layouts: list[dict[str, int]]) -> list[list[Samp
             scorer=Half() if groups.is_leader else None,
             config=recipe.rollout,
             with_routes=True,
-            share_rank=groups.dp_cp.rank(),
-            shares=groups.dp_cp.size(),
+            part=groups.dp_cp.rank(),
+            parts=groups.dp_cp.size(),
             world=groups.world,
         )
         prompts = [Prompt(uid=i, text="", answer="", tokens=t) for i, t in enumerate(PROMPTS)]

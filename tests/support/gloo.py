@@ -1,43 +1,49 @@
-"""Run a function in fresh processes that are joined by gloo."""
+"""Run a function in processes of their own that are joined by gloo."""
 
+import gc
+import multiprocessing
 import os
 import pickle
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
-import sapo_megatron.policy  # noqa: F401  before a rank's function names Megatron
+from sapo_megatron.policy import parallel
+from tests.support import forked
+
+TIMEOUT_S = 240.0
+"""Beyond it a collective of a small world that has gone wrong gives up."""
 
 
 def run_ranks(
-    world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 120.0
+    world_size: int,
+    function: Callable[..., Any],
+    *args: Any,
+    timeout: float = 600.0,
+    fresh: bool = False,
 ) -> list[Any]:
     """``function(*args)`` on every rank of a new gloo world; its results in rank order.
 
     ``function`` must be importable (a module-level function) and return what pickles. The store
     is a file, so no port is taken. A rank that raises fails the call with its traceback; a world
-    that takes longer than ``timeout`` seconds is killed and fails it too.
+    that takes longer than ``timeout`` seconds is killed and fails it too. ``fresh`` as in
+    :func:`tests.support.forked.start`.
     """
-    context = mp.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
-        pipes = [context.Pipe(duplex=False) for _ in range(world_size)]
+        pipes = [multiprocessing.Pipe(duplex=False) for _ in range(world_size)]
         ranks = [
-            context.Process(
-                target=_rank_main,
-                args=(rank, world_size, f"{folder}/store", sender, function, args, timeout),
-                daemon=False,  # writing a checkpoint starts processes, which a daemon may not
+            forked.start(
+                *(_rank_main, rank, world_size, f"{folder}/store", sender, function, args, timeout),
+                fresh=fresh,
             )
             for rank, (_, sender) in enumerate(pipes)
         ]
-        for process in ranks:
-            process.start()
         for _, sender in pipes:
             sender.close()
         deadline = time.monotonic() + timeout
@@ -62,17 +68,62 @@ def run_ranks(
                     process.join()
 
 
+def run_worlds(
+    function: Callable[..., Any], cases: Sequence[tuple[int, tuple[Any, ...]]]
+) -> list[list[Any] | str]:
+    """``function(*args)`` of each case ``(world size, args)`` on every rank of a world of its own.
+
+    The ranks are started once. By case: the results in rank order, or the tracebacks as text. The
+    largest worlds come first, each made of the first processes, so that none waits for another.
+    """
+    order = sorted(range(len(cases)), key=lambda i: -cases[i][0])
+    with tempfile.TemporaryDirectory() as folder:
+        largest = cases[order[0]][0]
+        ordered = [cases[i] for i in order]
+        ranks = run_ranks(largest, _walk, function, ordered, folder)
+    found: dict[int, list[Any] | str] = {}
+    for place, i in enumerate(order):
+        outcomes = [rank[place] for rank in ranks[: cases[i][0]]]
+        failures = [failure for failure, _ in outcomes if failure]
+        found[i] = "\n".join(failures) or [result for _, result in outcomes]
+    return [found[i] for i in range(len(cases))]
+
+
+def _walk(function, cases, folder) -> list[tuple[str | None, Any]]:
+    rank = dist.get_rank()
+    # The world that started these processes: all have joined it before any leaves.
+    dist.barrier()
+    dist.destroy_process_group()
+    outcomes: list[tuple[str | None, Any]] = []
+    for i, (size, args) in enumerate(cases):
+        if rank >= size:
+            break
+        _join(f"{folder}/{i}", rank, size, TIMEOUT_S)
+        try:
+            outcomes.append((None, function(*args)))
+        except Exception:
+            outcomes.append((traceback.format_exc(), None))
+        parallel.teardown()
+        gc.collect()  # a model is full of cycles that hold its groups, and a group has threads
+        dist.destroy_process_group()
+    return outcomes
+
+
+def _join(store: str, rank: int, size: int, timeout: float) -> None:
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{store}",
+        rank=rank,
+        world_size=size,
+        timeout=timedelta(seconds=timeout),
+    )
+
+
 def _rank_main(rank, world_size, store, sender, function, args, timeout) -> None:
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
     torch.set_num_threads(1)
     try:
-        dist.init_process_group(
-            "gloo",
-            init_method=f"file://{store}",
-            rank=rank,
-            world_size=world_size,
-            timeout=timedelta(seconds=timeout),
-        )
+        _join(store, rank, world_size, timeout)
         # As bytes: tensors sent as such would live in this process's shared memory.
         sender.send_bytes(pickle.dumps((None, function(*args))))
         if dist.is_initialized():  # ``function`` may have left it for worlds of its own

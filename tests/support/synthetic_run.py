@@ -98,11 +98,14 @@ def step_metrics(step: int, steps: int, loss_type: str, generator: torch.Generat
         "time/reward": 0.2,
         "time/logprob": 0.8,
         "time/update": 4.6,
+        "time/sync": 0.1,
+        "time/eval": 1.5 if step % 10 == 0 else 0.0,
         "time/checkpoint": 2.5 if step % 20 == 0 else 0.0,
     }.items():
         metrics.add(name, Mean(noisy(value), 1.0))
     metrics.add("actor/pg_loss", Sum(0.02 * torch.randn((), generator=generator).item()))
     metrics.add("reward/std", Mean(math.nan, 0.0))
+    metrics.add("reward/zero_std_groups", Sum(0.0))
     log_ratio = 0.12 * torch.randn(4000, generator=generator) * (1 + learned)
     ratio, positive = log_ratio.exp(), torch.rand(4000, generator=generator) < 0.4
     metrics.add("ratio/log_var", Variance.of(log_ratio))

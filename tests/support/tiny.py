@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 import uuid
 import zlib
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from typing import Any
 import yaml
 
 from sapo_megatron.sample import Prompt
+from tests.support import forked
 
 ROOT = Path(__file__).parents[2]
 TESTS = ROOT / "tests"
@@ -107,6 +109,14 @@ def write_recipe(folder: Path, *, arch: dict[str, Any] | None = None, **sections
     return path
 
 
+WITHOUT_REPORT = (
+    "-c",
+    "import sys; from sapo_megatron import __main__ as program; "
+    "program._report_apart = lambda run: None; sys.exit(program.main(sys.argv[1:]))",
+)
+"""The program for tests that do not look at its report, which takes longer than a tiny run."""
+
+
 def read_metrics(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
@@ -118,8 +128,8 @@ class Done:
     returncode: int
     stdout: str
     stderr: str
-    processes: int
-    """Processes that were still there when it had ended; they were killed."""
+    left: list[str]
+    """Processes that were still there a minute after its end, as they called themselves."""
 
 
 def cli(
@@ -127,42 +137,76 @@ def cli(
     cwd: Path,
     env: dict[str, str] | None = None,
     program: tuple[str, ...] = ("-m", "sapo_megatron"),
+    fresh: bool = False,
     timeout: float = 280.0,
 ) -> Done:
-    """``sapo-megatron words`` as a program; whatever it starts is gone afterwards."""
+    """``sapo-megatron words`` as a program; whatever it starts is gone afterwards.
+
+    ``fresh``: in a Python that has imported nothing yet, which takes seconds.
+    """
     mark = f"SAPO_MEGATRON_TEST={uuid.uuid4().hex}"
     kept = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     inherited = filter(None, [os.environ.get("PYTHONPATH")])
     paths = {"PYTHONPATH": os.pathsep.join([str(ROOT), *inherited])}
-    marked = dict([mark.split("=")])
+    env = {**kept, **paths, **dict([mark.split("=")]), "OMP_NUM_THREADS": "1", **(env or {})}
+    words = (*program, *map(str, words))
     # Into files: what a killed process leaves behind would keep a pipe open.
-    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
-        process = subprocess.Popen(
-            [sys.executable, *program, *map(str, words)],
-            cwd=cwd,
-            env={**kept, **paths, **marked, "OMP_NUM_THREADS": "1", **(env or {})},
-            stdin=subprocess.DEVNULL,
-            stdout=out,
-            stderr=err,
-        )
-        left: list[int] = []
+    with tempfile.NamedTemporaryFile("w+") as out, tempfile.NamedTemporaryFile("w+") as err:
+        if fresh:
+            process = subprocess.Popen(
+                [sys.executable, *words],
+                cwd=cwd,
+                env=env,
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=err,
+                start_new_session=True,
+            )
+            wait = process.wait
+        else:
+            process = forked.start(forked.program, words, cwd, env, out.name, err.name)
+            wait = process.join
         try:
-            process.wait(timeout)
+            wait(timeout)
+            left = still_there(mark, process.pid)
         finally:
-            left = _bearing(mark)
-            for pid in left:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
+            end(mark, process.pid)
+        status = process.returncode if fresh else process.exitcode
+        assert status is not None, f"it took longer than {timeout} s: {words}"
         out.seek(0)
         err.seek(0)
-        return Done(process.returncode, out.read(), err.read(), len(left))
+        return Done(status, out.read(), err.read(), left)
 
 
-def _bearing(mark: str) -> list[int]:
-    """Processes with this in their environment: a program and all that came of it."""
+def bearing(mark: str, session: int | None = None) -> list[int]:
+    """Processes with this in their environment or of this session: a program and all of it."""
     found = []
-    for path in Path("/proc").glob("[0-9]*/environ"):
+    for path in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
-            if mark.encode() in path.read_bytes():
-                found.append(int(path.parent.name))
+            mine = int((path / "stat").read_text().rpartition(")")[2].split()[3]) == session
+            if mine or mark.encode() in (path / "environ").read_bytes():
+                found.append(int(path.name))
     return found
+
+
+def still_there(mark: str, session: int | None = None, seconds: float = 60.0) -> list[str]:
+    """What has not ended after so long a time, state and command line; most often nothing."""
+    last = time.monotonic() + seconds
+    while (pids := bearing(mark, session)) and time.monotonic() < last:
+        time.sleep(0.05)
+    return [_described(pid) for pid in pids]
+
+
+def _described(pid: int) -> str:
+    with contextlib.suppress(OSError):
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        words = Path(f"/proc/{pid}/cmdline").read_bytes().decode().split("\0")
+        return f"{pid} {state} {' '.join(words)}"
+    return f"{pid} has ended"
+
+
+def end(mark: str, session: int | None = None) -> None:
+    """Kill what is still there."""
+    for pid in bearing(mark, session):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""What ``test_routing`` runs on ranks: whole steps whose routers are watched and told."""
+"""What ``test_observe`` runs on ranks: whole steps whose routers are watched and told."""
 
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,8 @@ from sapo_megatron.policy import parallel
 from sapo_megatron.policy.decode import MegatronDecoder
 from sapo_megatron.policy.step import Policy
 from sapo_megatron.recipe.load import load
-from sapo_megatron.rollout.generate import Request, SamplingParams, generate
+from sapo_megatron.rollout.engine import Request, SamplingParams
+from sapo_megatron.rollout.generate import generate
 from sapo_megatron.sample import Group
 from sapo_megatron.training import session
 from sapo_megatron.training.coldstart import initial_weights
@@ -47,6 +48,7 @@ def steps(folder: Path, cases: dict[str, dict[str, Any]]) -> dict[str, dict[str,
     """The metrics of one step of each case, in fp64; a case changes the recipe."""
     without_reports_and_checkpoints()
     session.Scorer = Varied
+    session.evaluate = lambda *args: {"avg@1": 0.0}  # most of the time otherwise
     if dist.get_rank() == 0:
         write_recipe(
             folder,

@@ -1,6 +1,9 @@
 """What the tests of whole runs do on ranks: several runs, one after the other, in one world."""
 
+import contextlib
+import io
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +11,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 
+from sapo_megatron import __main__ as program
 from sapo_megatron.errors import RunFailed, UserError
 from sapo_megatron.metrics import Mean, Metrics
 from sapo_megatron.policy import checkpoint, parallel
@@ -32,6 +36,18 @@ def run(folder: Path, resume: str | None = None, **overrides: Any) -> dict[str, 
     finally:
         parallel.teardown()
         dist.barrier()
+
+
+def command(cwd: Path, words: list[str]) -> tuple[int, str]:
+    """Status and stdout of ``sapo-megatron words`` on this rank of those that were launched.
+
+    No report is drawn.
+    """
+    os.environ.update(MASTER_ADDR="localhost", MASTER_PORT="1")  # their world is there already
+    os.chdir(cwd)
+    program._report_apart = lambda run: None
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        return program.main(words), out.getvalue()
 
 
 def message_of(error: type[Exception], folder: Path, resume: str | None, **overrides: Any) -> str:
@@ -156,6 +172,15 @@ def variants(folder: Path) -> dict[str, Any]:
     for name, algorithm in VARIANTS.items():
         changes = {f"algorithm__{key}": value for key, value in algorithm.items()}
         found[name] = run(folder, train__run_dir=folder / name, **changes)
+    for mode in ("disabled", "R2", "R3"):
+        for observe in (True, False):
+            run(
+                folder,
+                train__run_dir=folder / f"{mode} {observe}",
+                routing__router_replay=mode,
+                routing__observe=observe,
+                routing__decompose_every=1,
+            )
     found["dynamic"] = run(
         folder,
         train__run_dir=folder / "dynamic",

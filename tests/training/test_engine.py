@@ -13,7 +13,7 @@ from sapo_megatron.errors import RunFailed, UserError
 from sapo_megatron.hf.architecture import parse_architecture
 from sapo_megatron.hf.folder import Listed
 from sapo_megatron.recipe.schema import RolloutConfig
-from sapo_megatron.rollout.generate import Request, SamplingParams
+from sapo_megatron.rollout.engine import Request, SamplingParams
 from sapo_megatron.rollout.vllm import transfer
 from sapo_megatron.rollout.vllm.engine import VllmEngine
 from sapo_megatron.rollout.vllm.transfer import Transfer
@@ -86,21 +86,32 @@ def sender(monkeypatch):
     return made
 
 
+class FakeWeights:
+    """Weights that are written and streamed, and never change."""
+
+    def save(self, folder):
+        folder.mkdir(exist_ok=True)
+
+    def listing(self):
+        return LISTING
+
+    def stream(self):
+        return iter(WEIGHTS)
+
+
 def over_nccl(folder, *servers, **changes):
     for server in servers:
         server.description["weight_transfer"] = "nccl"
     return following(folder, *servers, weight_transfer="nccl", **changes)
 
 
-def following(folder, *servers, timeout_s=5.0, **changes):
+def following(folder, *servers, timeout_s=60.0, **changes):
     """A policy that never trains unless told to, and servers that follow it."""
     policy = SimpleNamespace(
         updates=0,
         groups=SimpleNamespace(world=dist.group.WORLD),
-        checkpoint=SimpleNamespace(
-            save=lambda folder: folder.mkdir(exist_ok=True), stream=lambda: iter(WEIGHTS)
-        ),
-        logprobs=lambda tokens, layout: tuple(map(logprob, tokens[1:])),
+        model=SimpleNamespace(weights=FakeWeights()),
+        logprobs=lambda tokens, cut: tuple(map(logprob, tokens[1:])),
     )
     config = RolloutConfig(
         engine="vllm",
@@ -119,7 +130,7 @@ def following(folder, *servers, timeout_s=5.0, **changes):
         folder / "weights",
         probe=PROBE,
         tolerance=1e-3,
-        layout={},
+        cut=None,
         colocate=config.colocate,
         over_nccl=nccl,
         transfer=Transfer(config.servers, LISTING, timeout_s=timeout_s) if nccl else None,
@@ -197,7 +208,7 @@ def test_a_colocated_server_that_cannot_sleep(tmp_path, server):
     [
         ((404, {"detail": "Not Found"}), "got HTTP 404; .* --enable-sleep-mode"),
         ((500, b"used more memory"), "got HTTP 500: used more memory; .* --enable-sleep-mode"),
-        (fakevllm.HANG_UP, "got RemoteProtocolError .* --enable-sleep-mode"),
+        (fakevllm.HANG_UP, "got RemoteProtocolError: .* --enable-sleep-mode"),
     ],
 )
 def test_a_colocated_server_that_does_not_sleep_ends_the_run(tmp_path, server, answer, message):
@@ -293,14 +304,14 @@ def failing_on_two_ranks(url):
         SimpleNamespace(
             updates=0,
             groups=SimpleNamespace(world=dist.group.WORLD),
-            checkpoint=SimpleNamespace(stream=stream),
-            logprobs=lambda tokens, layout: (),
+            model=SimpleNamespace(weights=SimpleNamespace(stream=stream)),
+            logprobs=lambda tokens, cut: (),
         ),
         SimpleNamespace(receive=receive) if first else None,
         Path(),
         probe=PROBE,
         tolerance=1e-3,
-        layout={},
+        cut=None,
         over_nccl=True,
         transfer=SimpleNamespace(send=list) if first else None,
     )

@@ -7,8 +7,6 @@ import pytest
 from tests.support.gloo import run_ranks
 from tests.support.watched import constructed, steps
 
-pytestmark = pytest.mark.timeout(600)
-
 WATCHED = ("routing/", "rollout_train/", "variance/", "sapo/", "ratio/", "actor/")
 TP, PP, VPP = (
     f"parallel__{name}_model_parallel_size" for name in ("tensor", "pipeline", "virtual_pipeline")
@@ -44,7 +42,7 @@ def whole_steps(tmp_path_factory):
     one = {"routing__router_replay": "R2", "train__num_mini_batches": 1}
     cases |= {f"{layout}, one": {**LAYOUTS[layout], **one} for layout in ONE_UPDATE}
     folder = tmp_path_factory.mktemp("steps")
-    return run_ranks(4, steps, folder, cases, timeout=500)[0]
+    return run_ranks(4, steps, folder, cases)[0]
 
 
 def watched(record):
@@ -113,7 +111,7 @@ def test_the_parts_add_up(whole_steps, mode):
 
 @pytest.fixture(scope="module")
 def perturbed(tmp_path_factory):
-    return run_ranks(1, constructed, tmp_path_factory.mktemp("perturbed"), timeout=300)[0]
+    return run_ranks(1, constructed, tmp_path_factory.mktemp("perturbed"))[0]
 
 
 @pytest.mark.parametrize("mode", ["disabled", "R2"])

@@ -13,7 +13,7 @@ import torch
 from sapo_megatron.errors import RunFailed, UserError
 from sapo_megatron.hf.architecture import read_architecture
 from sapo_megatron.recipe.load import load
-from sapo_megatron.rollout.generate import Request, SamplingParams
+from sapo_megatron.rollout.engine import Request, SamplingParams
 from sapo_megatron.rollout.vllm.client import Server
 from sapo_megatron.rollout.vllm.engine import Probe, VllmEngine
 from sapo_megatron.rollout.vllm.servers import LocalServers
@@ -197,7 +197,7 @@ def test_vllms_own_reload_is_wrong_here_and_the_probe_sees_it(served, monkeypatc
 
     bring(served, 1)
     monkeypatch.setattr(Server, "load", vllms_own)
-    with pytest.raises(RunFailed, match=r"a probe to 0\.0001 nats a token after new weights"):
+    with pytest.raises(RunFailed, match=r"a probe to 0\.0001 nats per token after new weights"):
         bring(served, 1)  # the very weights that are there
     monkeypatch.setattr(Server, "load", right)
     bring(served, 1)

@@ -1,8 +1,9 @@
 """``sapo-megatron doctor``: what is installed and what this machine has, and what to do about it.
 
 A check is a function that returns a :class:`Finding`. None of them needs CUDA, Megatron or vLLM,
-and none imports anything but torch: versions come from metadata, modules are looked for only.
-``examine_host`` alone imports what it looks at.
+and none imports anything but torch: versions come from metadata, modules are looked for only, and
+Transformer Engine, on a machine with GPUs, is imported in a process of its own. ``examine_host``
+alone imports what it looks at.
 """
 
 import dataclasses

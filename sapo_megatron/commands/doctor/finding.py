@@ -6,6 +6,8 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class Finding:
+    """One line of the doctor's table."""
+
     name: str
     status: Literal["ok", "warn", "fail", "skipped"]
     found: str

@@ -5,7 +5,7 @@ import importlib
 import sys
 
 from sapo_megatron.commands.doctor.finding import Finding
-from sapo_megatron.errors import UserError
+from sapo_megatron.errors import UserError, with_type
 from sapo_megatron.patches.replace import Host, Symbol, find, newer, too_old
 
 
@@ -25,7 +25,7 @@ def _version(host: Host) -> Finding:
     try:
         version = host.version()
     except Exception as error:  # the host's own code, which may fail in any way
-        return Finding(host.title, "fail", f"does not import: {_line(error)}", todo)
+        return Finding(host.title, "fail", f"does not import: {with_type(error)}", todo)
     if version is None:
         return Finding(host.title, "fail", f"not installed: no module {host.module}", todo)
     if too_old(host, version):
@@ -44,9 +44,5 @@ def _symbol(host: Host, symbol: Symbol) -> Finding:
         todo = todo[0].upper() + todo[1:] + "."
         return Finding(symbol.name, "fail", f"{symbol.module}: {found}", todo)
     except Exception as error:
-        return Finding(symbol.name, "fail", f"{symbol.module}: does not import: {_line(error)}")
+        return Finding(symbol.name, "fail", f"{symbol.module}: does not import: {with_type(error)}")
     return Finding(symbol.name, "ok", f"{symbol.module}: fits")
-
-
-def _line(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"

@@ -34,7 +34,7 @@ class Driver:
 
 
 def read_driver() -> Driver | None:
-    """None on a machine without a working NVIDIA driver."""
+    """The machine's NVIDIA driver; None where none works."""
     query = "--query-gpu=driver_version,memory.total,name"
     rows = [
         [field.strip() for field in line.split(",", 2)]
@@ -119,7 +119,7 @@ def folder(name: str, path: Path, driver: Driver | None) -> Finding:
         todo = f"It is {PASSING[kind]}: what must last belongs on a mounted volume."
         return Finding(name, "warn", found, todo)
     if driver and free < 100:
-        todo = "A checkpoint takes about 14 bytes a parameter, so 400 GiB for 30 billion."
+        todo = "A checkpoint takes about 14 bytes per parameter, so 400 GiB for 30 billion."
         return Finding(name, "warn", found, todo)
     if kind in SHARED:
         return Finding(name, "ok", f"{found} (shared)")
@@ -166,7 +166,7 @@ def wandb() -> Finding:
 
 
 def _nvidia_smi(*options: str) -> str:
-    """What it prints; nothing where it is missing or fails."""
+    """What nvidia-smi prints; nothing where it is missing or fails."""
     try:
         done = subprocess.run(
             ["nvidia-smi", *options], capture_output=True, text=True, timeout=20, check=False

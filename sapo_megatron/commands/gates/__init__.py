@@ -12,6 +12,7 @@ from sapo_megatron.commands.gates.compare import compare
 from sapo_megatron.commands.gates.gate import default_gates, parse_gate
 from sapo_megatron.commands.gates.show import as_json, as_text
 from sapo_megatron.errors import UserError
+from sapo_megatron.files import write_whole
 from sapo_megatron.runs.dump import read_dumps
 
 logger = logging.getLogger(__name__)
@@ -44,12 +45,12 @@ def compare_gates(
     dump = read_dumps(dumps)
     comparison = compare(dump, wanted or default_gates(dump.settings), attenuation)
     if json_file:
-        Path(json_file).write_text(as_json(comparison))
+        write_whole(Path(json_file), as_json(comparison))
         logger.info("json: %s", json_file)
     if out:
         from sapo_megatron.commands.gates.figure import draw  # the tables do without matplotlib
 
         Path(out).mkdir(parents=True, exist_ok=True)
-        (Path(out) / "gates.png").write_bytes(draw(comparison))
+        write_whole(Path(out) / "gates.png", draw(comparison))
         logger.info("figure: %s", Path(out) / "gates.png")
     return as_text(comparison)

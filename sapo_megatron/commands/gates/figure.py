@@ -27,14 +27,9 @@ CURVE_POINTS = 801
 
 def draw(comparison: Comparison) -> bytes:
     """PNG: weight against ratio by sign of the advantage, and the gradient mass that is left."""
-
-    def panels(canvas: Canvas, _: Any, theme: Theme) -> None:
-        _panels(canvas, comparison, theme)
-
-    figure = Figure(
-        "gates", "", "What each gate keeps of the gradient", "", lambda _: True, panels, height=8.4
-    )
-    return render(figure, None, THEMES["light"])
+    title = "What each gate keeps of the gradient"
+    figure = Figure("gates", title, "", lambda _: True, _panels, height=8.4)
+    return render(figure, comparison, THEMES["light"])
 
 
 def _panels(canvas: Canvas, comparison: Comparison, theme: Theme) -> None:

@@ -5,13 +5,15 @@ device (:mod:`sapo_megatron.policy.blueprint`); all the rest is arithmetic, expl
 ``docs/plan.md``.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from sapo_megatron.commands.plan.advice import Suggestion, suggestions
 from sapo_megatron.commands.plan.gpus import GPUS, Gpu
+from sapo_megatron.commands.plan.host import HostMemory, host_memory
 from sapo_megatron.commands.plan.layout import Batches, Layout
-from sapo_megatron.commands.plan.memory import GIB, Memory, host_memory, memory
+from sapo_megatron.commands.plan.memory import GIB, Memory, memory
 from sapo_megatron.commands.plan.step import Parameters, Step, step
 from sapo_megatron.hf.architecture import Architecture
 from sapo_megatron.hf.folder import find_architecture
@@ -33,8 +35,9 @@ class Plan:
     """Bytes on that rank, by stage."""
     parameters: Parameters
     step: Step
+    host: HostMemory
     host_gib: float
-    """Host memory per node that the offloaded optimizer takes."""
+    """What a node has of it."""
     suggestions: tuple[Suggestion, ...] = ()
     """Changes with which it would fit, where it does not."""
 
@@ -50,7 +53,11 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        return self.total_gib <= self.gpu.memory_gib
+        return self.total_gib <= self.gpu.memory_gib and self.fits_host
+
+    @property
+    def fits_host(self) -> bool:
+        return self.host.total / GIB <= self.host_gib
 
     @property
     def largest(self) -> str:
@@ -68,11 +75,12 @@ def plan(recipe: Recipe) -> Plan:
     arch = find_architecture(recipe.model.path, recipe.model.architecture)
     build = _Builder(arch)
     made = _plan(recipe, arch, build)
-    if made.fits:
+    if made.total_gib <= made.gpu.memory_gib:
         return made
 
     def needed(changed: Recipe) -> float:
-        return _plan(changed, arch, build).total_gib
+        other = _plan(changed, arch, build)
+        return other.total_gib if other.fits_host else math.inf
 
     found = suggestions(recipe, made.largest, made.gpu.memory_gib, needed)
     return replace(made, suggestions=tuple(found))
@@ -106,14 +114,17 @@ def _plan(recipe: Recipe, arch: Architecture, build: Callable[[Recipe, int], lis
     check_world(recipe, world)
     layout = Layout.of(recipe, world)
     stages = build(recipe, world)
+    gpu, cluster = GPUS[recipe.cluster.gpu], recipe.cluster
+    gpus = [memory(recipe, arch, layout, stages, n) for n in range(layout.pp)]
     return Plan(
         recipe=recipe,
-        gpu=GPUS[recipe.cluster.gpu],
+        gpu=gpu,
         layout=layout,
         batches=Batches.of(recipe, layout),
         stages=stages,
-        memory=[memory(recipe, arch, layout, stages, n) for n in range(layout.pp)],
+        memory=gpus,
         parameters=Parameters.of(arch, stages),
         step=step(recipe, arch, layout, stages),
-        host_gib=host_memory(recipe, layout, stages) / GIB,
+        host=host_memory(recipe, arch, layout, stages, gpus),
+        host_gib=cluster.host_memory_gib or gpu.host_memory_gib * cluster.gpus_per_node / 8,
     )

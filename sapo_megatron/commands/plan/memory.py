@@ -17,8 +17,6 @@ GRADIENT_BYTES = {"bfloat16": 4, "float32": 4, "float64": 8}
 """Per number of DDP's gradient buffer: fp32 also for bf16 weights (grad_reduce_in_fp32)."""
 OPTIMIZER_BYTES = {"bfloat16": 12, "float32": 8, "float64": 16}
 """Adam's two moments in the dtype of the master weights, and those where weights are bf16."""
-HOST_BYTES = 16
-"""Per offloaded parameter: master weight, two moments and a copy of the gradient, fp32."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,13 +106,6 @@ def sharded(stage: Stage, layout: Layout) -> float:
     return stage.dense / layout.dp_cp + stage.experts / layout.expert_dp
 
 
-def host_memory(recipe: Recipe, layout: Layout, stages: list[Stage]) -> float:
-    """Bytes of offloaded optimizer state on the node that has most."""
-    most = max(sharded(stage, layout) for stage in stages) * HOST_BYTES
-    ranks = min(recipe.cluster.gpus_per_node, layout.world_size)
-    return recipe.optimizer.optimizer_offload_fraction * most * ranks
-
-
 def _activations(
     recipe: Recipe, arch: Architecture, layout: Layout, stage: Stage, number: int, batches: Batches
 ) -> tuple[float, float]:
@@ -154,13 +145,13 @@ def _batches(
     per_token = 45.0  # four int64, four fp32 less one, a mask: see sample.PackedBatch
     if arch.experts:
         here = len(set(stage.layers) & set(arch.experts.layers)) / layout.tp
-        per_token += 8 + _route_bytes(arch, recipe, len(arch.experts.layers), cp=layout.cp)
+        per_token += 8 + route_bytes(arch, recipe, len(arch.experts.layers), cp=layout.cp)
         # Those of the old policy, and the rollout engine's in the same layout.
-        per_token += 2 * _route_bytes(arch, recipe, here)
+        per_token += 2 * route_bytes(arch, recipe, here)
     return tokens * per_token
 
 
-def _route_bytes(
+def route_bytes(
     arch: Architecture, recipe: Recipe, layers: float, *, cp: int = 1, index: int = 2
 ) -> float:
     """Bytes per token of the chosen experts and, at some positions, fp32 router probabilities."""
@@ -189,7 +180,7 @@ def _generation(
     routes = 0.0
     if arch.experts:
         here = len(set(stage.layers) & set(arch.experts.layers))
-        per_token = _route_bytes(arch, recipe, len(arch.experts.layers), index=4)
-        per_token += _route_bytes(arch, recipe, here)
+        per_token = route_bytes(arch, recipe, len(arch.experts.layers), index=4)
+        per_token += route_bytes(arch, recipe, here)
         routes = rows * batches.longest * per_token
     return max(prefill, sampling, routes)

@@ -40,7 +40,11 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "worst_stage": plan.worst,
         "peak": worst.peak,
         "largest": plan.largest,
-        "host_gib_per_node": round(plan.host_gib, 2),
+        "host_memory_gib": {
+            **{name: round(size, 2) for name, size in plan.host.parts().items()},
+            "total": round(plan.host.total / GIB, 2),
+        },
+        "host_available_gib": round(plan.host_gib, 2),
         "stages": [
             {"layers": len(stage.layers), "params": stage.parameters, "memory_gib": _gib(memory)}
             for stage, memory in zip(plan.stages, plan.memory, strict=True)
@@ -71,6 +75,8 @@ def as_table(plan: Plan) -> str:
 
 def verdict(plan: Plan) -> str:
     """One line for a plan that does not fit: what is too large, and what would help."""
+    if plan.total_gib <= plan.gpu.memory_gib:
+        return _host_verdict(plan)
     worst = plan.memory[plan.worst]
     size = worst.parts()[plan.largest]
     helps = " or ".join(f"{s.words} ({s.total_gib:.1f} GiB)" for s in plan.suggestions)
@@ -79,6 +85,16 @@ def verdict(plan: Plan) -> str:
         f"{plan.total_gib:.1f} GiB of {plan.gpu.memory_gib:.1f}, most of it {plan.largest} "
         f"({size:.1f} GiB); "
         + (f"it would fit with {helps}" if helps else "no change that was tried makes it fit")
+    )
+
+
+def _host_verdict(plan: Plan) -> str:
+    name, size = max(plan.host.parts().items(), key=lambda part: part[1])
+    return (
+        f"does not fit: a node needs {plan.host.total / GIB:.0f} GiB of host memory of "
+        f"{plan.host_gib:.0f}, most of it {name} ({size:.0f} GiB); take more cluster.nodes, a "
+        f"smaller optimizer.optimizer_offload_fraction or smaller batches, or say with "
+        f"cluster.host_memory_gib what a node has"
     )
 
 
@@ -106,14 +122,18 @@ def _memory_table(plan: Plan) -> str:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.rjust(w) for cell, w in zip(row, widths, strict=True)) for row in rows]
     share = plan.total_gib / plan.gpu.memory_gib
+    in_gpu = plan.total_gib <= plan.gpu.memory_gib
     lines += [
         "update: all but kv and gen (activ and logp take turns); rollout: all but batch to logp",
-        f"{'fits' if plan.fits else 'does not fit'}: {plan.total_gib:.1f} of "
+        f"{'fits' if in_gpu else 'does not fit'}: {plan.total_gib:.1f} of "
         f"{plan.gpu.memory_gib:.1f} GiB ({share:.0%}), on stage {plan.worst} in the "
         f"{plan.memory[plan.worst].peak}",
     ]
-    if plan.host_gib:
-        lines.append(f"the offloaded optimizer takes {plan.host_gib:.0f} GiB of a node's memory")
+    on_host = ", ".join(f"{name} {size:.0f}" for name, size in plan.host.parts().items())
+    lines.append(
+        f"host memory per node: {on_host}; {'fits' if plan.fits_host else 'does not fit'}: "
+        f"{plan.host.total / GIB:.0f} of {plan.host_gib:.0f} GiB"
+    )
     title = "memory per GPU, GiB (estimated, with rsrv and the experts' imbalance assumed)"
     return "\n".join([title, *(f"  {line}" for line in lines)])
 

@@ -2,21 +2,19 @@
 
 import base64
 import logging
-import shutil
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import jinja2
 
-from sapo_megatron.commands.report.drawing import THEMES, Figure, render
-from sapo_megatron.commands.report.figures import FIGURES
+from sapo_megatron.commands.report.drawing import SMOOTH_FROM, THEMES, Figure, render
+from sapo_megatron.commands.report.figures import SECTIONS
+from sapo_megatron.commands.report.router_figures import POOLED, share_name
+from sapo_megatron.files import whole_folder
 from sapo_megatron.runs.read import Run, read_run
 from sapo_megatron.runs.trackers import duration
 
 logger = logging.getLogger(__name__)
-
-SECTIONS = ("Learning", "Ratios and the gate", "The router", "Optimisation", "Speed")
 
 
 @dataclass(frozen=True)
@@ -37,27 +35,22 @@ def write_report(run_dir: str | Path) -> Path:
     """
     run_dir = Path(run_dir)
     run = read_run(run_dir)
-    pictures: dict[str, list[Picture]] = {section: [] for section in SECTIONS}
+    pictures: dict[str, list[Picture]] = {}
     missing: list[str] = []
-    folder = Path(tempfile.mkdtemp(prefix=".report-", dir=run_dir))
-    try:
-        folder.chmod(0o755)
-        for figure in FIGURES:
-            if not figure.available(run):
-                missing.append(figure.title)
-                continue
-            pictures[figure.section].append(_draw(figure, run, folder))
+    with whole_folder(run_dir / "report") as folder:
+        for section, figures in SECTIONS.items():
+            held = [figure for figure in figures if figure.available(run)]
+            pictures[section] = [_draw(figure, run, folder) for figure in held]
+            missing += [figure.title for figure in figures if figure not in held]
         page = _template().render(
             name=run.recipe.name,
             tiles=_tiles(run),
             rows=_rows(run),
+            smoothed=run.steps_done >= SMOOTH_FROM,
             sections={name: drawn for name, drawn in pictures.items() if drawn},
             missing=missing,
         )
         (folder / "index.html").write_text(page, encoding="ascii", errors="xmlcharrefreplace")
-        _replace(folder, run_dir / "report")
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
     logger.info("report: %s", run_dir / "report" / "index.html")
     return run_dir / "report" / "index.html"
 
@@ -81,70 +74,62 @@ def _template() -> jinja2.Template:
     return environment.get_template("template.html")
 
 
-def _replace(new: Path, old: Path) -> None:
-    """Put a finished folder in the place of an older one."""
-    if old.exists():
-        aside = Path(tempfile.mkdtemp(prefix=".report-old-", dir=old.parent))
-        old.rename(aside / "report")
-        new.rename(old)
-        shutil.rmtree(aside)
-    else:
-        new.rename(old)
-
-
 def _tiles(run: Run) -> list[tuple[str, str, str]]:
     """The headline: (label, value, note) of each evaluation and of the router."""
     tiles = []
     for name, (before, after) in run.evaluations().items():
         note = f"from {before:.1%} ({(after - before) * 100:+.1f} points)"
         tiles.append((f"held-out {name}", f"{after:.1%}", note))
-    for label, value, step in _router_numbers(run):
-        tiles.append((label, value, f"at step {step}"))
-    return tiles
+    return tiles + _router_numbers(run)
 
 
-def _router_numbers(run: Run) -> list[tuple[str, str, int]]:
-    """(label, value, step) of what was last logged about the router."""
-    names = {
-        "variance/router_share": "router's share of the variance",
-        "routing/flip_fraction": "experts that changed",
-    }
-    last = {label: run.series(name) for name, label in names.items() if run.has(name)}
-    return [(label, f"{y[-1]:.1%}", int(x[-1])) for label, (x, y) in last.items()]
+def _router_numbers(run: Run) -> list[tuple[str, str, str]]:
+    """(label, value, note) of what was last logged about the router."""
+    numbers = []
+    for name, label in (
+        (share_name(run), "router's share of the variance"),
+        ("routing/flip_fraction", "experts that changed"),
+    ):
+        if run.has(name):
+            steps, values = run.series(name)
+            pooled = ", over a window" if name == POOLED else ""
+            numbers.append((label, f"{values[-1]:.1%}", f"at step {steps[-1]:.0f}{pooled}"))
+    return numbers
+
+
+def _time(run: Run) -> str:
+    """What the run took, and what is in it."""
+    if run.wall_s is None:
+        return "not recorded"
+    if "wall_s" not in run.summary:
+        return f"{duration(run.wall_s)} in steps, without evaluation and checkpoints"
+    cold_start = ", cold start included" if run.recipe.cold_start.steps else ""
+    return duration(run.wall_s) + cold_start
 
 
 def _rows(run: Run) -> list[tuple[str, str]]:
-    """The table of what was run and what came out."""
-    recipe, p, r = run.recipe, run.recipe.parallel, run.recipe.rollout
-    rows = [
-        ("Steps", f"{run.steps_done} of {recipe.train.steps}"),
-        ("Wall time", duration(run.wall_s) if run.wall_s is not None else "not recorded"),
-        ("Loss", recipe.algorithm.loss_type),
-    ]
-    if recipe.algorithm.loss_type == "sapo":
-        a = recipe.algorithm
-        rows.append(("Temperatures", f"tau_pos {a.tau_pos:g}, tau_neg {a.tau_neg:g}"))
-    else:
-        low, high = recipe.algorithm.clip_range
-        rows.append(("Clip range", f"low {low:g}, high {high:g}"))
-    rows += [
-        ("Aggregation", recipe.algorithm.loss_agg_mode),
-        ("Advantages", recipe.algorithm.adv_estimator),
-        (
-            "Batch",
-            f"{r.rollout_batch_size} prompts x {r.num_generations} responses, "
-            f"{recipe.train.num_mini_batches} mini-batches",
-        ),
-    ]
-    for name, (before, after) in run.evaluations().items():
-        rows.append((f"Held-out {name}", f"{before:.1%} before, {after:.1%} after"))
-    for label, value, step in _router_numbers(run):
-        rows.append((label.capitalize(), f"{value} at step {step}"))
-    layout = (
-        f"TP {p.tensor_model_parallel_size}, PP {p.pipeline_model_parallel_size}, "
+    """The table of what was run and what came out: labels and values."""
+    recipe, p, r, a = run.recipe, run.recipe.parallel, run.recipe.rollout, run.recipe.algorithm
+    gate = {"Temperatures": f"tau_pos {a.tau_pos:g}, tau_neg {a.tau_neg:g}"}
+    if a.loss_type != "sapo":
+        gate = {"Clip range": "low {:g}, high {:g}".format(*a.clip_range)}
+    ranks = f"{run.world_size} ranks: " if run.world_size is not None else ""
+    table = {
+        "Steps": f"{run.steps_done} of {recipe.train.steps}",
+        "Wall time": _time(run),
+        "Loss": a.loss_type,
+        **gate,
+        "Aggregation": a.loss_agg_mode,
+        "Advantages": a.adv_estimator,
+        "Batch": f"{r.rollout_batch_size} prompts x {r.num_generations} responses, "
+        f"{recipe.train.num_mini_batches} mini-batches",
+        **{
+            f"Held-out {name}": f"{before:.1%} before, {after:.1%} after"
+            for name, (before, after) in run.evaluations().items()
+        },
+        **{label.capitalize(): f"{value} {note}" for label, value, note in _router_numbers(run)},
+        "Layout": f"{ranks}TP {p.tensor_model_parallel_size}, PP {p.pipeline_model_parallel_size}, "
         f"CP {p.context_parallel_size}, EP {p.expert_model_parallel_size}, "
-        f"ETP {p.expert_tensor_parallel_size}"
-    )
-    if run.world_size is not None:
-        layout = f"{run.world_size} ranks: {layout}"
-    return [*rows, ("Layout", layout)]
+        f"ETP {p.expert_tensor_parallel_size}",
+    }
+    return list(table.items())

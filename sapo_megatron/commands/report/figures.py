@@ -5,23 +5,29 @@ from collections.abc import Callable
 import numpy as np
 import torch
 from matplotlib.figure import Figure as Canvas
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import MaxNLocator
 
 from sapo_megatron.commands.report.drawing import (
     DASHES,
+    PLAIN,
     Figure,
     Panel,
     Theme,
     curve,
     curves,
-    has,
+    grouped,
+    legend,
+    stacked,
     step_axis,
+    value_axis,
 )
 from sapo_megatron.commands.report.router_figures import ROUTER_FIGURES
 from sapo_megatron.objective.baselines import grpo_token_loss, outside_clip
 from sapo_megatron.objective.sapo import sapo_gate, sapo_weight
 from sapo_megatron.recipe.schema import CLIP_DEFAULTS
 from sapo_megatron.runs.read import Run
+
+STAGES = ("rollout", "reward", "logprob", "update", "sync", "checkpoint")
 
 
 def _draw_reward(canvas: Canvas, run: Run, theme: Theme) -> None:
@@ -33,13 +39,14 @@ def _draw_reward(canvas: Canvas, run: Run, theme: Theme) -> None:
         x, y = run.series(name)
         size = 6 if len(x) <= 15 else 3.5
         ax.plot(x, y, color=color, marker=marker, markersize=size, label=label)
+    value_axis(ax)
     ax.set_ylabel("reward, share correct")
     step_axis(ax)
-    ax.legend()
+    legend(ax, columns=2)
 
 
-def _draw_histograms(stem: str, xlabel: str) -> Callable:
-    """Both signs of the advantage: share of tokens a bin, on a logarithmic scale."""
+def _draw_histograms(stem: str, xlabel: str) -> Callable[[Canvas, Run, Theme], None]:
+    """A drawing of both signs of the advantage: share of tokens per bin, on a logarithmic axis."""
 
     def draw(canvas: Canvas, run: Run, theme: Theme) -> None:
         ax = canvas.subplots()
@@ -54,225 +61,184 @@ def _draw_histograms(stem: str, xlabel: str) -> Callable:
             share = counts / counts.sum()
             tokens = f"{int(counts.sum()):,} tokens"
             ax.stairs(share, edges, fill=True, alpha=0.1, color=color)
-            ax.stairs(
-                share,
-                edges,
-                color=color,
-                linestyle=style,
-                linewidth=1.6,
-                label=f"{sign} ({tokens})",
-            )
+            line = ax.stairs(share, edges, color=color, label=f"{sign} ({tokens})")
+            line.set(linestyle=style, linewidth=1.6)
             full = np.flatnonzero(counts)
             reach += [edges[full[0]], edges[full[-1] + 1]]
-        ax.set_yscale("log")
+        value_axis(ax, log=True)
+        ax.set_ylim(top=min(ax.get_ylim()[1], 1.3))
         margin = 0.05 * (max(reach) - min(reach))
         ax.set_xlim(min(reach) - margin, max(reach) + margin)
+        ax.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
+        ax.xaxis.set_major_formatter(PLAIN)
         ax.set_xlabel(xlabel)
-        ax.set_ylabel("share of tokens in a bin")
-        ax.legend()
+        ax.set_ylabel("share of tokens per bin")
+        legend(ax)
 
     return draw
 
 
 def _draw_time(canvas: Canvas, run: Run, theme: Theme) -> None:
     ax = canvas.subplots()
-    steps = np.array([r["step"] for r in run.records], dtype=np.float64)
-    stages = {name: dict(zip(*run.series(name), strict=True)) for name in _stages(run)}
-    heights = {n: np.array([v.get(s, 0.0) for s in steps]) for n, v in stages.items()}
-    told = sum(heights.values()) > 0
-    base = np.zeros(told.sum())
-    width = 1.0 if told.sum() > 60 else 0.8
-    for i, (name, height) in enumerate(heights.items()):
-        color = theme.series[i % len(theme.series)]
-        hatch = "//" if i >= len(theme.series) else None
-        label = name.removeprefix("time/")
-        ax.bar(steps[told], height[told], width, base, color=color, label=label, hatch=hatch)
-        base = base + height[told]
-    ax.set_ylabel("seconds a step")
-    step_axis(ax)
-    ax.grid(axis="x", visible=False)
-    canvas.legend(loc="outside lower center", ncols=3)
+    names = _stages(run)
+    steps, rows = run.table(names)
+    steps, rows, size = grouped(steps, np.nan_to_num(rows))
+    labels = [name.removeprefix("time/") for name in names]
+    stacked(ax, theme, steps, dict(zip(labels, rows, strict=True)))
+    value_axis(ax)
+    ax.set_ylabel("seconds per step")
+    step_axis(ax, size)
+    legend(ax, columns=4)
 
 
 def _stages(run: Run) -> list[str]:
     """The stages that were timed, in the order of the pipeline."""
-    order = ["rollout", "reward", "logprob", "update", "sync", "checkpoint"]
-    known = [f"time/{stage}" for stage in order]
-    return [n for n in [*known, *(n for n in run.names("time/") if n not in known)] if run.has(n)]
+    known = [f"time/{stage}" for stage in STAGES]
+    return [n for n in dict.fromkeys([*known, *run.names("time/")]) if run.has(n)]
 
 
 def _draw_gate(canvas: Canvas, run: Run, theme: Theme) -> None:
     a = run.recipe.algorithm
     low, high = a.clip_range if a.loss_type == "grpo" else CLIP_DEFAULTS["grpo"]
-    clip = {"clip_ratio_low": low, "clip_ratio_high": high}
     r = torch.linspace(0, 4, 801, dtype=torch.float64)
     one = torch.ones_like(r)
     top, bottom = canvas.subplots(2, sharex=True)
-    signs = (
-        (
-            one,
-            f"SAPO, A > 0 (tau_pos {a.tau_pos:g})",
-            a.tau_pos,
-            f"clip, A > 0 (r <= {1 + high:g})",
-        ),
-        (
-            -one,
-            f"SAPO, A < 0 (tau_neg {a.tau_neg:g})",
-            a.tau_neg,
-            f"clip, A < 0 (r >= {1 - low:g})",
-        ),
-    )
-    for color, (advantage, soft_label, tau, hard_label) in zip(theme.series, signs, strict=False):
-        soft = {"color": color, "label": soft_label}
-        hard = {"color": color, "label": hard_label, "linestyle": DASHES, "linewidth": 1.4}
-        clipped = -grpo_token_loss(r.log(), advantage, **clip) / advantage
-        top.plot(r, sapo_gate(r, tau) - sapo_gate(one, tau), **soft)
-        top.plot(r, clipped - 1, **hard)
-        bottom.plot(r, sapo_weight(r, tau), **soft)
-        bottom.plot(r, (~outside_clip(r, advantage, low, high)).double(), **hard)
+    for color, sign, tau, name, bound in (
+        (theme.series[0], ">", a.tau_pos, "tau_pos", f"r <= {1 + high:g}"),
+        (theme.series[1], "<", a.tau_neg, "tau_neg", f"r >= {1 - low:g}"),
+    ):
+        advantage = one if sign == ">" else -one
+        loss = grpo_token_loss(r.log(), advantage, clip_ratio_low=low, clip_ratio_high=high)
+        kept = (~outside_clip(r, advantage, low, high)).double()
+        for ax, soft, hard in (
+            (top, sapo_gate(r, tau) - sapo_gate(one, tau), -loss / advantage - 1),
+            (bottom, sapo_weight(r, tau), kept),
+        ):
+            ax.plot(r, soft, color=color, label=f"SAPO, A {sign} 0 ({name} {tau:g})")
+            (line,) = ax.plot(r, hard, color=color, label=f"clip, A {sign} 0 ({bound})")
+            line.set(linestyle=DASHES, linewidth=1.4)
     for ax in (top, bottom):
         ax.axvline(1, color=theme.muted, linewidth=0.8)
         ax.set_xlim(0, 4)
     top.set_ylabel("gate\nf(r) - f(1)")
     bottom.set_ylabel("gradient weight\nw(r) = f'(r)")
     bottom.set_xlabel("importance ratio r")
-    canvas.legend(*top.get_legend_handles_labels(), loc="outside lower center", ncols=2)
-
-
-def _draw_throughput(canvas: Canvas, run: Run, theme: Theme) -> None:
-    curves(Panel("tokens/s", {"perf/tokens_per_s": "tokens/s"}))(canvas, run, theme)
-    ax = canvas.axes[0]
-    ax.set_ylim(bottom=0)
-    ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:,.0f}"))
+    legend(top, columns=2)
 
 
 def _has_histogram(stem: str) -> Callable[[Run], bool]:
     return lambda run: any(run.histogram(stem + end) is not None for end in ("_pos", "_neg"))
 
 
-FIGURES = (
-    Figure(
-        "reward",
-        "Learning",
-        "Reward and held-out evaluation",
-        "Mean reward of the rollouts, and accuracy on problems that training never draws.",
-        lambda run: run.has("reward/mean") or bool(run.scores()),
-        _draw_reward,
-    ),
-    Figure(
-        "response",
-        "Learning",
-        "Response length and truncation",
-        "A truncated response reached max_response_length before its end-of-text token.",
-        has("response/length_mean", "response/truncated"),
+SECTIONS: dict[str, tuple[Figure, ...]] = {
+    "Learning": (
+        Figure(
+            "reward",
+            "Reward and held-out evaluation",
+            "Mean reward of the rollouts, and accuracy on problems that training never draws.",
+            lambda run: run.has("reward/mean") or bool(run.scores()),
+            _draw_reward,
+            height=4.6,
+        ),
         curves(
+            "response",
+            "Responses, and groups without a signal",
+            "A truncated response reached max_response_length before its end-of-text token. A "
+            "group whose responses all got the same reward has no gradient.",
             Panel("mean length\n(tokens)", {"response/length_mean": "mean length"}),
             Panel("truncated\n(share)", {"response/truncated": "truncated"}, percent=True),
+            Panel("groups with\none reward", {"reward/zero_std_groups": "without a signal"}),
+            height=4.6,
         ),
     ),
-    Figure(
-        "ratio_hist",
-        "Ratios and the gate",
-        "Importance ratios by sign of the advantage",
-        "Ratio of the current to the old policy, per token, over all updates of the run. "
-        "The outermost bins also hold what lies beyond them.",
-        _has_histogram("ratio/hist"),
-        _draw_histograms("ratio/hist", "importance ratio r"),
-    ),
-    Figure(
-        "gate_hist",
-        "Ratios and the gate",
-        "Gate weights by sign of the advantage",
-        "How much of each token's gradient the soft gate keeps: 1 on-policy, towards 0 far off.",
-        _has_histogram("sapo/hist_weight"),
-        _draw_histograms("sapo/hist_weight", "gate weight w"),
-    ),
-    Figure(
-        "ratio_var",
-        "Ratios and the gate",
-        "Variance of the log ratio",
-        "How far the updates of a step move off the policy that made its samples.",
-        has("ratio/log_var"),
-        curves(Panel("Var[log r] (nats^2)", {"ratio/log_var": "Var[log r]"}, log=True)),
-    ),
-    Figure(
-        "kept",
-        "Ratios and the gate",
-        "What the objective holds back",
-        "The mean gate weight of SAPO, or the share of tokens that a clipped loss cuts off.",
-        has("sapo/weight_mean", "actor/clip_fraction"),
+    "Ratios and the gate": (
+        Figure(
+            "ratio_hist",
+            "Importance ratios by sign of the advantage",
+            "Ratio of the current to the old policy, per token, over all updates of the run. "
+            "The outermost bins also hold what lies beyond them.",
+            _has_histogram("ratio/hist"),
+            _draw_histograms("ratio/hist", "importance ratio r"),
+        ),
+        Figure(
+            "gate_hist",
+            "Gate weights by sign of the advantage",
+            "How much of a token's gradient the soft gate keeps: 1 on-policy, towards 0 far off.",
+            _has_histogram("sapo/hist_weight"),
+            _draw_histograms("sapo/hist_weight", "gate weight w"),
+        ),
         curves(
+            "ratio_var",
+            "Variance of the log ratio",
+            "How far the updates of a step move off the policy that made its samples.",
+            Panel("Var[log r] (nats$^2$)", {"ratio/log_var": "Var[log r]"}, log=True),
+        ),
+        curves(
+            "kept",
+            "What the objective holds back",
+            "The mean gate weight of SAPO, or the share of tokens that a clipped loss cuts off.",
             Panel(
                 "mean over tokens",
                 {"sapo/weight_mean": "gate weight w", "actor/clip_fraction": "share clipped"},
-            )
+            ),
+        ),
+        Figure(
+            "gate_curve",
+            "The gate beside hard clipping",
+            "For this run's temperatures. f(1) is subtracted, since a constant has no gradient. "
+            "Beyond its bound, clipping drops a token's gradient at once; the gate fades it out.",
+            lambda run: True,
+            _draw_gate,
+            height=5.2,
         ),
     ),
-    Figure(
-        "gate_curve",
-        "Ratios and the gate",
-        "The gate beside hard clipping",
-        "For this run's temperatures. f(1) is subtracted, since a constant has no gradient. "
-        "Beyond its bound, clipping drops a token's gradient at once; the gate fades it out.",
-        lambda run: True,
-        _draw_gate,
-        height=5.2,
-    ),
-    *ROUTER_FIGURES,
-    Figure(
-        "loss",
-        "Optimisation",
-        "Policy loss",
-        "Its level says little, since advantages cancel within a group; jumps say more.",
-        has("actor/pg_loss"),
-        curves(Panel("loss", {"actor/pg_loss": "policy loss"})),
-    ),
-    Figure(
-        "grad_norm",
-        "Optimisation",
-        "Gradient norm",
-        "Before clipping.",
-        has("actor/grad_norm"),
-        curves(Panel("L2 norm", {"actor/grad_norm": "gradient norm"})),
-    ),
-    Figure(
-        "kl",
-        "Optimisation",
-        "KL divergence",
-        "Of the current policy from the one that made the samples and, where the loss has a KL "
-        "term, from the frozen reference.",
-        has("actor/ppo_kl", "actor/kl_loss"),
+    "The router": ROUTER_FIGURES,
+    "Optimisation": (
         curves(
+            "loss",
+            "Policy loss",
+            "Its level says little, since advantages cancel within a group; jumps say more.",
+            Panel("loss", {"actor/pg_loss": "policy loss"}),
+        ),
+        curves(
+            "grad_norm",
+            "Gradient norm",
+            "Before clipping, on a logarithmic axis.",
+            Panel("L2 norm", {"actor/grad_norm": "gradient norm"}, log=True),
+        ),
+        curves(
+            "kl",
+            "KL divergence",
+            "Of the current policy from the one that made the samples and, where the loss has a KL "
+            "term, from the frozen reference.",
             Panel(
                 "nats per token",
                 {"actor/ppo_kl": "from the old policy", "actor/kl_loss": "from the reference"},
-            )
+            ),
+        ),
+        curves(
+            "entropy",
+            "Entropy",
+            "Mean entropy of the next-token distribution on response tokens.",
+            Panel("nats per token", {"actor/entropy": "entropy"}),
         ),
     ),
-    Figure(
-        "entropy",
-        "Optimisation",
-        "Entropy",
-        "Mean entropy of the next-token distribution on response tokens.",
-        has("actor/entropy"),
-        curves(Panel("nats per token", {"actor/entropy": "entropy"})),
+    "Speed": (
+        Figure(
+            "time",
+            "Time by stage",
+            "Wall time of each stage of a step.",
+            lambda run: bool(_stages(run)),
+            _draw_time,
+            height=3.9,
+        ),
+        curves(
+            "throughput",
+            "Throughput",
+            "Tokens per second over whole steps, all ranks together.",
+            Panel("tokens per second", {"perf/tokens_per_s": "tokens per second"}),
+            height=3.9,
+        ),
     ),
-    Figure(
-        "time",
-        "Speed",
-        "Time by stage",
-        "Wall time of each stage of a step.",
-        lambda run: bool(_stages(run)),
-        _draw_time,
-        height=3.9,
-    ),
-    Figure(
-        "throughput",
-        "Speed",
-        "Throughput",
-        "Tokens per second over whole steps, all ranks together.",
-        has("perf/tokens_per_s"),
-        _draw_throughput,
-    ),
-)
-"""Every figure of the page, in its order."""
+}
+"""The page's sections with their figures, in its order."""

@@ -4,7 +4,7 @@ import re
 
 import numpy as np
 from matplotlib.figure import Figure as Canvas
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import MaxNLocator
 
 from sapo_megatron.commands.report.drawing import (
     Figure,
@@ -12,12 +12,26 @@ from sapo_megatron.commands.report.drawing import (
     Theme,
     curve,
     curves,
+    dots,
+    grouped,
     has,
+    legend,
+    percent,
+    rim,
+    stacked,
     step_axis,
+    value_axis,
 )
 from sapo_megatron.objective.correction import EXTREME
 from sapo_megatron.runs.read import Floats, Run
 
+SPLIT = {
+    "variance/weights": "weights, Var a",
+    "variance/router": "router, Var b",
+    "variance/cov": "2 Cov(a, b)",
+}
+"""The parts of the variance, with their labels."""
+POOLED = "variance/router_share_pooled"
 NOISE_OF_SUMS = 1e-12
 """Distances below it are rounding errors of sums of gates, whatever the bound."""
 EARLIER_POINTS = 4000
@@ -26,35 +40,40 @@ EARLIER_POINTS = 4000
 
 def _draw_split(canvas: Canvas, run: Run, theme: Theme) -> None:
     ax = canvas.subplots()
-    steps, total = run.series("variance/total")
-    width = 0.8 * np.diff(steps).min() if len(steps) > 1 else 0.8
-    above, below = np.zeros(len(steps)), np.zeros(len(steps))
-    parts = {"weights": "weights, Var a", "router": "router, Var b", "cov": "2 Cov(a, b)"}
-    for color, (part, label) in zip(theme.series, parts.items(), strict=False):
-        held = dict(zip(*run.series(f"variance/{part}"), strict=True))
-        height = np.array([held.get(step, 0.0) for step in steps])
-        base = np.where(height < 0, below, above)
-        ax.bar(steps, height, width, base, color=color, label=label, alpha=0.85)
-        above, below = above + height.clip(min=0), below + height.clip(max=0)
-    dots = {"marker": "o", "markersize": 3} if len(steps) <= 40 else {}
-    ax.plot(steps, total, color=theme.ink, linewidth=1.2, label="total, Var[log r]", **dots)
+    measured, rows = run.table(["variance/total", *SPLIT])
+    told = ~np.isnan(rows[0])
+    steps, (total, *heights), size = grouped(measured[told], np.nan_to_num(rows[:, told]))
+    half = stacked(ax, theme, steps, dict(zip(SPLIT.values(), heights, strict=True))) / 2
+    mark = ax.hlines(total, steps - half, steps + half, color=theme.ink, label="total, Var[log r]")
+    mark.set(linewidth=1.8, path_effects=rim(theme))
     if run.has("variance/noise"):
-        noise = {"color": theme.ink, "linestyle": ":", "label": "noise floor"}
-        ax.plot(*run.series("variance/noise"), **noise)
+        x, y = run.series("variance/noise")
+        (line,) = ax.plot(x, y, ":", color=theme.ink, linewidth=1.4, label="noise floor")
+        line.set(clip_on=False, zorder=3)
     ax.axhline(0, color=theme.muted, linewidth=0.8)
-    ax.set_ylabel("variance (nats^2)")
-    step_axis(ax)
-    ax.grid(axis="x", visible=False)
-    canvas.legend(loc="outside lower center", ncols=3)
+    value_axis(ax)
+    ax.set_ylabel("variance (nats$^2$)")
+    step_axis(ax, size)
+    legend(ax)
 
 
 def _draw_share(canvas: Canvas, run: Run, theme: Theme) -> None:
     ax = canvas.subplots()
-    curve(ax, *run.series("variance/router_share"), theme.series[1])
+    name = share_name(run)
+    if name == POOLED:
+        dots(ax, *run.series("variance/router_share"), theme.series[1], "one measurement")
+    curve(ax, *run.series(name), theme.series[1], "measurements of a window, pooled")
     ax.axhline(0, color=theme.muted, linewidth=0.8)
-    ax.yaxis.set_major_formatter(PercentFormatter(1.0))
+    value_axis(ax, share=True)
     ax.set_ylabel("share of Var[log r]")
     step_axis(ax)
+    if name == POOLED:
+        legend(ax)
+
+
+def share_name(run: Run) -> str:
+    """The series of the router's share: pooled over measurements, where the run has that."""
+    return POOLED if run.has(POOLED) else "variance/router_share"
 
 
 def _bound_points(run: Run) -> Floats:
@@ -74,34 +93,24 @@ def _draw_bound(canvas: Canvas, run: Run, theme: Theme) -> None:
         (thinned, theme.muted, 0.25, 5),
         (recent, theme.series[0], 0.7, 9),
     ):
-        style = {"s": size, "color": color, "alpha": alpha, "linewidths": 0}
-        top.scatter(bound[chosen], distance[chosen], **style)
-        bottom.scatter(bound[chosen], (distance / bound)[chosen], **style)
+        for ax, y in ((top, distance), (bottom, distance / bound)):
+            ax.scatter(bound[chosen], y[chosen], s=size, color=color, alpha=alpha, linewidths=0)
     least = np.quantile([bound, distance], 0.005, axis=1) / 2
     most = 2 * max(bound.max(), distance.max())
     line = np.array([least.min(), most])
-    beyond = {"color": theme.series[1], "alpha": 0.12, "linewidth": 0}
-    edge = {"color": theme.series[1], "linewidth": 1.2}
-    top.fill_between(line, line, most, **beyond)
-    top.plot(line, line, **edge)
-    bottom.axhspan(1, 1.2, **beyond)
-    bottom.axhline(1, **edge)
+    red = theme.series[1]
+    top.fill_between(line, line, most, color=red, alpha=0.12, linewidth=0)
+    top.plot(line, line, color=red, linewidth=1.2, label="D_i = bound")
+    bottom.axhspan(1, 1.2, color=red, alpha=0.12, linewidth=0)
+    bottom.axhline(1, color=red, linewidth=1.2)
     top.loglog()
     top.set(xlim=(least[0], most), ylim=(least[1], most), ylabel="D_i")
-    bottom.set(ylim=(0, 1.2), ylabel="D_i / bound", xlabel="bound: tau^2/4 Var_i (nats^2)")
+    bottom.set(ylim=(0, 1.2), ylabel="D_i / bound", xlabel=r"bound: $\tau^2/4$ Var_i (nats$^2$)")
     top.text(0.03, 0.94, _violations(run), transform=top.transAxes, va="top")
     canvas.align_ylabels()
-    marks = {
-        _span(last): _dot(theme.series[0]),
-        "earlier": _dot(theme.muted),
-        "D_i = bound": edge,
-    }
-    handles = [top.plot([], [], label=label, **style)[0] for label, style in marks.items()]
-    canvas.legend(handles=handles, loc="outside lower center", ncols=3)
-
-
-def _dot(color: str) -> dict[str, str]:
-    return {"color": color, "marker": "o", "linestyle": "none"}
+    for label, color in ((_span(last), theme.series[0]), ("earlier", theme.muted)):
+        top.plot([], [], "o", color=color, label=label)
+    legend(top)
 
 
 def _span(steps: Floats) -> str:
@@ -118,31 +127,31 @@ def _violations(run: Run) -> str:
 
 def by_layers(run: Run) -> list[tuple[str, float, float]]:
     """(layers changed, variance, share of tokens), over the last third of the steps that say."""
-    stem, share_stem = "variance/by_layers/", "variance/by_layers_share/"
+    stem = "variance/by_layers/"
     buckets = sorted(
         (name.removeprefix(stem) for name in run.names(stem) if run.has(name)),
         key=lambda bucket: int(re.split(r"\D", bucket)[0]),
     )
-    told = [r for r in run.records if any(share_stem + bucket in r for bucket in buckets)]
-    last = told[-max(1, len(told) // 3) :]
-    table = []
-    for bucket in buckets:
-        shares = np.array([r.get(share_stem + bucket) or 0.0 for r in last])
-        variances = np.array([r.get(stem + bucket) or 0.0 for r in last])
-        if shares.sum() > 0:
-            table.append((bucket, float(variances @ shares / shares.sum()), float(shares.mean())))
-    return table
+    names = [start + bucket for start in ("variance/by_layers_share/", stem) for bucket in buckets]
+    rows = np.nan_to_num(run.table(names)[1])
+    shares, variances = np.split(rows[:, -max(1, rows.shape[1] // 3) :], 2)
+    return [
+        (bucket, float(variance @ share / share.sum()), float(share.mean()))
+        for bucket, share, variance in zip(buckets, shares, variances, strict=True)
+        if share.any()
+    ]
 
 
 def _draw_by_layers(canvas: Canvas, run: Run, theme: Theme) -> None:
     buckets, variances, shares = zip(*by_layers(run), strict=True)
     top, bottom = canvas.subplots(2, sharex=True, height_ratios=(3, 2))
     top.bar(buckets, variances, 0.7, color=theme.series[0])
-    top.set_ylabel("Var[log r]\n(nats^2)")
+    value_axis(top)
+    top.set_ylabel("Var[log r]\n(nats$^2$)")
     bars = bottom.bar(buckets, shares, 0.7, color=theme.series[4])
-    bottom.bar_label(bars, [f"{100 * share:.3g}%" for share in shares], padding=2, fontsize=9)
+    bottom.bar_label(bars, [f"{100 * share:.3g}%" for share in shares], padding=2, fontsize=9.5)
     bottom.margins(y=0.25)
-    bottom.yaxis.set_major_formatter(PercentFormatter(1.0))
+    bottom.yaxis.set_major_formatter(percent)
     bottom.set_ylabel("share of\ntokens")
     bottom.set_xlabel("layers in which a token's experts changed")
     for ax in (top, bottom):
@@ -160,15 +169,13 @@ def _draw_heat(canvas: Canvas, run: Run, theme: Theme) -> None:
     ax = canvas.subplots()
     numbers = _layers(run)
     layers = range(numbers[0], numbers[-1] + 1)
-    series = {n: run.series(f"routing/flip_fraction/layer_{n}") for n in numbers}
-    steps = np.unique(np.concatenate([x for x, _ in series.values()]))
-    heat = np.full((len(layers), len(steps)), np.nan)
-    for number, (x, y) in series.items():
-        heat[number - layers[0], np.searchsorted(steps, x)] = y
-    mesh = ax.pcolormesh(_edges(steps), _edges(np.array(layers)), heat, cmap="cividis", vmin=0)
+    steps, heat, _ = grouped(*run.table([f"routing/flip_fraction/layer_{n}" for n in layers]))
+    rows = _edges(np.array(layers, dtype=np.float64))
+    mesh = ax.pcolormesh(_edges(steps), rows, heat, cmap="cividis")
+    mesh.set_clim(0, np.nanmax(heat) or 1)
     bar = canvas.colorbar(mesh, ax=ax, label="share of experts that changed")
-    bar.ax.yaxis.set_major_formatter(PercentFormatter(1.0))
-    bar.outline.set_visible(False)
+    bar.ax.yaxis.set_major_formatter(percent)
+    bar.outline.set(visible=False)
     ax.set_ylabel("layer")
     ax.yaxis.set_major_locator(MaxNLocator(integer=True))
     ax.grid(visible=False)
@@ -209,14 +216,9 @@ ENGINES = (
 )
 
 
-def _names(panels: tuple[Panel, ...]) -> list[str]:
-    return [name for panel in panels for name in panel.names]
-
-
 ROUTER_FIGURES = (
     Figure(
         "variance_split",
-        "The router",
         "Where the variance of the log ratio comes from",
         "log r = a + b: a is what the weights change while each token keeps its old experts, b is "
         "what the change of experts adds. A part below zero takes away from their sum, the total; "
@@ -227,25 +229,24 @@ ROUTER_FIGURES = (
     ),
     Figure(
         "router_share",
-        "The router",
         "The router's share of the variance",
         "(Var b + Cov(a, b)) / Var[log r]: with the share of the weights it adds up to 100%; it is "
         "negative where the router cancels some of what the weights do.",
         has("variance/router_share"),
         _draw_share,
+        height=4.1,
     ),
     Figure(
         "by_layers",
-        "The router",
         "Variance by the number of layers that changed",
         "Var[log r] of the tokens whose experts changed in so many layers, and how many tokens "
         "these are; over the last third of the steps that were measured.",
         lambda run: bool(by_layers(run)),
         _draw_by_layers,
+        height=5.2,
     ),
     Figure(
         "bound",
-        "The router",
         "The gate's bound, sequence by sequence",
         "Within a sequence, the mean gate weight differs from the gate at the mean log ratio by "
         "D_i, which theory bounds by tau^2/4 times the variance of log r (tightly, where that is "
@@ -254,42 +255,36 @@ ROUTER_FIGURES = (
         _draw_bound,
         height=5.2,
     ),
-    Figure(
+    curves(
         "flips",
-        "The router",
         "Experts that changed",
         "Share of a token's chosen experts that are others than before, share of tokens with a "
         "change in any layer, and mean number of such layers; between two policies or two engines.",
-        has(*_names(FLIPS)),
-        curves(*FLIPS),
+        *FLIPS,
         height=5.2,
     ),
     Figure(
         "flip_heat",
-        "The router",
         "Experts that changed, by layer",
         "Share of the chosen experts that differ between the current and the old policy.",
         lambda run: bool(_layers(run)),
         _draw_heat,
+        height=5.2,
     ),
-    Figure(
+    curves(
         "router_shift",
-        "The router",
         "How far the router moved, and how even its load is",
         "Total variation of the routers' probabilities, RSPO's shift factor, and by how much the "
         "busiest expert of a layer exceeds the mean load, on average over the layers.",
-        has(*_names(SHIFT)),
-        curves(*SHIFT),
+        *SHIFT,
         height=5.2,
     ),
-    Figure(
+    curves(
         "engines",
-        "The router",
         "Rollout engine against training engine",
         "How much the two engines disagree about the same tokens under the same weights; a token "
         f"is extreme when its probabilities differ by more than a factor {EXTREME:g}.",
-        has(*_names(ENGINES)),
-        curves(*ENGINES),
+        *ENGINES,
         height=5.2,
     ),
 )

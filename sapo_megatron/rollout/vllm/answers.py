@@ -12,9 +12,9 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, Field, ValidationError
 
-from sapo_megatron.errors import RunFailed, UserError
+from sapo_megatron.errors import RunFailed, UserError, first_problem, one_line
 from sapo_megatron.hf.architecture import Architecture, Experts
-from sapo_megatron.rollout.generate import Request, SamplingParams
+from sapo_megatron.rollout.engine import Request, SamplingParams
 from sapo_megatron.sample import Sample, SampleRoutes
 
 ROUTES_FLAG = "--enable-return-routed-experts"
@@ -112,10 +112,7 @@ def read(kind: type[Answer], content: bytes, url: str) -> Answer:
     try:
         return kind.model_validate_json(content)
     except ValidationError as error:
-        problem = error.errors(include_url=False)[0]
-        field = ".".join(str(part) for part in problem["loc"]) or "answer"
-        got = "" if problem["type"] == "missing" else f", got {_short(problem['input'])}"
-        raise _wrong(url, field, f"{problem['msg']}{got}") from None
+        raise _wrong(url, first_problem(error)) from None
 
 
 def check_description(
@@ -128,7 +125,7 @@ def check_description(
     sleeps: bool,
     over_nccl: bool,
 ) -> None:
-    """Whether a server serves the model and sequences of ``longest`` tokens as we need it.
+    """Refuse a server that does not serve this model and ``longest`` tokens as we need it.
 
     Raises UserError, naming server and setting.
     """
@@ -188,24 +185,23 @@ def to_sample(
     tokens = choice.token_ids
     logprobs = choice.logprobs.token_logprobs if choice.logprobs else []
     if not tokens:
-        raise _wrong(url, "token_ids", "expected at least one token, got none")
+        raise _wrong(url, "token_ids: expected at least one token, got none")
     if len(logprobs) != len(tokens):
         raise _wrong(
             url,
-            "token_logprobs",
-            f"expected one of each of {len(tokens)} tokens, got {len(logprobs)}",
+            f"token_logprobs: expected one of each of {len(tokens)} tokens, got {len(logprobs)}",
         )
     for token in tokens:
         if not 0 <= token < arch.vocab_size:
             raise _wrong(
-                url, "token_ids", f"expected ids from 0 to {arch.vocab_size - 1}, got {token}"
+                url, f"token_ids: expected ids from 0 to {arch.vocab_size - 1}, got {token}"
             )
     truncated = tokens[-1] != params.eos_id
     if params.eos_id in tokens[:-1]:
-        raise _wrong(url, "token_ids", f"expected no token after eos {params.eos_id}, got {tokens}")
+        raise _wrong(url, f"token_ids: expected no token after eos {params.eos_id}, got {tokens}")
     if len(tokens) > params.max_new_tokens or (truncated and len(tokens) < params.max_new_tokens):
         expected = f"expected eos {params.eos_id} or {params.max_new_tokens} tokens"
-        raise _wrong(url, "token_ids", f"{expected}, got {len(tokens)} that end with {tokens[-1]}")
+        raise _wrong(url, f"token_ids: {expected}, got {len(tokens)} that end with {tokens[-1]}")
     routes = None
     if with_routes:
         fed = len(request.prompt_tokens) + len(tokens) - 1
@@ -236,7 +232,7 @@ def read_routes(text: str | None, url: str, fed: int, arch: Architecture) -> Sam
     shape = (fed, arch.num_layers, arch.experts.topk)
     if experts.shape != shape or experts.dtype.kind not in "ui":
         got = f"{experts.dtype} {list(experts.shape)}"
-        raise _wrong(url, "routed_experts", f"expected whole numbers {list(shape)}, got {got}")
+        raise _wrong(url, f"routed_experts: expected whole numbers {list(shape)}, got {got}")
     experts = experts[:, list(arch.experts.layers)]
     _check_range(experts, url, arch.experts)
     return SampleRoutes(experts=experts.astype(np.int16))
@@ -247,10 +243,11 @@ def _array(text: str, url: str) -> npt.NDArray[np.generic]:
         array = np.load(io.BytesIO(base64.b64decode(text, validate=True)), allow_pickle=False)
     except (binascii.Error, ValueError, EOFError, OSError) as error:
         raise _wrong(
-            url, "routed_experts", f"expected an .npy array in base64, got {_short(text)} ({error})"
+            url,
+            f"routed_experts: expected an .npy array in base64, got {one_line(text, 80)} ({error})",
         ) from None
     if not isinstance(array, np.ndarray):
-        raise _wrong(url, "routed_experts", "expected one .npy array in base64, got an archive")
+        raise _wrong(url, "routed_experts: expected one .npy array in base64, got an archive")
     return array
 
 
@@ -258,7 +255,7 @@ def _check_range(experts: npt.NDArray[np.generic], url: str, layer: Experts) -> 
     low, high = int(experts.min()), int(experts.max())
     if low < 0 or high >= layer.number:
         raise _wrong(
-            url, "routed_experts", f"expected experts 0 to {layer.number - 1}, got {low} to {high}"
+            url, f"routed_experts: expected experts 0 to {layer.number - 1}, got {low} to {high}"
         )
 
 
@@ -268,22 +265,15 @@ def to_logprobs(answer: Scores, url: str, tokens: tuple[int, ...]) -> list[float
     if len(entries) != len(tokens):
         raise _wrong(
             url,
-            "prompt_logprobs",
-            f"expected one of each of {len(tokens)} tokens, got {len(entries)}",
+            f"prompt_logprobs: expected one of each of {len(tokens)} tokens, got {len(entries)}",
         )
     found = []
     for token, entry in zip(tokens[1:], entries[1:], strict=True):
         if entry is None or token not in entry:
-            raise _wrong(url, "prompt_logprobs", f"expected that of token {token}, got {entry}")
+            raise _wrong(url, f"prompt_logprobs: expected that of token {token}, got {entry}")
         found.append(entry[token].logprob)
     return found
 
 
-def _wrong(url: str, field: str, problem: str) -> RunFailed:
-    return RunFailed(f"{url}: {field}: {problem}; is this a vLLM server that works?")
-
-
-def _short(value: object) -> str:
-    text = value.decode("utf-8", "replace") if isinstance(value, bytes) else repr(value)
-    text = " ".join(text.split())
-    return text if len(text) <= 80 else f"{text[:80]} ..."
+def _wrong(url: str, problem: str) -> RunFailed:
+    return RunFailed(f"{url}: {problem}; is this a vLLM server that works?")

@@ -6,9 +6,9 @@ from typing import Any
 
 import httpx
 
-from sapo_megatron.errors import RunFailed, UserError
+from sapo_megatron.errors import RunFailed, UserError, one_line, with_type
 from sapo_megatron.hf.architecture import Architecture
-from sapo_megatron.rollout.generate import Request, SamplingParams
+from sapo_megatron.rollout.engine import Request, SamplingParams
 from sapo_megatron.rollout.vllm.answers import (
     SLEEP_FLAG,
     Awake,
@@ -46,12 +46,15 @@ class Server:
         self._http = http
 
     async def describe(self) -> Description:
-        """What it serves."""
+        """What the server serves."""
         content = await self._rpc("sapo_describe")
         return read(Descriptions, content, self.url).results[0]
 
     async def load(self, folder: Path, label: str) -> None:
-        """Put the weights of a Hugging Face folder into the running server."""
+        """Put the weights of a Hugging Face folder into the running server.
+
+        Raises RunFailed also where its machine has no such folder.
+        """
         content = await self._rpc("sapo_load", str(folder), label)
         if not all(load.found for load in read(Loads, content, self.url).results):
             raise RunFailed(
@@ -168,7 +171,7 @@ class Server:
         try:
             response = await self._http.request(method, self.url + path, json=body)
         except httpx.TransportError as error:
-            raise Away(f"{type(error).__name__} {error}".strip()) from None
+            raise Away(with_type(error)) from None
         if response.status_code >= 500:
             raise _Trouble(f"HTTP {response.status_code}: {_message(response)}")
         if response.status_code >= 300:
@@ -193,5 +196,4 @@ def _message(response: httpx.Response) -> str:
         text = response.json()["error"]["message"]
     except (ValueError, KeyError, TypeError):
         text = response.text
-    text = " ".join(str(text).split())
-    return text if len(text) <= 300 else f"{text[:300]} ..."
+    return one_line(text, 300)

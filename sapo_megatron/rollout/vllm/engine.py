@@ -1,6 +1,6 @@
 """Several vLLM servers as one engine.
 
-    requests --> queue --> slots (server_concurrency a server) --> samples, in the requests' order
+    requests --> queue --> slots (server_concurrency per server) --> samples, in the requests' order
                    ^          |
                    +----------+   the server is away: back into the queue, for whoever is free
 
@@ -26,7 +26,7 @@ import httpx
 from sapo_megatron.errors import RunFailed
 from sapo_megatron.hf.architecture import Architecture
 from sapo_megatron.recipe.schema import RolloutConfig
-from sapo_megatron.rollout.generate import Request, SamplingParams
+from sapo_megatron.rollout.engine import Request, SamplingParams
 from sapo_megatron.rollout.vllm.answers import Description, check_description
 from sapo_megatron.rollout.vllm.client import Away, Server
 from sapo_megatron.sample import Sample
@@ -39,7 +39,7 @@ RETRY_S = 0.5
 PROGRESS_S = 30.0
 """Seconds between lines that say how far a rollout is."""
 ATTEMPTS = 3
-"""Times that a request is sent before the failure is taken to be its own."""
+"""How often a request is sent before the failure is taken to be its own."""
 RESET_S = 30.0
 """Seconds for the last requests on a server to end before its prefix cache can be dropped."""
 
@@ -50,9 +50,9 @@ class Probe:
 
     tokens: tuple[int, ...]
     logprobs: tuple[float, ...]
-    """Of ``tokens[1:]``, each after those before it, at temperature 1, in the training engine."""
+    """The training engine's, of ``tokens[1:]``, each after those before it, at temperature 1."""
     tolerance: float
-    """Largest mean absolute difference, nats a token."""
+    """Largest mean absolute difference, nats per token."""
 
 
 @dataclass(frozen=True)
@@ -169,10 +169,6 @@ class VllmEngine:
         verified = ((url, self._verified.get(url)) for url in self._urls)
         return {url: seen[1] for url, seen in verified if seen and seen[0] == label}
 
-    def logprobs(self, tokens: Sequence[int]) -> dict[str, list[float]]:
-        """Log-probs of ``tokens[1:]`` at temperature 1, by URL of the servers that are there."""
-        return asyncio.run(self._logprobs(tokens))
-
     def sample(self, requests: Sequence[Request], params: SamplingParams) -> list[Sample]:
         """A response to every request, in their order.
 
@@ -226,13 +222,6 @@ class VllmEngine:
     async def _sleep(self) -> None:
         async with self._connected() as states:
             await asyncio.gather(*(state.server.sleep() for state in states))
-
-    async def _logprobs(self, tokens: Sequence[int]) -> dict[str, list[float]]:
-        async with self._connected() as states:
-            await asyncio.gather(*map(self._try, states))
-            there = [state.server for state in states if state.ready]
-            found = await asyncio.gather(*(server.logprobs(tokens) for server in there))
-            return {server.url: each for server, each in zip(there, found, strict=True)}
 
     async def _sample(self, requests: Sequence[Request], params: SamplingParams) -> list[Sample]:
         work = _Work(requests)
@@ -334,7 +323,7 @@ class VllmEngine:
         if diff > probe.tolerance:
             raise RunFailed(
                 f"{server.url}: expected the training engine's log-probs of a probe to "
-                f"{probe.tolerance:g} nats a token after new weights, got a difference of "
+                f"{probe.tolerance:g} nats per token after new weights, got a difference of "
                 f"{diff:.3g}; the server did not take the weights as they are: look at its log, "
                 f"and restart it"
             )

@@ -35,7 +35,7 @@ def _end_with_owner(process: subprocess.Popen) -> None:
 
 
 def _signal(process: subprocess.Popen, number: int) -> None:
-    """To the command's own process group, which holds nothing else."""
+    """Send a signal to the command's own process group, which holds nothing else."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, number)
 

@@ -134,7 +134,7 @@ def _start(
     url, log = f"http://127.0.0.1:{port}", folder / f"{number}.log"
     command = [sys.executable, "-m", guard.__name__, *_command(recipe, model, port)]
     if recipe.rollout.colocate:
-        environment = environment | {"CUDA_VISIBLE_DEVICES": _gpu(number)}
+        environment = environment | {"CUDA_VISIBLE_DEVICES": _gpu_name(number)}
     with log.open("wb") as file:
         process = subprocess.Popen(
             command,
@@ -166,7 +166,7 @@ def _command(recipe: Recipe, model: Path, port: int) -> list[str]:
 
 
 def _environment(folder: Path) -> dict[str, str]:
-    """The trainer's, without what torchrun and the trainer's own packages have left in it."""
+    """A server's environment: the trainer's, without what torchrun and its own packages left."""
     kept = {
         name: value
         for name, value in os.environ.items()
@@ -189,8 +189,8 @@ def _environment(folder: Path) -> dict[str, str]:
     return {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"} | kept | ours
 
 
-def _gpu(number: int) -> str:
-    """Of the trainer's GPUs, as ``CUDA_VISIBLE_DEVICES`` has it."""
+def _gpu_name(number: int) -> str:
+    """The name of the trainer's GPU with this number, for ``CUDA_VISIBLE_DEVICES``."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     return visible.split(",")[number] if visible else str(number)
 

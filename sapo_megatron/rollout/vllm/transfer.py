@@ -1,7 +1,7 @@
 """Weights to vLLM servers over NCCL, with the sending side that vLLM has for it.
 
-This process and all workers of all servers are one NCCL group. vLLM's sender tells the servers over
-HTTP what comes, and broadcasts tensor after tensor meanwhile. It has not been run on GPUs.
+This process and all workers of all servers are one process group. vLLM's sender tells the servers
+over HTTP what comes, and broadcasts tensor after tensor meanwhile. It has not been run on GPUs.
 """
 
 import socket
@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 import httpx
 from torch import Tensor
 
-from sapo_megatron.errors import RunFailed, UserError
+from sapo_megatron.errors import RunFailed, UserError, one_line, with_type
 from sapo_megatron.hf.folder import Listed
 
 
@@ -22,7 +22,7 @@ class Transfer:
     """Sends a model's tensors to all servers; on the first rank, which makes one once."""
 
     def __init__(self, urls: Sequence[str], listing: list[Listed], *, timeout_s: float) -> None:
-        """Join this process and the servers' workers, at once, in a group.
+        """Join this process and the servers' workers, at once, in a process group.
 
         ``listing``: what every ``send`` will bring. Raises UserError without vLLM, and RunFailed
         where a server does not take part.
@@ -31,14 +31,14 @@ class Transfer:
         self._source = _Source(listing)
         self._client = _Client(urls, timeout_s, self._abort)
         address = _own_address(urls[0])
-        group = info(
+        init_info = info(
             master_address=address,
             master_port=_free_port(address),
             world_size=1 + sum(self._client.world_sizes),
             rank=0,
         )
         with self._failing():
-            self._sender = trainer_init(group, client=self._client, source=self._source)
+            self._sender = trainer_init(init_info, client=self._client, source=self._source)
 
     def send(self, tensors: Iterator[tuple[str, Tensor]]) -> None:
         """Put the tensors into all servers. Raises RunFailed; no other ``send`` may follow then."""
@@ -63,10 +63,9 @@ class Transfer:
         except (AssertionError, RuntimeError, ValueError) as error:
             if self._client.problem:
                 raise self._client.problem from error
-            text = " ".join(str(error).split())
             raise RunFailed(
                 f"rollout.weight_transfer: expected vLLM to send the weights over NCCL, got "
-                f"{type(error).__name__} {text}; restart all servers, and resume the run"
+                f"{with_type(error)}; restart all servers, and resume the run"
             ) from error
 
 
@@ -118,12 +117,13 @@ class _Client:
     def finish_weight_update(self, weight_version: str | None = None) -> None:
         self._post("finish_weight_update")
 
-    def _post(self, path: str, bodies: list[dict[str, Any]] | None = None) -> None:
-        """To all servers, none of which may have to wait for another. Raises the first error."""
+    def _post(self, path: str, bodies: Sequence[dict[str, Any] | None] = ()) -> None:
+        """Ask all servers at once: none may have to wait for another. Raises the first error."""
+        bodies = bodies or [None] * len(self._urls)
         executor = ThreadPoolExecutor(len(self._urls))
         calls = [
             executor.submit(self._call, "POST", url, path, body)
-            for url, body in zip(self._urls, bodies or [None] * len(self._urls), strict=True)
+            for url, body in zip(self._urls, bodies, strict=True)
         ]
         executor.shutdown(wait=False)
         for call in as_completed(calls):
@@ -133,10 +133,10 @@ class _Client:
         try:
             response = self._http.request(method, f"{url}/{path}", json=body)
         except httpx.TransportError as error:
-            raise RunFailed(_told(url, path, f"{type(error).__name__} {error}".strip())) from None
+            raise RunFailed(_told(url, path, with_type(error))) from None
         if response.status_code != 200:
-            text = " ".join(response.text.split())[:300]
-            raise RunFailed(_told(url, path, f"HTTP {response.status_code}: {text}"))
+            text = f"HTTP {response.status_code}: {one_line(response.text, 300)}"
+            raise RunFailed(_told(url, path, text))
         return response
 
 
@@ -161,7 +161,7 @@ def _vllm() -> tuple[Any, Any]:
 
 
 def _own_address(url: str) -> str:
-    """Of this machine, as the server at ``url`` sees it."""
+    """The address of this machine, as the server at ``url`` sees it."""
     parts = urlsplit(url)
     with socket.create_connection((parts.hostname, parts.port or 80)) as connection:
         return connection.getsockname()[0]

@@ -14,8 +14,11 @@ INITIAL = "initial"
 
 
 class Worker:
-    """Mixed into vLLM's worker, whose are ``model_runner``, ``vllm_config`` and ``device``."""
+    """Mixed into vLLM's worker, which has ``model_runner``, ``vllm_config`` and ``device``."""
 
+    model_runner: Any
+    vllm_config: Any
+    device: Any
     sapo_weights: str = INITIAL
 
     def sapo_describe(self) -> dict[str, Any]:
@@ -84,12 +87,12 @@ def _weights_in(folder: str, model_config: Any, model: Any) -> Any:
 def _forget_packed_experts(model: Any) -> None:
     """Have the weights of experts packed again when they are loaded again.
 
-    vLLM's reload brings every layer back to the layout of a checkpoint, loads it and packs it. On
+    vLLM's reload brings every layer back to the form it has in a file, loads it and packs it. On
     CPUs it packs the weights of experts when it makes their kernel, and a kernel that is there is
     not made again: it would read weights that are not packed as if they were.
     """
     for module in model.modules():
-        method = getattr(module, "quant_method", None)
+        method: Any = getattr(module, "quant_method", None)
         if getattr(method, "moe_kernel", None) is not None:
             method.moe_kernel = None
 
@@ -97,7 +100,7 @@ def _forget_packed_experts(model: Any) -> None:
 def _pack_embeddings(model: Any) -> None:
     """Pack the output weights again, which a reload forgets where they are the embedding's.
 
-    They have no tensor of their own in the checkpoint, and their packed copy stays as it was.
+    They have no tensor of their own in the folder, and their packed copy stays as it was.
     """
     from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 

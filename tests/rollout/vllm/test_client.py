@@ -16,7 +16,7 @@ from sapo_megatron.errors import RunFailed, UserError
 from sapo_megatron.hf.architecture import parse_architecture
 from sapo_megatron.recipe.load import load
 from sapo_megatron.recipe.schema import RolloutConfig
-from sapo_megatron.rollout.generate import Request, SamplingParams
+from sapo_megatron.rollout.engine import Request, SamplingParams
 from sapo_megatron.rollout.vllm import engine as engine_module
 from sapo_megatron.rollout.vllm import servers as servers_module
 from sapo_megatron.rollout.vllm.answers import read_routes
@@ -44,7 +44,7 @@ def server(servers):
     return servers[0]
 
 
-def engine(*urls, timeout_s=5.0, **changes):
+def engine(*urls, timeout_s=60.0, **changes):
     config = RolloutConfig(
         engine="vllm",
         servers=urls,
@@ -124,11 +124,8 @@ def test_a_server_that_gives_up_on_a_request_is_asked_again(server):
 
 def test_a_server_that_answers_nothing_leaves_its_work_to_the_other(servers):
     hung, _ = servers
-    hung.fault = fakevllm.after(30.0)
-    began = time.monotonic()
-    samples = loaded(*servers, timeout_s=1.0).sample(REQUESTS[:8], PARAMS)
-    assert len(samples) == 8
-    assert time.monotonic() - began < 10
+    hung.fault = fakevllm.after(280.0)  # longer than a test may take
+    assert len(loaded(*servers, timeout_s=1.0).sample(REQUESTS[:8], PARAMS)) == 8
 
 
 def test_a_slow_server_is_waited_for(server, caplog, monkeypatch):
@@ -156,9 +153,9 @@ def test_a_server_whose_process_has_ended_is_not_waited_for(server):
 @pytest.mark.parametrize(
     ("answer", "message"),
     [
-        (b"<html>busy</html>", "answer: Invalid JSON"),
-        (b'{"choices": [', "answer: Invalid JSON"),
-        ([], "answer: Input should be an object"),
+        (b"<html>busy</html>", "Invalid JSON: .* got "),
+        (b'{"choices": [', "Invalid JSON: .* got "),
+        ([], "Input should be an object"),
         ({}, "choices: Field required"),
         ({"choices": []}, "choices: List should have at least 1 item"),
         (completion([7, EOS], token_ids=None), "choices.0.token_ids: .* got None"),
@@ -247,7 +244,6 @@ def test_load_returns_the_difference_of_the_probe(servers):
     differences = client.load(TESTS, probe)
     assert differences == {s.url: pytest.approx(1e-4) for s in servers}
     assert [path for path, _ in servers[0].calls if "reset" in path] == ["/reset_prefix_cache"]
-    assert client.logprobs(TOKENS) == {s.url: list(PROBE.logprobs) for s in servers}
 
 
 def test_load_stops_where_a_server_does_not_compute_the_same(servers):
@@ -261,7 +257,7 @@ def test_load_stops_where_a_server_does_not_compute_the_same(servers):
         return (200, scores) if "prompt_logprobs" in body else own()
 
     bad.fault = fault
-    with pytest.raises(RunFailed, match=f"{bad.url}: .* 0.001 nats a token .* difference of 1.44"):
+    with pytest.raises(RunFailed, match=f"{bad.url}: .* 0.001 nats per token .* of 1.44"):
         client.load(TESTS, PROBE)
 
 
@@ -361,7 +357,7 @@ def test_routes_that_are_wrong(text, error, message):
 
 
 def recipe(folder, python, **changes):
-    rollout = {"engine": "vllm", "vllm_python": str(python), "server_timeout_s": 10.0, **changes}
+    rollout = {"engine": "vllm", "vllm_python": str(python), "server_timeout_s": 60.0, **changes}
     return load(write_recipe(folder, rollout=rollout))
 
 
@@ -453,12 +449,12 @@ def test_a_server_that_does_not_end_when_asked_is_killed(tmp_path):
     pid = tmp_path / "pid"
     wait_until(lambda: pid.exists() and pid.read_text().strip())
     process.stdin.close()
-    process.wait(10)
+    process.wait(60)
     assert not alive(int(pid.read_text()))
 
 
 def wait_until(holds):
-    until = time.monotonic() + 15.0
+    until = time.monotonic() + 60.0
     while not holds():
         assert time.monotonic() < until
         time.sleep(0.05)

@@ -1,0 +1,159 @@
+"""Tiny models of every family as transformers makes them, and sequences for them.
+
+Written from a seed: two machines that are compared write the same.
+"""
+
+import random
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from sapo_megatron.sample import Sample
+
+VOCABULARY = 101  # divides by no tensor-parallel size
+_COMMON = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "max_position_embeddings": 64,
+    "num_hidden_layers": 4,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": False,
+    "vocab_size": VOCABULARY,
+}
+_QWEN3 = _COMMON | {
+    "model_type": "qwen3",
+    "head_dim": 8,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+}
+_DEEPSEEK = _COMMON | {
+    "model_type": "deepseek_v3",
+    "first_k_dense_replace": 1,
+    "kv_lora_rank": 12,
+    "moe_intermediate_size": 16,
+    "n_group": 1,
+    "n_routed_experts": 8,
+    "n_shared_experts": 2,
+    "num_attention_heads": 4,
+    "num_experts_per_tok": 3,
+    "num_key_value_heads": 4,
+    "q_lora_rank": None,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 4,
+    "rms_norm_eps": 1e-5,
+    "routed_scaling_factor": 2.446,
+    "scoring_func": "sigmoid",
+    "topk_method": "noaux_tc",
+    "topk_group": 1,
+    "v_head_dim": 6,
+}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "qwen3": _QWEN3 | {"tie_word_embeddings": True},
+    "qwen3-moe": _QWEN3
+    | {
+        "model_type": "qwen3_moe",
+        "num_key_value_heads": 2,  # fewer than tensor-parallel ranks in one layout
+        "decoder_sparse_step": 1,
+        "moe_intermediate_size": 16,
+        "norm_topk_prob": True,
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+    },
+    "moonlight": _DEEPSEEK,
+    "deepseek-v3": _DEEPSEEK
+    | {
+        "q_lora_rank": 16,
+        "n_group": 4,
+        "n_routed_experts": 16,
+        "topk_group": 2,
+        "n_shared_experts": 1,
+        "num_experts_per_tok": 4,
+        "rope_scaling": {
+            "type": "yarn",
+            "factor": 4.0,
+            "original_max_position_embeddings": 16,
+            "beta_fast": 32,
+            "beta_slow": 1,
+            "mscale": 1.0,
+            "mscale_all_dim": 0.8,
+        },
+    },
+    "glm-4.5": _COMMON
+    | {
+        "model_type": "glm4_moe",
+        "attention_bias": True,
+        "first_k_dense_replace": 1,
+        "head_dim": 8,
+        "moe_intermediate_size": 16,
+        "n_group": 1,
+        "n_routed_experts": 8,
+        "n_shared_experts": 1,
+        "num_attention_heads": 8,
+        "num_experts_per_tok": 2,
+        "num_key_value_heads": 4,
+        "partial_rotary_factor": 0.5,
+        "rms_norm_eps": 1e-5,
+        "routed_scaling_factor": 1.0,
+        "topk_group": 1,
+        "use_qk_norm": False,
+    },
+}
+
+
+def make_model(
+    family: str,
+    folder: Path,
+    dtype: torch.dtype = torch.float32,
+    *,
+    shard: str = "50KB",
+    **changes: Any,
+) -> Any:
+    """A model of the family that transformers makes and saves, in files of ``shard``.
+
+    Its weights are larger than at initialisation, so that attention and routing are far from
+    uniform; biases and norms are random as well.
+    """
+    config = transformers.AutoConfig.for_model(**FAMILIES[family] | changes)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    generator = torch.Generator().manual_seed(3)
+
+    def noise(tensor: torch.Tensor) -> torch.Tensor:
+        return torch.randn(tensor.shape, generator=generator)
+
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "norm" in name:
+                weight.copy_(1 + 0.3 * noise(weight))
+            elif weight.ndim == 1:
+                weight.copy_(0.3 * noise(weight))
+            else:
+                gain = 2.0 if name.endswith("mlp.gate.weight") else 0.7
+                weight.copy_(gain * noise(weight) / weight.shape[1] ** 0.5)
+        for name, bias in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                # Above 0: below it transformers may choose from a group that is ruled out.
+                bias.copy_(0.1 * noise(bias).abs())
+    model.to(dtype).save_pretrained(folder, max_shard_size=shard)
+    return model
+
+
+def sequences() -> list[Sample]:
+    """Prompts and responses of several lengths."""
+    rng = random.Random(5)
+
+    def tokens(n: int) -> list[int]:
+        return [rng.randrange(VOCABULARY) for _ in range(n)]
+
+    return [
+        Sample(
+            uid=i,
+            prompt_tokens=tuple(tokens(prompt)),
+            response_tokens=tokens(response),
+            rollout_logprobs=[0.0] * response,
+            truncated=False,
+        )
+        for i, (prompt, response) in enumerate([(5, 9), (3, 12), (7, 2), (4, 7)])
+    ]

@@ -1,0 +1,61 @@
+"""What turns requests into responses, and how it is asked."""
+
+import dataclasses
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Protocol
+
+from sapo_megatron.metrics import Metrics
+from sapo_megatron.sample import Sample
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """One response to generate."""
+
+    uid: int
+    prompt_tokens: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """How to sample each response."""
+
+    temperature: float
+    """0 is greedy."""
+    top_p: float
+    max_new_tokens: int
+    eos_id: int
+    seed: int
+
+
+class Engine(Protocol):
+    """What turns requests into responses: the training model in process, or servers."""
+
+    background: bool
+    """Whether :meth:`generate` waits for no other rank, and may run in a thread."""
+
+    def serving(self, *, record: bool) -> AbstractContextManager[Metrics]:
+        """The engine with the policy's present weights; what it took. Collective over all ranks.
+
+        ``record``: with routes, where it can. An engine in the background goes on with these
+        weights behind the block.
+        """
+
+    def generate(self, requests: Sequence[Request], params: SamplingParams) -> list[Sample]:
+        """This block's responses, fillers among them or not, on its leader at least.
+
+        Collective over the ranks that share a model unless ``background``.
+        """
+
+    @property
+    def age(self) -> int:
+        """Optimizer steps that the policy is ahead of the engine's weights."""
+
+
+def part_of(requests: Sequence[Request], rank: int, size: int) -> list[Request]:
+    """This rank's part of ``requests``, as many on every rank; fillers have uid -1."""
+    mine = list(requests[rank::size])
+    filler = dataclasses.replace(requests[0], uid=-1)
+    return mine + [filler] * (-(-len(requests) // size) - len(mine))

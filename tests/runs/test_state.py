@@ -1,0 +1,118 @@
+"""The state of a run beside a checkpoint's tensors: it comes back, or a line says what is wrong."""
+
+import dataclasses
+import json
+
+import pytest
+
+from sapo_megatron.errors import UserError
+from sapo_megatron.recipe.schema import ParallelConfig
+from sapo_megatron.runs.state import RunState, checkpoints, latest, layout, read_state, write_state
+
+PARALLEL = ParallelConfig(tensor_model_parallel_size=2, expert_model_parallel_size=4)
+STATE = RunState(
+    step=12,
+    start="../start",
+    model={"model_type": "qwen3_moe", "rope_scaling": None, "params_dtype": "float32"},
+    cursor={"index": 384, "skipped": {"too_long": 1}},
+    eval={"avg@8": 0.25, "pass@1": 1},
+    router={"variance/router": [[1.0, 2.5, 0.125]]},
+    wall_s=321.5,
+    layout=layout(PARALLEL),
+    world_size=8,
+)
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    folder = tmp_path / "step-000012"
+    folder.mkdir()
+    write_state(folder, STATE)
+    return folder
+
+
+def refusal(checkpoint, parallel=PARALLEL):
+    with pytest.raises(UserError) as caught:
+        read_state(checkpoint, parallel)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_a_state_comes_back(checkpoint):
+    assert read_state(checkpoint, PARALLEL) == STATE
+
+
+def test_data_and_context_parallel_sizes_may_change(checkpoint):
+    wider = dataclasses.replace(PARALLEL, context_parallel_size=2)
+    assert read_state(checkpoint, wider) == STATE
+
+
+@pytest.mark.parametrize(
+    ("key", "size"),
+    [
+        ("tensor_model_parallel_size", 1),
+        ("pipeline_model_parallel_size", 2),
+        ("virtual_pipeline_model_parallel_size", 2),
+        ("expert_model_parallel_size", 8),
+        ("expert_tensor_parallel_size", 2),
+    ],
+)
+def test_another_layout_is_refused(checkpoint, key, size):
+    saved = getattr(PARALLEL, key)
+    message = refusal(checkpoint, dataclasses.replace(PARALLEL, **{key: size}))
+    assert message.startswith(f"parallel.{key}: expected {saved}, the size that {checkpoint} was")
+    assert f"got {size}; " in message
+
+
+def test_a_size_that_was_not_saved_is_another_layout(checkpoint):
+    sizes = {k: v for k, v in STATE.layout.items() if k != "expert_model_parallel_size"}
+    write_state(checkpoint, dataclasses.replace(STATE, layout=sizes))
+    assert "parallel.expert_model_parallel_size: expected None" in refusal(checkpoint)
+
+
+@pytest.mark.parametrize("key", [f.name for f in dataclasses.fields(RunState)])
+def test_a_missing_key_is_named(checkpoint, key):
+    path = checkpoint / "state.json"
+    path.write_text(json.dumps({k: v for k, v in vars(STATE).items() if k != key}))
+    message = refusal(checkpoint)
+    assert message.startswith(f"{path}: expected the state of a run, ")
+    assert f"({key}: Field required)" in message
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"step": "12"}, "step: Input should be a valid integer, got '12'"),
+        ({"step": 1.5}, "step: Input should be a valid integer, got 1.5"),
+        ({"world_size": True}, "world_size: Input should be a valid integer, got True"),
+        ({"start": None}, "start: Input should be a valid string, got None"),
+        ({"model": []}, "model: Input should be an object, got []"),
+        ({"eval": {"avg@8": "x"}}, "eval.avg@8: Input should be a valid number, got 'x'"),
+        ({"router": {"tv": [0.5]}}, "router.tv.0: Input should be a valid array, got 0.5"),
+        ({"layout": {"a": "2"}}, "layout.a: Input should be a valid integer, got '2'"),
+    ],
+)
+def test_a_wrong_type_is_named(checkpoint, changed, said):
+    path = checkpoint / "state.json"
+    path.write_text(json.dumps(vars(STATE) | changed))
+    message = refusal(checkpoint)
+    assert str(path) in message
+    assert f"({said})" in message
+
+
+@pytest.mark.parametrize("damage", [b"", b"{", b"[]", b"null", b"\xff\xfe", b'{"step": 12'])
+def test_a_damaged_file_is_named(checkpoint, damage):
+    path = checkpoint / "state.json"
+    path.write_bytes(damage)
+    message = refusal(checkpoint)
+    assert message.startswith(f"{path}: expected the state of a run, got something else (")
+    assert message.endswith("); resume from another checkpoint")
+
+
+def test_a_folder_without_a_state_is_no_checkpoint(tmp_path, checkpoint):
+    newer = tmp_path / "step-000013"
+    newer.mkdir()
+    assert f"{newer}: expected a checkpoint folder with state.json" in refusal(newer)
+    assert checkpoints(tmp_path) == [checkpoint]
+    assert latest(tmp_path) == checkpoint
+    assert latest(newer) is None
