@@ -14,6 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from sapo_megatron.splitmix import splitmix64
+
 Scalar = float | Tensor
 
 
@@ -253,7 +255,7 @@ class Points(Metric):
 
     @classmethod
     def _sample(cls, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        key = _scramble(_scramble(x.view(torch.int64)) + y.view(torch.int64))
+        key = splitmix64(splitmix64(x.view(torch.int64)) ^ y.view(torch.int64))
         kept = torch.argsort(key)[: cls.MOST]
         return x[kept], y[kept]
 
@@ -347,13 +349,6 @@ def _select(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     if mask is None:
         return x, torch.tensor(float(x.numel()), dtype=torch.float64, device=x.device)
     return torch.where(mask, x, 0.0), mask.sum().double()
-
-
-def _scramble(bits: Tensor) -> Tensor:
-    """splitmix64's finaliser on int64, whose products wrap around."""
-    bits = (bits ^ (bits >> 30)) * -4658895280553007687
-    bits = (bits ^ (bits >> 27)) * -7723592293110705685
-    return bits ^ (bits >> 31)
 
 
 def _extreme(a: Scalar, b: Scalar, of_tensors: Callable, of_floats: Callable) -> Scalar:

@@ -36,12 +36,17 @@ def sapo_token_loss(
 
 def sapo_loss(r: Ratio, temperatures: Temperatures) -> Tensor:
     """:func:`sapo_token_loss` of a ratio."""
-    return -sapo_gate(r.ratio, token_temperature(r.advantages, temperatures)) * r.advantages
+    return sapo_gate(r.ratio, token_temperature(r.advantages, temperatures)) * -r.advantages
 
 
 def sapo_gate(ratio: Tensor, tau: float | Tensor) -> Tensor:
-    """f(r) = 4/tau sigmoid(tau (r - 1)), equation 6; between 0 and 4/tau."""
-    return torch.sigmoid(tau * (ratio - 1)) * (4 / tau)
+    """f(r) = 4/tau sigmoid(tau (r - 1)), equation 6; between 0 and 4/tau.
+
+    As 1 - q with q = sigmoid(-tau (r - 1)): of q, autograd's slope q (1 - q) keeps its digits
+    however large r is, where that of p = sigmoid(tau (r - 1)) has none left once p rounds to 1. At
+    the other end r >= 0 bounds q: in fp32, f and its slope are right to about 1e-7 exp(tau).
+    """
+    return (1 - torch.sigmoid(-tau * (ratio - 1))) * (4 / tau)
 
 
 def sapo_weight(ratio: Tensor, tau: float | Tensor) -> Tensor:
@@ -52,5 +57,5 @@ def sapo_weight(ratio: Tensor, tau: float | Tensor) -> Tensor:
 
 def token_temperature(advantages: Tensor, temperatures: Temperatures) -> Tensor:
     """tau of each token, of the shape and dtype of ``advantages``."""
-    positive = torch.full_like(advantages, temperatures.pos)
+    positive = advantages.new_full((), temperatures.pos)
     return torch.where(advantages > 0, positive, temperatures.neg)

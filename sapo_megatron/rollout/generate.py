@@ -16,6 +16,7 @@ from torch import Tensor
 from sapo_megatron.metrics import Metrics
 from sapo_megatron.rollout.engine import Request, SamplingParams
 from sapo_megatron.sample import DecodedRoutes, Sample
+from sapo_megatron.splitmix import shift, splitmix64
 
 
 class Decoder(Protocol):
@@ -178,26 +179,8 @@ def nucleus(probs: Tensor, top_p: float) -> Tensor:
     return torch.zeros_like(probs).scatter(-1, order, ordered.where(before < top_p, 0.0))
 
 
-_GOLDEN, _MIX_1, _MIX_2 = (
-    value - (1 << 64) for value in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
-)
-
-
 def uniform(seed: int, uids: Tensor, positions: Tensor) -> Tensor:
     """fp64 noise in [0, 1) for each (uid, position), both int64 ``[B]``, by SplitMix64."""
-    state = _mix(torch.full_like(uids, seed))
-    bits = _mix(_mix(state ^ uids) ^ positions)
-    return _shift(bits, 11).double() * 2.0**-53
-
-
-def _mix(x: Tensor) -> Tensor:
-    """The finaliser of SplitMix64 on int64 (Steele, Lea and Flood, OOPSLA 2014)."""
-    x = x + _GOLDEN
-    x = (x ^ _shift(x, 30)) * _MIX_1
-    x = (x ^ _shift(x, 27)) * _MIX_2
-    return x ^ _shift(x, 31)
-
-
-def _shift(x: Tensor, bits: int) -> Tensor:
-    """Logical right shift of int64."""
-    return (x >> bits) & ((1 << (64 - bits)) - 1)
+    state = splitmix64(torch.full_like(uids, seed))
+    bits = splitmix64(splitmix64(state ^ uids) ^ positions)
+    return shift(bits, 11).double() * 2.0**-53
