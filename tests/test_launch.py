@@ -304,6 +304,7 @@ def test_a_single_node_that_is_ended_leaves_nothing(start, tmp_path, bystander):
     assert not (tmp_path / "runs/recipe/j1/summary.json").exists()
 
 
+@pytest.mark.slow
 def test_two_agents_go_on_from_a_checkpoint_when_a_worker_is_killed(start, tmp_path, bystander):
     words = [
         "recipe.yaml",
