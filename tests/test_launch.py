@@ -290,7 +290,7 @@ def test_a_process_without_the_scripts_has_their_environment(env, allocator):
 
 
 def test_single_node_runs_a_recipe(start, tmp_path, bystander):
-    run = start("single_node.sh", "recipe.yaml", JOB_ID="j1")
+    run = start("single_node.sh", "recipe.yaml", JOB_ID="j1", NPROC_PER_NODE="1")
     assert run.wait() == 0, run.said
     assert (tmp_path / "runs" / "recipe" / "j1" / "summary.json").exists()
 
@@ -304,6 +304,7 @@ def test_a_single_node_that_is_ended_leaves_nothing(start, tmp_path, bystander):
     assert not (tmp_path / "runs/recipe/j1/summary.json").exists()
 
 
+@pytest.mark.slow
 def test_two_agents_go_on_from_a_checkpoint_when_a_worker_is_killed(start, tmp_path, bystander):
     words = [
         "recipe.yaml",

@@ -16,7 +16,7 @@ from torch import Tensor
 from sapo_megatron.metrics import Metrics
 from sapo_megatron.rollout.engine import Request, SamplingParams
 from sapo_megatron.sample import DecodedRoutes, Sample
-from sapo_megatron.splitmix import shift_right, splitmix64
+from sapo_megatron.splitmix import shift, splitmix64
 
 
 class Decoder(Protocol):
@@ -183,4 +183,4 @@ def uniform(seed: int, uids: Tensor, positions: Tensor) -> Tensor:
     """fp64 noise in [0, 1) for each (uid, position), both int64 ``[B]``, by SplitMix64."""
     state = splitmix64(torch.full_like(uids, seed))
     bits = splitmix64(splitmix64(state ^ uids) ^ positions)
-    return shift_right(bits, 11).double() * 2.0**-53
+    return shift(bits, 11).double() * 2.0**-53

@@ -208,7 +208,10 @@ def test_a_larger_gpu_may_do(capsys):
         (["--tensor_model_parallel_size", "3"], ["attention heads 32", "got 3"]),
         (["--expert_model_parallel_size", "5"], ["number of experts 128", "got 5"]),
         (["--pipeline_model_parallel_size", "5"], ["48 layers", "5"]),
-        (["--virtual_pipeline_model_parallel_size", "2"], ["at least 2 pipeline stages"]),
+        (
+            ["--virtual_pipeline_model_parallel_size", "2"],
+            ["expected none with one pipeline stage"],
+        ),
         (["--context_parallel_size", "3"], ["tp x pp x cp = 12", "got 8"]),
         (["--expert_tensor_parallel_size", "2"], ["etp x ep x pp = 16", "got 8"]),
         (["--nodes", "3", "--ep", "1"], ["parallel.expert_model_parallel_size"]),

@@ -45,6 +45,11 @@ def naughty(prompt, response):
                 time.sleep(100)
             except BaseException:
                 pass
+    if response.startswith("wait for "):
+        while not os.path.exists(response.removeprefix("wait for ")):
+            time.sleep(0.05)
+    if response.startswith("make "):
+        open(response.removeprefix("make "), "w").close()
     if response == "raise":
         raise KeyError("no\\nsuch")
     if response == "exit":
@@ -242,15 +247,16 @@ def test_several_workers_score_as_one_does(verifiers):
     assert one[0] == [[0.0, 1.0], [1.0, 0.0, 1.0], [0.0], [1.0], [0.0, 0.0], []]
 
 
-def test_a_response_that_hangs_holds_up_its_worker_alone(verifiers):
-    config = RewardConfig(function=f"{verifiers}:naughty", timeout_s=2.0, num_workers=3)
+def test_a_response_that_hangs_holds_up_its_worker_alone(verifiers, tmp_path):
+    """Two wait for what the last response makes: a third worker must come to it meanwhile."""
+    config = RewardConfig(function=f"{verifiers}:naughty", timeout_s=60.0, num_workers=3)
+    made = tmp_path / "made"
     with Scorer(config) as scorer:
-        scorer.score([group("swallow"), group("swallow"), group("swallow")])  # all have started
+        waiting = [group(f"wait for {made}"), group(f"wait for {made}")]
+        metrics = scorer.score([*waiting, *[group("fine")] * 20, group(f"make {made}")])
         assert len(scorer._workers) == 3
-        begin = time.monotonic()
-        metrics = scorer.score([group("swallow"), group("swallow"), *[group("fine")] * 20])
-        assert time.monotonic() - begin < 2 * 2.0 - 0.2
-        assert metrics.values()["reward/timeouts"] == 2
+        assert metrics.values()["reward/timeouts"] == 0
+        assert all(sample.reward == 1 for waits in waiting for sample in waits.samples)
         pids = [worker._process.pid for worker in scorer._workers]
     assert not any(map(alive, pids))
 
