@@ -3,12 +3,12 @@
 import os
 
 import pytest
-from test_servers import changed, make_engine, probe_of
 
 from sapo_megatron.recipe.load import load
 from sapo_megatron.rollout.vllm.servers import LocalServers
 from tests.support.families import make_model
 from tests.support.tiny import write_recipe
+from tests.vllm.test_servers import changed, make_engine, probe_of
 
 
 @pytest.mark.parametrize("family", ["qwen3", "glm-4.5"])  # tied embeddings; shared experts, biases
