@@ -24,16 +24,20 @@ class Metric:
     """Sufficient statistics that add up; subclasses say what they amount to."""
 
     def merge(self, other: Self) -> Self:
+        """The metric of both batches together."""
         assert type(self) is type(other), f"cannot merge {type(self)} with {type(other)}"
         names = [f.name for f in fields(self)]
         return type(self)(*(getattr(self, n) + getattr(other, n) for n in names))
 
     def value(self) -> float:
+        """What the statistics amount to; NaN without any entry, unless the class says otherwise."""
         raise NotImplementedError
 
 
 @dataclass(frozen=True)
 class Sum(Metric):
+    """A plain sum, 0 of nothing."""
+
     total: Scalar
 
     def value(self) -> float:
@@ -42,12 +46,14 @@ class Sum(Metric):
 
 @dataclass(frozen=True)
 class Mean(Metric):
+    """A sum over a count."""
+
     total: Scalar
     count: Scalar
 
     @classmethod
     def of(cls, x: Tensor, mask: Tensor | None = None) -> "Mean":
-        """Mean of ``x`` over the entries where ``mask`` is True."""
+        """The mean of ``x`` over the entries where ``mask`` is True."""
         x, count = _select(x, mask)
         return cls(x.sum(), count)
 
@@ -65,7 +71,7 @@ class _Moments(Metric):
 
     @classmethod
     def of(cls, x: Tensor, mask: Tensor | None = None) -> Self:
-        """Of the entries of ``x`` where ``mask`` is True."""
+        """The moments of ``x`` over the entries where ``mask`` is True."""
         x, count = _select(x, mask)
         return cls(count, x.sum(), x.square().sum())
 
@@ -104,7 +110,7 @@ class _PairMoments(Metric):
 
     @classmethod
     def of(cls, x: Tensor, y: Tensor, mask: Tensor | None = None) -> Self:
-        """Of the pairs of ``x`` and ``y`` where ``mask`` is True."""
+        """The moments of ``x`` and ``y``, of one shape, over the pairs where ``mask`` is True."""
         x, count = _select(x, mask)
         y, _ = _select(y, mask)
         products = (x.square().sum(), (x * y).sum(), y.square().sum())
@@ -153,11 +159,13 @@ class Share(_PairMoments):
 
 @dataclass(frozen=True)
 class Max(Metric):
+    """The largest entry; -inf of nothing."""
+
     largest: Scalar
 
     @classmethod
     def of(cls, x: Tensor, mask: Tensor | None = None) -> "Max":
-        """Largest entry of ``x`` where ``mask`` is True; -inf where there is none."""
+        """The largest entry of ``x`` where ``mask`` is True."""
         x = x.detach() if mask is None else torch.where(mask, x.detach(), -math.inf)
         return cls(x.max() if x.numel() else -math.inf)
 
@@ -170,11 +178,13 @@ class Max(Metric):
 
 @dataclass(frozen=True)
 class Min(Metric):
+    """The smallest entry; inf of nothing."""
+
     smallest: Scalar
 
     @classmethod
     def of(cls, x: Tensor, mask: Tensor | None = None) -> "Min":
-        """Smallest entry of ``x`` where ``mask`` is True; inf where there is none."""
+        """The smallest entry of ``x`` where ``mask`` is True."""
         x = x.detach() if mask is None else torch.where(mask, x.detach(), math.inf)
         return cls(x.min() if x.numel() else math.inf)
 
@@ -211,6 +221,7 @@ class Histogram(Metric):
 
     @classmethod
     def of(cls, x: Tensor, edges: tuple[float, ...], mask: Tensor | None = None) -> "Histogram":
+        """The counts of the entries of ``x`` where ``mask`` is True; ``edges`` ascend."""
         x = x.detach() if mask is None else x.detach()[mask]
         inner = torch.tensor(edges[1:-1], dtype=torch.float64, device=x.device)
         bins = torch.bucketize(x.double(), inner, right=True)
@@ -261,16 +272,18 @@ class Points(Metric):
 
 
 class Metrics:
-    """A bag of named metrics. ``bag.add(name, metric)`` merges with what the name already holds."""
+    """A bag of named metrics."""
 
     def __init__(self) -> None:
         self._metrics: dict[str, Metric] = {}
 
     def add(self, name: str, metric: Metric) -> None:
+        """Merge a metric with what ``name`` already holds, which is one of the same kind."""
         held = self._metrics.get(name)
         self._metrics[name] = metric if held is None else held.merge(metric)
 
     def update(self, other: "Metrics") -> None:
+        """Add all metrics of another bag."""
         for name, metric in other._metrics.items():
             self.add(name, metric)
 
@@ -320,11 +333,12 @@ class Metrics:
     def gather(self, group: dist.ProcessGroup | None = None) -> "Metrics":
         """The bags of all ranks merged, on every rank, in rank order (so all agree to the bit).
 
-        Collective over ``group``, which carries host objects: every rank of it must call, with an
-        empty bag where it has nothing to say.
+        Collective over ``group``.
         """
         mine = self.to_host()
         bags: list[Metrics] = [mine] * dist.get_world_size(group)
+        # The caller's group, whose backend carries host objects: all of its ranks call, with an
+        # empty bag where they have nothing to say.
         dist.all_gather_object(bags, mine, group=group)
         merged = Metrics()
         for bag in bags:
@@ -332,14 +346,16 @@ class Metrics:
         return merged
 
     def values(self) -> dict[str, float]:
-        """Name to value, without the histograms and points."""
+        """The value of every name that is neither a histogram nor points."""
         shapes = (Histogram, Points)
         return {n: m.value() for n, m in self._metrics.items() if not isinstance(m, shapes)}
 
     def histograms(self) -> dict[str, Histogram]:
+        """The histogram of every name that holds one."""
         return {n: m for n, m in self._metrics.items() if isinstance(m, Histogram)}
 
     def points(self) -> dict[str, Points]:
+        """The points of every name that holds some."""
         return {n: m for n, m in self._metrics.items() if isinstance(m, Points)}
 
 

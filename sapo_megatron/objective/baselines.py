@@ -77,7 +77,10 @@ def outside_clip(ratio: Tensor, advantages: Tensor, low: float, high: float) -> 
 
 
 def clipped_loss(r: Ratio, low: float, high: float, bound: float | None = None) -> Tensor:
-    """:func:`grpo_token_loss` of a ratio; of that of the sequences, :func:`gspo_token_loss`."""
+    """:func:`grpo_token_loss` of a ratio, and with that of the sequences :func:`gspo_token_loss`.
+
+    ``low`` and ``high``: the clip range; ``bound``: ``clip_ratio_c``. The loss of each token.
+    """
     clipped = r.ratio.clamp(1 - low, 1 + high)
     objective = torch.minimum(r.ratio * r.advantages, clipped * r.advantages)
     if bound is not None:
@@ -87,7 +90,7 @@ def clipped_loss(r: Ratio, low: float, high: float, bound: float | None = None) 
 
 
 def cispo_loss(r: Ratio, low: float, high: float) -> Tensor:
-    """:func:`cispo_token_loss` of a ratio that comes with its log-probs."""
+    """:func:`cispo_token_loss` of a ratio that has its log-probs: the loss of each token."""
     assert r.logprob is not None, "cispo weighs log pi"
     weight = r.ratio.detach().clamp(1 - low, 1 + high)
     return -weight * r.advantages * masked(r.logprob, r.mask)

@@ -111,7 +111,7 @@ def _with_kl_and_entropy(
 
 @torch.no_grad()
 def ratio_metrics(r: Ratio) -> Metrics:
-    """``ratio/*`` and ``actor/ppo_kl``: how far the policy has moved from the one that sampled."""
+    """How far the policy has moved from the one that sampled: ``ratio/*`` and ``actor/ppo_kl``."""
     metrics = Metrics()
     # mean(log pi_old - log pi_theta): the k1 estimate of KL(pi_old || pi_theta), as the tokens
     # were drawn from pi_old; positive on average.
@@ -128,7 +128,7 @@ def ratio_metrics(r: Ratio) -> Metrics:
 
 @torch.no_grad()
 def gate_metrics(r: Ratio, temperatures: Temperatures) -> Metrics:
-    """``sapo/gate_*`` and ``sapo/weight_*``, and the histograms of the weights."""
+    """What the gate makes of tokens: ``sapo/gate_*``, ``sapo/weight_mean`` and histograms of w."""
     positive, negative = r.advantages > 0, r.advantages < 0
     tau = token_temperature(r.advantages, temperatures)
     gate, weight = sapo_gate(r.ratio, tau), sapo_weight(r.ratio, tau)
@@ -144,8 +144,7 @@ def gate_metrics(r: Ratio, temperatures: Temperatures) -> Metrics:
 
 @torch.no_grad()
 def clip_metrics(r: Ratio, algorithm: AlgorithmConfig) -> Metrics:
-    """``actor/clip_fraction``, the share of the tokens that clipping silences; with dual clip its
-    share too."""
+    """The share of the tokens that clipping silences, ``actor/clip_fraction``, and dual clip's."""
     metrics = Metrics()
     outside = outside_clip(r.ratio, r.advantages, *algorithm.clip_range)
     metrics.add("actor/clip_fraction", Mean.of(outside, r.mask))
@@ -157,7 +156,7 @@ def clip_metrics(r: Ratio, algorithm: AlgorithmConfig) -> Metrics:
 
 @torch.no_grad()
 def cispo_metrics(r: Ratio, algorithm: AlgorithmConfig) -> Metrics:
-    """``actor/clip_fraction``, the share of the tokens whose weight is clipped."""
+    """The share of the tokens whose weight is clipped, ``actor/clip_fraction``."""
     metrics = Metrics()
     low, high = algorithm.clip_range
     metrics.add("actor/clip_fraction", Mean.of((r.ratio < 1 - low) | (r.ratio > 1 + high), r.mask))
@@ -166,11 +165,12 @@ def cispo_metrics(r: Ratio, algorithm: AlgorithmConfig) -> Metrics:
 
 @dataclass(frozen=True)
 class PolicyLoss:
-    """What a loss makes of a ratio."""
+    """A policy loss: what it makes of a ratio."""
 
     of_tokens: Callable[[Ratio, AlgorithmConfig], Tensor]
     """The loss of each token, of the ratio's shape, not reduced."""
     metrics: Callable[[Ratio, AlgorithmConfig], Metrics]
+    """What it says of itself, beside :func:`ratio_metrics`."""
     of_sequences: bool = False
     """Whether the ratio is :meth:`~sapo_megatron.objective.ratio.Ratio.of_sequences`."""
 

@@ -37,7 +37,7 @@ class Ratio:
         mask: Tensor | None = None,
         logprob: Tensor | None = None,
     ) -> "Ratio":
-        """From a log-ratio as it comes, of any shape, and advantages that broadcast with it.
+        """The ratio of a log-ratio as it comes, of any shape, and advantages that broadcast to it.
 
         ``mask``: of the same shape; None: all tokens count.
         """

@@ -7,7 +7,7 @@ data- or context-parallel rank) contributes its part of that one sum, so the los
 do not depend on how the batch was cut. Sequences without a valid token are in no numerator and no
 denominator.
 
-Megatron's loss contract. With M micro-batches a data-parallel rank, dp data-parallel and cp
+Megatron's loss contract. With M micro-batches per data-parallel rank, dp data-parallel and cp
 context-parallel ranks, megatron-core handles what a loss function returns in three places:
 
 ================================  ===========================  ===========================

@@ -35,7 +35,7 @@ def sapo_token_loss(
 
 
 def sapo_loss(r: Ratio, temperatures: Temperatures) -> Tensor:
-    """:func:`sapo_token_loss` of a ratio."""
+    """:func:`sapo_token_loss` of a ratio: the loss of each token, of its shape."""
     return sapo_gate(r.ratio, token_temperature(r.advantages, temperatures)) * -r.advantages
 
 

@@ -1,4 +1,4 @@
-"""SAPO in the Megatron pipelines of others: one file a host, each a translation into objective/.
+"""SAPO in the Megatron pipelines of others: one file per host, each a translation into objective/.
 
 Nothing here imports a host, or Megatron, before it is asked to.
 """

@@ -26,6 +26,7 @@ SEE = "see python -m sapo_megatron.patches --help"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """The program, with ``argv`` or the command line; returns the exit status."""
     words = sys.argv[1:] if argv is None else list(argv)
     try:
         match words:

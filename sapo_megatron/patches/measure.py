@@ -49,6 +49,8 @@ class Part:
 
 
 class Measured(NamedTuple):
+    """What :func:`measure` returns."""
+
     means: dict[str, Part]
     """All of ``PER_TOKEN`` and ``PER_SEQUENCE``, and ``sapo/gate_pos_mean`` and
     ``sapo/gate_neg_mean``, whose counts are the tokens with such an advantage."""
@@ -68,7 +70,7 @@ def measure(
     lengths: Tensor,
     cp_group: dist.ProcessGroup | None = None,
 ) -> Measured:
-    """Of tokens [T]; arguments as in :func:`~sapo_megatron.objective.bound.bound_metrics`.
+    """What tokens [T] give; arguments as in :func:`~sapo_megatron.objective.bound.bound_metrics`.
 
     With a ``cp_group`` its ranks hold parts of the same sequences; what is per sequence comes from
     its first rank alone. Collective over it.
@@ -80,7 +82,7 @@ def measure(
 
 
 def measure_rows(r: Ratio, temperatures: Temperatures) -> Measured:
-    """Of sequences that are whole, one per row: [B, S]."""
+    """What sequences give that are whole, one per row: [B, S]."""
     rows = torch.arange(len(r.mask), device=r.mask.device)
     sequence_ids = rows.repeat_interleave(r.mask.shape[1])
     return measure(r.flatten(), temperatures, sequence_ids, r.mask.sum(1))

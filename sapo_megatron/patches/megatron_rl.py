@@ -127,14 +127,14 @@ def install(algorithm: AlgorithmConfig, *, vocab_parallel_logprobs: bool = False
 
 
 def uninstall() -> None:
-    """The host as it was."""
+    """Put the host's own functions back."""
     for symbol in (*REPLACED, *REPLACED_FOR_LOGPROBS):
         restore(symbol)
 
 
 @dataclass(frozen=True)
 class _MicroBatch:
-    """What the loss function saw, for the step around it, which knows the mask; S tokens a row."""
+    """What the loss function saw, for the step around it, which has the mask; S tokens per row."""
 
     log_ratio: Tensor
     """[B, S], without gradient."""
@@ -152,9 +152,9 @@ class _Sapo:
         self.temperatures = algorithm.temperatures
         self.micro_batch: _MicroBatch | None = None
         self.sequences = 0.0
-        """Sequences with a valid token in the collection, a data-parallel rank."""
+        """Sequences with a valid token in the collection, per data-parallel rank."""
         self.rows = 0
-        """Rows of the collection, a data-parallel rank."""
+        """Rows of the collection, per data-parallel rank."""
 
     def calculate_loss(
         self,
@@ -200,7 +200,7 @@ class _Sapo:
         return policy + kl_beta * kl - entropy_weight * entropy, kl, r.ratio, entropy, above, below
 
     def counting(self, host: Callable) -> Callable:
-        """``prepare_trajectories``, which comes once a collection, on every data-parallel rank."""
+        """``prepare_trajectories``, called once per collection on every data-parallel rank."""
 
         @functools.wraps(host)
         def prepare_trajectories(*args: Any, **kwargs: Any) -> Any:
@@ -214,6 +214,7 @@ class _Sapo:
         return prepare_trajectories
 
     def pretraining(self, host: Callable) -> Callable:
+        """``pretrain`` whose ``forward_step`` is ours around the host's."""
         signature = inspect.signature(host)
 
         @functools.wraps(host)

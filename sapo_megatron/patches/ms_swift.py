@@ -96,6 +96,7 @@ def install() -> None:
 
 
 def uninstall() -> None:
+    """Put ms-swift's own methods back."""
     restore(LOSS)
     restore(LOG)
 

@@ -159,11 +159,13 @@ def install(algorithm: AlgorithmConfig) -> None:
 
 
 def uninstall() -> None:
+    """Put NeMo-RL's own functions back."""
     restore(SETUP)
     restore(INIT)
 
 
 def refuse(cfg: Any) -> None:
+    """Raises UserError for options of the host's loss that contradict SAPO."""
     for name, (expected, why) in REFUSED.items():
         found = getattr(cfg, name)
         if found != expected:

@@ -36,6 +36,8 @@ class Symbol:
 
 @dataclass(frozen=True, kw_only=True)
 class Host:
+    """A pipeline that has a patch, and what the patch needs of it."""
+
     title: str
     distribution: str
     """The name of its package, whose metadata have the version."""
@@ -48,7 +50,7 @@ class Host:
     symbols: tuple[Symbol, ...]
 
     def version(self) -> str | None:
-        """None where the host is not installed; ``unknown`` where it has no version to compare."""
+        """Its version; ``unknown`` where none compares, None where the host is not installed."""
         try:
             module = importlib.import_module(self.module)
         except ModuleNotFoundError as error:
@@ -134,17 +136,19 @@ def replace(host: Host, symbol: Symbol, make: Callable[[Callable], Callable]) ->
 
 
 def restore(symbol: Symbol) -> None:
-    """The host's own function again; nothing happens where it was not replaced."""
+    """Put the host's own function back; nothing happens where it was not replaced."""
     if symbol in _originals:
         owner, last = _owner(symbol)
         setattr(owner, last, _originals.pop(symbol))
 
 
 def too_old(host: Host, version: str) -> bool:
+    """Whether the patch was never meant for this version; False for ``unknown``."""
     return version != "unknown" and _release(version) < _release(host.oldest)
 
 
 def newer(host: Host, version: str) -> bool:
+    """Whether this version came out after the verified one; False for ``unknown``."""
     return version != "unknown" and _release(version) > _release(host.verified)
 
 

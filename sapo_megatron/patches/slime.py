@@ -123,7 +123,7 @@ def sapo_policy_loss(
 
 
 def refuse(args: Namespace) -> None:
-    """What would be another loss than SAPO."""
+    """Raises UserError for arguments that make another loss than SAPO."""
     if args.advantage_estimator in ("gspo", "cispo"):
         raise UserError(
             f"--advantage-estimator: expected grpo or another estimator of advantages, got "
@@ -136,7 +136,7 @@ def refuse(args: Namespace) -> None:
 
 
 def temperatures_of(args: Namespace) -> Temperatures:
-    """``tau_pos`` and ``tau_neg`` of the arguments, or SAPO's own."""
+    """``tau_pos`` and ``tau_neg`` of the arguments, or SAPO's own. Raises UserError for others."""
     given = vars(args)
     pos = given.get("tau_pos", AlgorithmConfig.tau_pos)
     neg = given.get("tau_neg", AlgorithmConfig.tau_neg)
@@ -151,7 +151,7 @@ def temperatures_of(args: Namespace) -> Temperatures:
 
 @torch.no_grad()
 def token_values(r: Ratio, temperatures: Temperatures) -> dict[str, Tensor]:
-    """What is a mean over tokens, of each token."""
+    """The value of each token, of the ratio's shape, of every metric that is a mean over tokens."""
     tau = token_temperature(r.advantages, temperatures)
     return {
         "ratio/mean": r.ratio,
@@ -207,6 +207,7 @@ def dashboard(
 
 @contextmanager
 def exchanged(module: ModuleType, name: str, ours: Callable[..., Any]) -> Iterator[None]:
+    """``ours`` is what ``module`` finds by ``name``, until the block ends."""
     original = getattr(module, name)
     setattr(module, name, ours)
     try:
@@ -217,11 +218,11 @@ def exchanged(module: ModuleType, name: str, ours: Callable[..., Any]) -> Iterat
 
 @functools.cache
 def ready(host: Host) -> None:
-    """Checks the host, once a process."""
+    """Check the host, once per process. Raises UserError for one that does not fit."""
     check(host)
 
 
 @functools.cache
 def announce(temperatures: Temperatures) -> None:
-    """Once a process: a misspelt name in the YAML file would leave a default unnoticed."""
+    """Log them, once per process: a misspelt name in the YAML file leaves a default unnoticed."""
     logger.info("SAPO: tau_pos %s, tau_neg %s", temperatures.pos, temperatures.neg)

@@ -78,7 +78,7 @@ def policy_loss(
 ) -> tuple[Tensor, dict[str, float]]:
     """verl's policy loss of a micro-batch, and what its dashboard gets of it.
 
-    Tensors [B, L], a response a row. The temperatures are ``config.tau_pos`` and
+    Tensors [B, L], one response per row. The temperatures are ``config.tau_pos`` and
     ``config.tau_neg``; the token losses are those of
     :func:`~sapo_megatron.objective.sapo.sapo_token_loss` times ``rollout_is_weights``, and verl's
     own ``agg_loss`` reduces them, so every ``loss_agg_mode`` of verl means what it means for its
@@ -127,12 +127,12 @@ def uninstall() -> None:
 
 @functools.cache
 def _warn_of_mode(mode: str) -> None:
-    """Once a process: verl's built-in ``sapo`` takes the sequence mean whatever the mode."""
+    """Warn, once per process: verl's own ``sapo`` takes the sequence mean whatever the mode."""
     logger.warning("loss_agg_mode %s: SAPO's own average is %s", mode, SEQUENCE_MEAN)
 
 
 def _report(measured: Measured, temperatures: Temperatures) -> dict[str, float]:
-    """One finite number a name for every micro-batch.
+    """One finite number per name for every micro-batch.
 
     verl averages over data-parallel ranks and micro-batches with equal weights, needs the same
     names from all of them, and a NaN of one would be the NaN of all. So what has no token here

@@ -5,7 +5,7 @@ and the training engine. A piece of the batch (a micro-batch, a pipeline stage, 
 sums over its tokens and layers, so nothing depends on how the batch was cut.
 
 Shape legend: M layers with experts on this rank, N tokens that its routers see, P of them whose
-router probabilities were kept, k experts a token, E experts.
+router probabilities were kept, k experts per token, E experts.
 """
 
 from collections.abc import Sequence
@@ -61,7 +61,7 @@ def compare(
     kept: Tensor,
     prefix: str,
 ) -> Divergence:
-    """Two readings of the same micro-batch.
+    """What differs between two readings of the same micro-batch.
 
     ``layers``: numbers of the M layers. ``mask`` bool [N]: tokens that count. ``kept`` int [P]:
     the tokens (all of which count) of ``Routes.probs``.
@@ -88,7 +88,7 @@ def compare(
 def token_metrics(
     layers_flipped: Tensor, mask: Tensor, shift: Tensor | None, *, num_layers: int, prefix: str
 ) -> Metrics:
-    """Of tokens, when all layers have been added up.
+    """``token_flip_share``, ``layers_flipped`` and ``shift_factor``, once all layers are added up.
 
     ``layers_flipped`` [T] with ``mask`` bool [T]; ``shift`` fp32 [P], the sum of ``router_shift``
     over all ``num_layers`` layers with experts, of the tokens at which it is known.

@@ -41,7 +41,7 @@ class BySign:
 
     @classmethod
     def of(cls, number: Callable[[Tensor], float], advantages: Tensor) -> Self:
-        """``number`` takes a bool mask [N]."""
+        """``number`` of each of the three masks over tokens, bool [N]."""
         return cls(number(advantages != 0), number(advantages > 0), number(advantages < 0))
 
 
@@ -86,6 +86,8 @@ class Suggestion:
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
+    """What :func:`compare` found out about N tokens and K gates."""
+
     dump: Dump
     ratio: Tensor
     """fp64 [N]."""

@@ -23,7 +23,7 @@ def as_text(comparison: Comparison) -> str:
 
 
 def as_json(comparison: Comparison) -> str:
-    """All numbers; null where there is none."""
+    """All numbers as JSON; null where there is none."""
     gates = [
         {
             "gate": str(effect.gate),
