@@ -91,9 +91,7 @@ def run_worlds(
 
 def _walk(function, cases, folder) -> list[tuple[str | None, Any]]:
     rank = dist.get_rank()
-    # The world that started these processes: all have joined it before any leaves.
-    dist.barrier()
-    dist.destroy_process_group()
+    dist.destroy_process_group()  # the world that started these processes
     outcomes: list[tuple[str | None, Any]] = []
     for i, (size, args) in enumerate(cases):
         if rank >= size:
@@ -117,6 +115,7 @@ def _join(store: str, rank: int, size: int, timeout: float) -> None:
         world_size=size,
         timeout=timedelta(seconds=timeout),
     )
+    dist.barrier()  # over the world, whose last rank may still be connecting to the first
 
 
 def _rank_main(rank, world_size, store, sender, function, args, timeout) -> None:
