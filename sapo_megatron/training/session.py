@@ -104,13 +104,16 @@ class Session:
         if dist.get_rank() == 0:
             self.run.forget_stop_request()
 
-    def save(self, step: int) -> None:
-        """Write a checkpoint of what is trained up to ``step``."""
+    def save(self, step: int, cursor: dict[str, Any] | None = None) -> None:
+        """Write a checkpoint of what is trained up to ``step``.
+
+        ``cursor``: where the source of prompts stood then; None: it has not moved since.
+        """
         state = RunState(
             step=step,
             start=os.path.relpath(self.start, self.run.path),
             model=identity(self.recipe, self.inputs.arch),
-            cursor=self.collector.cursor(self.inputs.source),
+            cursor=cursor or self.collector.cursor(self.inputs.source),
             eval=self.journal.before,
             router=self.journal.moments(),
             wall_s=self.journal.wall_s,
@@ -148,12 +151,16 @@ class Session:
 
     @contextmanager
     def _saved_if_lost(self, step: int) -> Iterator[None]:
-        """What is trained up to ``step`` is saved where the engine fails in the block."""
+        """What is trained up to ``step`` is saved where the engine fails in the block.
+
+        The prompts that the block has drawn come again.
+        """
+        cursor = self.collector.cursor(self.inputs.source)
         try:
             yield
         except RunFailed:
             if step >= self.first_step:
-                self.save(step)
+                self.save(step, cursor)
             raise
 
 
