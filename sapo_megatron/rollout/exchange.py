@@ -61,7 +61,7 @@ def exchange_samples(
         samples=len(own),
         tokens=sum(len(s.prompt_tokens) + len(s.response_tokens) for s in own),
         responses=sum(len(s.response_tokens) for s in own),
-        texts=sum(len(s.text.encode()) for s in own),
+        texts=sum(len(_bytes(s.text)) for s in own),
         held={s.uid: _held(s.routes, rank) for s in own if s.routes is not None},
     )
     headers: list[Any] = [None] * dist.get_world_size(world)
@@ -140,9 +140,14 @@ def _parts(routes: SampleRoutes) -> Iterator[Tensor]:
             yield torch.from_numpy(array)
 
 
+def _bytes(text: str) -> bytes:
+    """UTF-8, also of the half characters that a decoder may leave."""
+    return text.encode(errors="surrogatepass")
+
+
 def _columns(samples: Sequence[Sample]) -> list[Tensor]:
     """Samples as tensors: [n, 5] whole numbers, rewards [n]; tokens, log-probs, bytes of texts."""
-    texts = [s.text.encode() for s in samples]
+    texts = [_bytes(s.text) for s in samples]
     rows = [
         (s.uid, len(s.prompt_tokens), len(s.response_tokens), s.truncated, len(text))
         for s, text in zip(samples, texts, strict=True)
@@ -182,7 +187,7 @@ def _samples(
             response_tokens=list(itertools.islice(words, response)),
             rollout_logprobs=list(itertools.islice(values, response)),
             truncated=bool(truncated),
-            text=bytes(itertools.islice(letters, length)).decode(),
+            text=bytes(itertools.islice(letters, length)).decode(errors="surrogatepass"),
             reward=reward,
         )
         for (uid, prompt, response, truncated, length), reward in zip(

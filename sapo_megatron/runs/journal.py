@@ -27,8 +27,9 @@ class Journal:
         self.before: dict[str, float] = state.eval if state else {}
         self._began = began - (state.wall_s if state else 0.0)
         self._moments: dict[str, deque[Metric]] = defaultdict(lambda: deque(maxlen=WINDOW))
-        for name, sums in state.router.items() if state else ():
-            self._moments[name].extend(ROUTER[name](*row) for row in sums)
+        held = state.moments if state else {}
+        for name, kind in ROUTER.items():
+            self._moments[name].extend(kind(*sums) for sums in held.get(name, ()))
 
     @property
     def wall_s(self) -> float:

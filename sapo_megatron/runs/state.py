@@ -1,7 +1,7 @@
 """The state of a run, as it lies beside the tensors of a checkpoint."""
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,13 +35,13 @@ class RunState:
     """Where the source of prompts stands."""
     eval: dict[str, float]
     """Scores before the first step."""
-    router: dict[str, list[list[float]]]
-    """The moments of the router's latest measurements, by metric."""
     wall_s: float
     """Seconds of the run so far."""
     layout: dict[str, int | None]
     """The sizes of :data:`LAYOUT`."""
     world_size: int
+    moments: dict[str, list[list[float]]] = field(default_factory=dict)
+    """Those of the router's latest measurements, by metric; none in states of before they were."""
 
 
 _ADAPTER: TypeAdapter[RunState] = TypeAdapter(RunState)

@@ -115,7 +115,7 @@ class Session:
             model=identity(self.recipe, self.inputs.arch),
             cursor=cursor or self.collector.cursor(self.inputs.source),
             eval=self.journal.before,
-            router=self.journal.moments(),
+            moments=self.journal.moments(),
             wall_s=self.journal.wall_s,
             layout=layout(self.recipe.parallel),
             world_size=dist.get_world_size(),

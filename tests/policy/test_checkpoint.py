@@ -54,6 +54,14 @@ def test_a_crash_while_writing_leaves_the_checkpoint_before(runs):
     assert found["kept"] == ["step-000003", "step-000004"]
 
 
+def test_the_prompts_of_a_lost_step_come_again(runs):
+    """A step that ends the run, here for want of anything to learn, has drawn some already."""
+    _, (found, other) = runs
+    lost, ended = found["lost"]
+    assert lost == ended == other["lost"][0]
+    assert lost["index"] > 0
+
+
 @pytest.mark.parametrize(
     ("mistake", "expected"),
     [

@@ -37,7 +37,6 @@ def add_checkpoint(run, recipe, step):
         model=identity(recipe, read_architecture(recipe.model.path)),
         cursor={},
         eval={},
-        router={},
         wall_s=0.0,
         layout=dict.fromkeys(LAYOUT, 1) | {"virtual_pipeline_model_parallel_size": None},
         world_size=1,

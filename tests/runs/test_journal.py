@@ -18,7 +18,7 @@ def state(journal):
         model={},
         cursor={},
         eval={"avg@8": 0.25},
-        router=json.loads(json.dumps(journal.moments())),
+        moments=json.loads(json.dumps(journal.moments())),
         wall_s=100.0,
         layout={},
         world_size=1,

@@ -69,6 +69,11 @@ def never(prompt: Prompt, response: str) -> float:
     return 0.0
 
 
+def fades(prompt: Prompt, response: str) -> float:
+    """A reward that differs between responses, until the source's first prompts are through."""
+    return varied(prompt, response) if prompt.uid < 12 else 0.0
+
+
 def fails_on_short(prompt: Prompt, response: str) -> float:
     """A reward that breaks on responses of fewer than four characters."""
     return float(response[3] in "02468")

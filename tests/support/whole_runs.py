@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import json
 import math
 import os
 from pathlib import Path
@@ -93,6 +94,19 @@ def _stopped(folder: Path) -> dict[str, Any]:
     return {"first": first, "left": left, **run(folder, "auto", **at_the_end)}
 
 
+def _lost_step(folder: Path) -> list[dict[str, Any]]:
+    """Where prompts go on after a step that ended a run, and after a run that ended before it."""
+    if dist.get_rank() == 0:
+        reward = {"function": "tests.support.tiny:fades"}
+        write_recipe(folder, parallel=EP2, rollout={"dynamic_sampling": True}, reward=reward)
+    dist.barrier()
+    message_of(RunFailed, folder, None, train__run_dir=folder / "lost", train__steps=50)
+    (lost,) = (folder / "lost" / "checkpoints").iterdir()
+    run(folder, train__run_dir=folder / "ended", train__steps=int(lost.name[-6:]))
+    places = [folder / name / "checkpoints" / lost.name for name in ("lost", "ended")]
+    return [json.loads((place / "state.json").read_text())["cursor"] for place in places]
+
+
 def resuming(folder: Path) -> dict[str, Any]:
     """Runs of four steps that were interrupted in several ways, below ``folder``."""
     if dist.get_rank() == 0:
@@ -120,6 +134,8 @@ def resuming(folder: Path) -> dict[str, Any]:
     found["crashed"] = run(folder, "auto", train__run_dir=crashed, train__steps=4)
     found["stopped"] = _stopped(folder)
     found["kept"] = sorted(p.name for p in (folder / "crashed/checkpoints").iterdir())
+
+    found["lost"] = _lost_step(folder / "fading")
 
     finished = Path(straight)
     before = {p: p.read_bytes() for p in finished.glob("*.*")}

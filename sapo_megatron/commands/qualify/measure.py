@@ -218,7 +218,7 @@ def offloaded(setting: Setting) -> Result:
 
 def _state() -> RunState:
     return RunState(
-        step=1, start=".", model={}, cursor={}, eval={}, router={}, wall_s=0.0, layout={},
+        step=1, start=".", model={}, cursor={}, eval={}, wall_s=0.0, layout={},
         world_size=dist.get_world_size(),
     )  # fmt: skip
 

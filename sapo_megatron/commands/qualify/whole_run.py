@@ -33,14 +33,13 @@ class Parity:
     """
 
     eos_id = 1
-    pad_id = 1
     vocab_size = VOCABULARY
 
     def encode(self, text: str) -> list[int]:
         return [2 + byte % (VOCABULARY - 2) for byte in text.encode()]
 
     def encode_chat(self, messages: Sequence[Message]) -> list[int]:
-        raise NotImplementedError
+        raise AssertionError("its prompts are no conversations")
 
     def decode(self, ids: Iterable[int]) -> str:
         return str(sum(ids) % 2)

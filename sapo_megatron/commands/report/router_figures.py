@@ -59,10 +59,13 @@ def _draw_split(canvas: Canvas, run: Run, theme: Theme) -> None:
 
 def _draw_share(canvas: Canvas, run: Run, theme: Theme) -> None:
     ax = canvas.subplots()
-    name = share_name(run)
+    color, name = theme.series[1], share_name(run)
     if name == POOLED:
-        dots(ax, *run.series("variance/router_share"), theme.series[1], "one measurement")
-    curve(ax, *run.series(name), theme.series[1], "measurements of a window, pooled")
+        dots(ax, *run.series("variance/router_share"), color, "one measurement")
+        # As it is: a running mean over pooled shares would be the average that pooling avoids.
+        ax.plot(*run.series(name), color=color, label="measurements of a window, pooled")
+    else:
+        curve(ax, *run.series(name), color)
     ax.axhline(0, color=theme.muted, linewidth=0.8)
     value_axis(ax, share=True)
     ax.set_ylabel("share of Var[log r]")
