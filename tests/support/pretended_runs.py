@@ -84,7 +84,7 @@ def measure(run: Run, folder: Path) -> Found:
 
 
 def offloaded(fraction: float, folder: Path) -> dict[str, Any]:
-    """Two steps at once against one, a resume and another, with Adam in host memory."""
+    """Three steps at once against one and two resumes, a step each, with Adam in host memory."""
     _write(
         folder,
         Run(
@@ -98,16 +98,16 @@ def offloaded(fraction: float, folder: Path) -> dict[str, Any]:
     )
     states = {}
     with _without_checks(), _with_host_adam(), pretend.gpu() as seen:
-        for name, steps in (("straight", 2), ("halves", 1), ("halves", 2)):
-            resume = name == "halves" and steps == 2
+        for name, steps in (("straight", 3), ("parts", 1), ("parts", 2), ("parts", 3)):
+            resume = name == "parts" and steps > 1
             with _trained(folder, name, steps, resume=resume) as policy:
                 states[name, steps] = _state(policy)
-    straight, half, resumed = states["straight", 2], states["halves", 1], states["halves", 2]
+    straight, first, resumed = states["straight", 3], states["parts", 1], states["parts", 3]
     return {
         "problems": dict(seen.problems),
         "kinds": dict(Counter(name.rpartition(" ")[2] for name in straight)),
         "differ": sorted(n for n in straight if not torch.equal(straight[n], resumed[n])),
-        "moved": sorted(n for n in straight if not torch.equal(straight[n], half[n])),
+        "moved": sorted(n for n in straight if not torch.equal(straight[n], first[n])),
     }
 
 
