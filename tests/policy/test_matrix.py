@@ -155,10 +155,10 @@ PAGE = """\
 # Exact under every layout
 
 The loss and its gradients are the same numbers however the model and the batch are cut. This table
-is written by `tests/policy/test_matrix.py`, which runs {count} layouts on up to 8 gloo ranks in fp32
-and in fp64 (`make test` all of them in fp64 and a few in fp32, `make test-all` the rest), and
-compares them with a dense reference: `tests/support/reference.py`, plain torch in fp64, one sequence
-at a time, no code shared with the package, itself compared with transformers.
+is written by `tests/policy/test_matrix.py`, which runs {count} layouts on up to 8 gloo ranks in
+fp32 and in fp64 (`make test` all of them in fp64 and a few in fp32, `make test-all` the rest), and
+compares them with a dense reference: `tests/support/reference.py`, plain torch in fp64, one
+sequence at a time, no code shared with the package, itself compared with transformers.
 
 What is compared, after the backward pass of a mini-batch through the production path (DDP,
 distributed optimizer's reduce-scatter):
