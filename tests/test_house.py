@@ -5,6 +5,7 @@ in a circle. Imports inside functions count like any other.
 """
 
 import ast
+import re
 import subprocess
 import sys
 
@@ -97,6 +98,21 @@ def violations(path, source):
     return found
 
 
+COLLECTIVE = re.compile(
+    r"\bdist\.(all_|broadcast|barrier|gather|reduce|scatter|send|recv|isend|irecv)\w*\("
+)
+
+
+def uncommented(source):
+    """Lines of collectives without a comment close above that says over whom, and who comes."""
+    lines = source.splitlines()
+    for number, line in enumerate(lines):
+        if COLLECTIVE.search(line) and not any(
+            "#" in near for near in lines[max(number - 6, 0) : number]
+        ):
+            yield f"line {number + 1}: {line.strip()}"
+
+
 def circle(arrows):
     """A circle among ``{name: names}``, as the list of its names; empty where there is none."""
     done = set()
@@ -132,6 +148,17 @@ def test_no_file_and_no_function_is_too_long(path):
     source = path.read_text()
     assert len(source.splitlines()) <= LONGEST_FILE
     assert list(long_parts(source)) == []
+
+
+@pytest.mark.parametrize("path", FILES, ids=place_of)
+def test_each_collective_has_its_comment(path):
+    assert list(uncommented(path.read_text())) == []
+
+
+def test_a_collective_without_a_comment_is_found():
+    bare = "x = 1\n" * 7 + "dist.all_reduce(x, group=group)\n"
+    assert list(uncommented(bare)) == ["line 8: dist.all_reduce(x, group=group)"]
+    assert list(uncommented(bare.replace("dist.", "# Over the world.\ndist."))) == []
 
 
 def test_no_two_files_are_in_a_circle():

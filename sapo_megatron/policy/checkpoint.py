@@ -33,6 +33,7 @@ def save(policy: Policy, folder: Path, state: RunState, *, keep: int) -> Path:
     if dist.get_rank() == 0:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
+    # Over the world: every rank saves, and none writes before the folder is there.
     dist.barrier(policy.groups.world)
     metadata = _metadata(policy)
     # Upstream's queue belongs to a process of its own, which outlives a rank that is killed, as do
@@ -53,6 +54,7 @@ def save(policy: Policy, folder: Path, state: RunState, *, keep: int) -> Path:
         temporary.rename(target)
         for old in checkpoints(folder)[:-keep]:
             shutil.rmtree(old)
+    # Over the world: no rank goes on before the checkpoint can be found.
     dist.barrier(policy.groups.world)
     return target
 

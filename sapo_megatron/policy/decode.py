@@ -171,11 +171,13 @@ class MegatronDecoder:
             length, batch, config.hidden_size, dtype=config.pipeline_dtype, device=self.device
         )
         pp = self.groups.pp
+        # Between neighbours of a pipeline, whose stages take the chunks of a token in turn.
         dist.recv(hidden, dist.get_global_rank(pp, (pp.rank() - 1) % pp.size()), group=pp)
         return hidden
 
     def _send(self, hidden: Tensor) -> None:
         pp = self.groups.pp
+        # To the stage that waits in ``_receive``.
         dist.send(
             hidden.contiguous(), dist.get_global_rank(pp, (pp.rank() + 1) % pp.size()), group=pp
         )

@@ -294,5 +294,7 @@ def _shared_folder(groups: ParallelGroups, folder: Path) -> Iterator[Path]:
     """``whole_folder`` of the first rank, on every rank. Collective over all ranks."""
     with ExitStack() as stack:
         yield parallel.on_first_rank(groups, lambda: stack.enter_context(whole_folder(folder)))
+        # Over the world: the folder is whole once every rank has written its part,
         dist.barrier(groups.world)
+    # and no rank goes on before it has its name.
     dist.barrier(groups.world)

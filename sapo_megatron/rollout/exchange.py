@@ -107,6 +107,7 @@ def deliver_routes(
                     dist.send(part, dist.get_global_rank(world, reader), group=world)
             elif rank == reader:
                 sample.routes = _empty_routes(where)
+                # From the rank that made them, in the order of its sends.
                 for part in _parts(sample.routes):
                     dist.recv(part, dist.get_global_rank(world, where.rank), group=world)
         if rank not in ranks:

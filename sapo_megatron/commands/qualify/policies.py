@@ -154,6 +154,7 @@ class Tiny:
         found: dict[str, Tensor] = {}
         for file in (folder / "out").glob("*.safetensors"):
             found |= load_file(file)
+        # Over the world: every rank measures this, and none goes on before all have.
         dist.barrier(self.policy.groups.world)
         shutil.rmtree(folder, ignore_errors=True)
         return torch.cat([found[name].float().flatten() for name in sorted(found)])
