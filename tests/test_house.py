@@ -98,6 +98,29 @@ def violations(path, source):
     return found
 
 
+PATCHES = ("policy/cpu.py", "policy/compat.py")
+"""Who may change what is another project's, beside ``patches/``."""
+
+
+def patched(source):
+    """Attributes of imported modules and classes of others' that a file sets."""
+    tree = ast.parse(source)
+    origin = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            origin |= {(a.asname or a.name).split(".")[0]: a.name for a in node.names}
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            origin |= {a.asname or a.name: node.module for a in node.names}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+            owner = node.value
+            while isinstance(owner, ast.Attribute):
+                owner = owner.value
+            project = origin.get(getattr(owner, "id", None), "").split(".")[0]
+            if project and project not in ("sapo_megatron", *sys.stdlib_module_names):
+                yield ast.unparse(node)
+
+
 COLLECTIVE = re.compile(
     r"\bdist\.(all_|broadcast|barrier|gather|reduce|scatter|send|recv|isend|irecv)\w*\("
 )
@@ -148,6 +171,25 @@ def test_no_file_and_no_function_is_too_long(path):
     source = path.read_text()
     assert len(source.splitlines()) <= LONGEST_FILE
     assert list(long_parts(source)) == []
+
+
+@pytest.mark.parametrize("path", FILES, ids=place_of)
+def test_what_is_another_project_s_is_changed_in_its_place(path):
+    if place_of(path) not in PATCHES and room_of(path) != "patches":
+        assert list(patched(path.read_text())) == []
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("from megatron.core import utils\nutils.torch = 1", ["utils.torch"]),
+        ("import torch\ndef f():\n    torch.cuda.Stream = 2", ["torch.cuda.Stream"]),
+        ("import sys\nsys.argv = []", []),
+        ("import torch\nx = torch.ones(2)\nx.grad = None", []),
+    ],
+)
+def test_who_changes_another_project(source, expected):
+    assert list(patched(source)) == expected
 
 
 @pytest.mark.parametrize("path", FILES, ids=place_of)

@@ -6,7 +6,6 @@ writing leaves the one before it valid. It loads into any data-parallel size; th
 the layout must be those it was written with.
 """
 
-import queue
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,6 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, tensor_parallel
 from megatron.core.dist_checkpointing.mapping import ShardedObject
-from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 
 from sapo_megatron.policy import compat
@@ -36,10 +34,7 @@ def save(policy: Policy, folder: Path, state: RunState, *, keep: int) -> Path:
     # Over the world: every rank saves, and none writes before the folder is there.
     dist.barrier(policy.groups.world)
     metadata = _metadata(policy)
-    # Upstream's queue belongs to a process of its own, which outlives a rank that is killed, as do
-    # its writers; threads need no more than this.
     compat.write_with_threads()
-    filesystem_async._results_queue = queue.SimpleQueue()
     dist_checkpointing.save(
         _sharded_state(policy, metadata, loading=False, with_rng=True),
         str(temporary),

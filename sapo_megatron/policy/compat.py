@@ -11,6 +11,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 from megatron.core.models.backends import BackendSpecProvider
 from megatron.core.tensor_parallel import random
@@ -85,10 +86,13 @@ def auxiliary_loss_tokens(tokens: int, tp_size: int) -> int:
 
 
 def write_with_threads() -> None:
-    """Have threads of the rank write its files of a checkpoint, as 0.19 does. Idempotent.
+    """Have threads of the rank write its files of the next checkpoint, as 0.19 does.
 
     0.16 forks a process per file, which hangs for good where its rank is killed while it writes.
+    The queue of either belongs to a process of its own, which outlives such a rank; threads need
+    no more than one of theirs.
     """
+    filesystem_async._results_queue = queue.SimpleQueue()
     if hasattr(FileSystemWriterAsync, "write_preloaded_data_multiproc"):
         FileSystemWriterAsync.write_preloaded_data_multiproc = staticmethod(_write)
 
