@@ -69,9 +69,10 @@ def _check_transformer_engine(recipe: Recipe, *, on_gpu: bool) -> None:
     model, rollout = recipe.model, recipe.rollout
     if not (on_gpu and _installed("transformer_engine")):
         missing = "Transformer Engine" if on_gpu else "a GPU"
+        remedy = "install it (docs/install.md)" if on_gpu else "remove it"
         raise UserError(
-            f"model.layers: expected torch without {missing}, got {model.layers}; install it "
-            f"(docs/install.md), or set model.layers=torch for a slow reference"
+            f"model.layers: expected torch without {missing}, got {model.layers}; {remedy}, or set "
+            f"model.layers=torch for a slow reference"
         )
     longest = rollout.max_prompt_length + rollout.max_response_length
     if model.params_dtype == "float32" and longest > UNFUSED_LENGTH:

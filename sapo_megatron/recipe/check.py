@@ -49,6 +49,11 @@ def check(recipe: Recipe) -> None:
     _check_batches(recipe)
     _check_pipeline(recipe.parallel)
     _check_recompute(recipe.parallel)
+    if recipe.logging.dump_every and not recipe.routing.observe:
+        raise UserError(
+            f"logging.dump_every: expected 0 with routing.observe false, which looks at no token, "
+            f"got {recipe.logging.dump_every}; remove one of the two"
+        )
     _warn(recipe)
 
 

@@ -221,6 +221,10 @@ def test_every_number_has_a_lowest_value():
             ["train.max_tokens_per_gpu", "even", "context_parallel_size 2", "2047"],
         ),
         (
+            {"routing.observe": "false", "logging.dump_every": "3"},
+            ["logging.dump_every", "routing.observe false", "got 3"],
+        ),
+        (
             {"packing": "false", "context_parallel_size": "2"},
             ["train.packing", "context_parallel_size 2"],
         ),
