@@ -26,6 +26,11 @@ SLICE_LAYOUTS := TP2xPP2xEP2 or CP2xEP2xDP2 or PP2xVPP2xDP2 or CP2xDP2 or moe_ac
 SLICE ?= $(SLICE_FILES) -k "not (test_layout or killed or tensor_parallel or bfloat16) \
 	or float64 and ($(SLICE_LAYOUTS))"
 
+# The other generation of transformers, and the tests that are run on it.
+TRANSFORMERS_4 := venvs/transformers-4
+TRANSFORMERS_4_STAMP := $(TRANSFORMERS_4)/.installed
+OF_FOLDERS := tests/hf tests/data/test_tokenizer.py tests/policy/test_weights.py
+
 # The release for GPUs as it is meant to be installed, on Python 3.12: what requirements-gpu.txt has.
 PYTHON312 ?= python3.12
 PY312 := venvs/py312
@@ -41,7 +46,7 @@ HOSTS_STAMP := $(HOSTS)/.installed
 
 BENCHMARKS := logprob loss step recording
 
-.PHONY: venv train test test-mcore-0.19 test-py312 test-vllm test-hosts test-all lint bench
+.PHONY: venv train test test-mcore-0.19 test-transformers-4 test-py312 test-vllm test-hosts test-all lint bench
 
 venv: $(STAMP)
 
@@ -61,7 +66,7 @@ train: venv
 
 # All tests on the megatron-core of requirements.txt, then some of them on the other release; with
 # ARGS, those tests on the first alone: make test ARGS="tests/objective/test_sapo.py -k gate"
-test: venv $(if $(ARGS),,$(MCORE_019_STAMP))
+test: venv $(if $(ARGS),,$(MCORE_019_STAMP) $(TRANSFORMERS_4_STAMP))
 	$(PYTEST) $(or $(ARGS),$(ALL_CORES))
 	$(if $(ARGS),,$(ON_MCORE_019) $(PYTEST) $(ALL_CORES) $(SLICE))
 
@@ -85,7 +90,15 @@ $(PY312_STAMP): requirements.txt requirements-mcore-0.19.txt
 		-r $(PY312)/requirements.txt -r requirements-mcore-0.19.txt
 	@touch $@
 
-test-all: venv $(MCORE_019_STAMP)
+test-transformers-4: venv $(TRANSFORMERS_4_STAMP)
+	PYTHONPATH="$(CURDIR)/$(TRANSFORMERS_4)" $(PYTEST) $(or $(ARGS),$(ALL_CORES) $(OF_FOLDERS))
+
+$(TRANSFORMERS_4_STAMP): requirements-transformers-4.txt | $(STAMP)
+	rm -rf $(TRANSFORMERS_4)
+	$(BIN)/python -m pip install --disable-pip-version-check --no-deps --target $(TRANSFORMERS_4) -r $<
+	@touch $@
+
+test-all: venv $(MCORE_019_STAMP) $(TRANSFORMERS_4_STAMP)
 	$(PYTEST) -m "slow or not slow" $(or $(ARGS),$(ALL_CORES))
 	$(ON_MCORE_019) $(PYTEST) -m "slow or not slow" $(or $(ARGS),$(ALL_CORES))
 
@@ -99,10 +112,12 @@ $(MCORE_019_STAMP): requirements-mcore-0.19.txt | $(STAMP)
 test-vllm: venv $(VLLM_STAMP)
 	SAPO_VLLM_PYTHON=$(CURDIR)/$(VLLM)/bin/python $(PYTEST) $(or $(ARGS),tests/vllm)
 
-$(VLLM_STAMP): requirements-vllm.txt | $(STAMP)
+$(VLLM_STAMP): requirements-vllm.txt pyproject.toml | $(STAMP)
 	rm -rf $(VLLM)
 	$(PYTHON) -m venv $(VLLM)
 	$(VLLM)/bin/python -m pip install --disable-pip-version-check -r $<
+	$(VLLM)/bin/python -m pip install --disable-pip-version-check --no-build-isolation -e .
+	$(VLLM)/bin/python -m pip check
 	$(VLLM)/bin/python -m pip uninstall --disable-pip-version-check --yes \
 		torchvision torchaudio torchcodec
 	@touch $@

@@ -5,13 +5,13 @@ can express and this package does not compute is refused here, before anything i
 """
 
 import json
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 from sapo_megatron.errors import UserError
+from sapo_megatron.hf.config import Config
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,7 +128,7 @@ def parse_architecture(config: Any, path: str | Path = "config.json") -> Archite
             f"{path}: model_type: expected {' or '.join(_FAMILIES)}, got {kind!r}; use a model of "
             f"such an architecture"
         )
-    c = _Config(config, path, kind)
+    c = Config(config, path, kind)
     if (method := c.given("quantization_config", dict).get("quant_method")) is not None:
         raise UserError(
             f"{path}: quantization_config: expected weights in bf16 or fp32, got {method}; convert "
@@ -152,55 +152,9 @@ def parse_architecture(config: Any, path: str | Path = "config.json") -> Archite
     )
 
 
-Given = TypeVar("Given", dict[str, Any], list[Any])
-
-
-class _Config:
-    """Typed look-ups in a ``config.json``. Each raises UserError, naming file and key."""
-
-    def __init__(self, config: dict[str, Any], path: str | Path, kind: str) -> None:
-        self.config, self.path, self.kind = config, path, kind
-
-    def whole(self, key: str, *, least: int = 1) -> int:
-        return self._get(key, int, f"a whole number >= {least}", lambda x: x >= least)
-
-    def number(self, key: str) -> float:
-        what = "a finite number > 0"
-        return float(self._get(key, (int, float), what, lambda x: 0 < x < math.inf))
-
-    def flag(self, key: str, *, default: bool | None = None) -> bool:
-        if default is not None and self.config.get(key) is None:
-            return default
-        return self._get(key, bool, "true or false", lambda x: True)
-
-    def given(self, key: str, kind: type[Given]) -> Given:
-        """An object or a list; an empty one where it is left out."""
-        if self.config.get(key) is None:
-            return kind()
-        return self._get(key, kind, "an object" if kind is dict else "a list", lambda x: True)
-
-    def only(self, key: str, value: Any) -> None:
-        """Raises UserError for any other value of a key, which may be left out."""
-        got = self.config.get(key)
-        if got is not None and got != value:
-            raise UserError(
-                f"{self.path}: {key}: expected {json.dumps(value)} for {self.kind}, got "
-                f"{json.dumps(got)}, which is not supported; use another model"
-            )
-
-    def _get(self, key: str, kind: Any, what: str, holds: Callable[[Any], bool]) -> Any:
-        value = self.config.get(key)
-        if value is None:
-            raise UserError(f"{self.path}: {key}: missing; a {self.kind} model needs it")
-        right = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
-        if not (right and holds(value)):
-            raise UserError(f"{self.path}: {key}: expected {what}, got {value!r}; correct it")
-        return value
-
-
-def _grouped_query(c: _Config, *, qkv_bias: bool, qk_norm: bool) -> GroupedQueryAttention:
+def _grouped_query(c: Config, *, qkv_bias: bool, qk_norm: bool) -> GroupedQueryAttention:
     heads = c.whole("num_attention_heads")
-    derived = "head_dim" not in c.config
+    derived = "head_dim" not in c.values
     return GroupedQueryAttention(
         num_heads=heads,
         num_kv_heads=c.whole("num_key_value_heads"),
@@ -210,23 +164,23 @@ def _grouped_query(c: _Config, *, qkv_bias: bool, qk_norm: bool) -> GroupedQuery
     )
 
 
-def _qwen3_attention(c: _Config) -> GroupedQueryAttention:
+def _qwen3_attention(c: Config) -> GroupedQueryAttention:
     c.only("attention_bias", False)  # it would put one on the output projection as well
     c.only("use_sliding_window", False)
     return _grouped_query(c, qkv_bias=False, qk_norm=True)
 
 
-def _glm4_attention(c: _Config) -> GroupedQueryAttention:
+def _glm4_attention(c: Config) -> GroupedQueryAttention:
     bias, norm = c.flag("attention_bias", default=False), c.flag("use_qk_norm", default=False)
     return _grouped_query(c, qkv_bias=bias, qk_norm=norm)
 
 
-def _latent_attention(c: _Config) -> LatentAttention:
+def _latent_attention(c: Config) -> LatentAttention:
     c.only("attention_bias", False)
     c.only("rope_interleave", True)
     return LatentAttention(
         num_heads=c.whole("num_attention_heads"),
-        q_lora_rank=None if c.config.get("q_lora_rank") is None else c.whole("q_lora_rank"),
+        q_lora_rank=None if c.values.get("q_lora_rank") is None else c.whole("q_lora_rank"),
         kv_lora_rank=c.whole("kv_lora_rank"),
         qk_nope_head_dim=c.whole("qk_nope_head_dim"),
         qk_rope_head_dim=c.whole("qk_rope_head_dim"),
@@ -234,7 +188,7 @@ def _latent_attention(c: _Config) -> LatentAttention:
     )
 
 
-def _topk(c: _Config, experts: int) -> int:
+def _topk(c: Config, experts: int) -> int:
     topk = c.whole("num_experts_per_tok")
     if topk > experts:
         raise UserError(
@@ -244,12 +198,13 @@ def _topk(c: _Config, experts: int) -> int:
     return topk
 
 
-def _qwen3_experts(c: _Config) -> Experts:
+def _qwen3_experts(c: Config) -> Experts:
     dense, step = c.given("mlp_only_layers", list), c.whole("decoder_sparse_step")
     layers = range(c.whole("num_hidden_layers"))
+    number = c.whole("num_experts", "num_local_experts")
     return Experts(
-        number=c.whole("num_experts"),
-        topk=_topk(c, c.whole("num_experts")),
+        number=number,
+        topk=_topk(c, number),
         hidden_size=c.whole("moe_intermediate_size"),
         layers=tuple(i for i in layers if i not in dense and (i + 1) % step == 0),
         score_function="softmax",
@@ -257,16 +212,17 @@ def _qwen3_experts(c: _Config) -> Experts:
     )
 
 
-def _deepseek_experts(c: _Config) -> Experts:
+def _deepseek_experts(c: Config) -> Experts:
     c.only("scoring_func", "sigmoid")
     c.only("topk_method", "noaux_tc")
     c.only("moe_layer_freq", 1)
     c.only("norm_topk_prob", True)
     layers = range(c.whole("first_k_dense_replace", least=0), c.whole("num_hidden_layers"))
     hidden = c.whole("moe_intermediate_size")
+    number = c.whole("n_routed_experts", "num_local_experts")
     return Experts(
-        number=c.whole("n_routed_experts"),
-        topk=_topk(c, c.whole("n_routed_experts")),
+        number=number,
+        topk=_topk(c, number),
         hidden_size=hidden,
         layers=tuple(layers),
         score_function="sigmoid",
@@ -279,7 +235,7 @@ def _deepseek_experts(c: _Config) -> Experts:
     )
 
 
-_FAMILIES: dict[str, tuple[Callable[[_Config], Any], Callable[[_Config], Any] | None]] = {
+_FAMILIES: dict[str, tuple[Callable[[Config], Any], Callable[[Config], Any] | None]] = {
     "qwen3": (_qwen3_attention, None),
     "qwen3_moe": (_qwen3_attention, _qwen3_experts),
     "deepseek_v3": (_latent_attention, _deepseek_experts),
@@ -288,21 +244,19 @@ _FAMILIES: dict[str, tuple[Callable[[_Config], Any], Callable[[_Config], Any] | 
 """``model_type`` -> what reads its attention and its experts."""
 
 
-def _rope(c: _Config) -> Rope:
-    # transformers 5 moved rope_theta into rope_parameters, beside what rope_scaling was.
-    scaling = c.given("rope_parameters", dict) or c.given("rope_scaling", dict)
-    nested = _Config({**c.config, **scaling}, c.path, c.kind)
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
+def _rope(c: Config) -> Rope:
+    r = c.rope()
+    kind = r.values.get("rope_type", "default")
     yarn = None
     if kind == "yarn" and c.kind == "deepseek_v3":
-        nested = _Config({"beta_fast": 32, "beta_slow": 1, **nested.config}, c.path, c.kind)
+        r.values.update({"beta_fast": 32, "beta_slow": 1, **r.values})
         yarn = Yarn(
-            factor=nested.number("factor"),
-            original_max_position_embeddings=nested.whole("original_max_position_embeddings"),
-            beta_fast=nested.number("beta_fast"),
-            beta_slow=nested.number("beta_slow"),
-            mscale=nested.number("mscale"),
-            mscale_all_dim=nested.number("mscale_all_dim"),
+            factor=r.number("factor"),
+            original_max_position_embeddings=r.whole("original_max_position_embeddings"),
+            beta_fast=r.number("beta_fast"),
+            beta_slow=r.number("beta_slow"),
+            mscale=r.number("mscale"),
+            mscale_all_dim=r.number("mscale_all_dim"),
         )
     elif kind != "default":
         raise UserError(
@@ -311,7 +265,7 @@ def _rope(c: _Config) -> Rope:
         )
     partial = c.kind == "glm4_moe"
     return Rope(
-        theta=nested.number("rope_theta"),
-        fraction=nested.number("partial_rotary_factor") if partial else 1.0,
+        theta=r.number("rope_theta"),
+        fraction=r.number("partial_rotary_factor") if partial else 1.0,
         yarn=yarn,
     )

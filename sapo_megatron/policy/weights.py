@@ -23,6 +23,7 @@ from torch.distributed import ProcessGroup
 
 from sapo_megatron.files import whole_folder
 from sapo_megatron.hf.architecture import Architecture
+from sapo_megatron.hf.config import in_both_spellings, tokenizer_for_both
 from sapo_megatron.hf.folder import INDEX, NOT_WEIGHTS, Listed, WeightFiles
 from sapo_megatron.hf.names import Entry, Named, Plain, entry
 from sapo_megatron.policy import parallel
@@ -231,9 +232,12 @@ class HuggingFaceWeights:
         sources = [self._folder, *([Path(tokenizer)] if tokenizer else [])]
         for path in itertools.chain(*map(_beside_weights, sources)):
             shutil.copyfile(path, folder / path.name)
+        settings = folder / "tokenizer_config.json"
+        if settings.exists():
+            for_both = tokenizer_for_both(json.loads(settings.read_text()))
+            settings.write_text(json.dumps(for_both, indent=2, ensure_ascii=False) + "\n")
         dtype = str(self._chunks[0].config.params_dtype).removeprefix("torch.")
-        config = {**self._arch.config, "torch_dtype": dtype}
-        config.pop("dtype", None)  # a later name of the same
+        config = in_both_spellings({**self._arch.config, "torch_dtype": dtype, "dtype": dtype})
         if "num_nextn_predict_layers" in config:
             config["num_nextn_predict_layers"] = 0  # they are neither loaded nor trained
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")

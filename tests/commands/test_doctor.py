@@ -205,7 +205,7 @@ def test_a_missing_package_says_what_to_install(monkeypatch):
     monkeypatch.setattr(sys, "path", [])
     finding = packages.required("transformers")
     assert (finding.status, finding.found) == ("fail", "not installed")
-    assert finding.todo == 'pip install "transformers>=4.51,<5"'
+    assert finding.todo == 'pip install "transformers>=4.57,<6"'
 
 
 @pytest.mark.parametrize(

@@ -388,11 +388,8 @@ def start_real(path):
     sys.path.insert(0, path)
     absent.stand_in_for(BESIDE_THE_LOSS)
     os.environ["NO_VCS_VERSION"] = "1"
-    # It wants Python 3.13, whose TypedDict pydantic takes, and transformers 5.
+    # It wants Python 3.13, whose TypedDict pydantic takes.
     typing.TypedDict = typing_extensions.TypedDict
-    from transformers.models.auto import tokenization_auto
-
-    tokenization_auto.MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS = set()
     loss = importlib.import_module("nemo_rl.algorithms.loss")
     assert loss.__file__.startswith(path)
     return loss

@@ -22,7 +22,7 @@ PYTHON = (3, 11)
 SUPPORTED: dict[str, str] = {
     "torch": ">=2.7",
     "megatron-core": ">=0.16.1,<0.20",
-    "transformers": ">=4.51,<5",
+    "transformers": ">=4.57,<6",
     "safetensors": ">=0.4",
 }
 """As in ``pyproject.toml``, which is not there to be read where the package is installed."""

@@ -1,0 +1,119 @@
+"""The values of a ``config.json``, by any name that a generation of transformers gives them.
+
+transformers 5 calls some keys otherwise than 4 and what is on the hub: ``rope_parameters`` holds
+what were ``rope_theta``, ``partial_rotary_factor`` and ``rope_scaling``, ``num_local_experts`` is
+``num_experts``, ``dtype`` is ``torch_dtype``. Either name is read, and both are written.
+"""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from sapo_megatron.errors import UserError
+
+Given = TypeVar("Given", dict[str, Any], list[Any])
+
+_ROPE = ("rope_theta", "partial_rotary_factor")
+"""Keys of ``rope_parameters`` that stood outside before."""
+
+
+class Config:
+    """Typed look-ups in a ``config.json``. Each raises UserError, naming file and key.
+
+    A look-up of several names takes the one that is there; where more than one is, they must agree.
+    """
+
+    def __init__(self, values: dict[str, Any], path: str | Path, kind: str) -> None:
+        """``path`` is the file that messages name, ``kind`` the family."""
+        self.values, self.path, self.kind = values, path, kind
+
+    def whole(self, *names: str, least: int = 1) -> int:
+        return self._get(names, int, f"a whole number >= {least}", lambda x: x >= least)
+
+    def number(self, *names: str) -> float:
+        what = "a finite number > 0"
+        return float(self._get(names, (int, float), what, lambda x: 0 < x < math.inf))
+
+    def flag(self, name: str, *, default: bool | None = None) -> bool:
+        if default is not None and self.values.get(name) is None:
+            return default
+        return self._get((name,), bool, "true or false", lambda x: True)
+
+    def given(self, name: str, kind: type[Given]) -> Given:
+        """An object or a list; an empty one where it is left out."""
+        if self.values.get(name) is None:
+            return kind()
+        return self._get((name,), kind, "an object" if kind is dict else "a list", lambda x: True)
+
+    def only(self, name: str, value: Any) -> None:
+        """Raises UserError for any other value of a key, which may be left out."""
+        got = self.values.get(name)
+        if got is not None and got != value:
+            raise UserError(
+                f"{self.path}: {name}: expected {json.dumps(value)} for {self.kind}, got "
+                f"{json.dumps(got)}, which is not supported; use another model"
+            )
+
+    def rope(self) -> "Config":
+        """What is said of rotary positions, wherever it stands."""
+        values = {name: self.values[name] for name in _ROPE if self.values.get(name) is not None}
+        for section in ("rope_scaling", "rope_parameters"):
+            inside = self.given(section, dict)
+            if "type" in inside:  # what rope_type was called
+                inside = {"rope_type": inside["type"], **inside}
+            for name, value in inside.items():
+                if value is not None and values.setdefault(name, value) != value:
+                    raise self._contradiction(name, values[name], f"{section}.{name}", value)
+        return Config(values, self.path, self.kind)
+
+    def _get(
+        self, names: tuple[str, ...], kind: Any, what: str, holds: Callable[[Any], bool]
+    ) -> Any:
+        found = [name for name in names if self.values.get(name) is not None]
+        if not found:
+            raise UserError(f"{self.path}: {names[0]}: missing; a {self.kind} model needs it")
+        for name in found:
+            value = self.values[name]
+            right = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+            if not (right and holds(value)):
+                raise UserError(f"{self.path}: {name}: expected {what}, got {value!r}; correct it")
+            if value != self.values[found[0]]:
+                raise self._contradiction(found[0], self.values[found[0]], name, value)
+        return self.values[found[0]]
+
+    def _contradiction(self, name: str, value: Any, other: str, got: Any) -> UserError:
+        return UserError(
+            f"{self.path}: {other}: expected {value!r} as {name} says, got {got!r}; two names of "
+            f"one thing: correct one"
+        )
+
+
+def in_both_spellings(config: dict[str, Any]) -> dict[str, Any]:
+    """``config`` with both names of what transformers 5 calls otherwise than 4."""
+    both = dict(config)
+    for old, new in (("num_experts", "num_local_experts"), ("torch_dtype", "dtype")):
+        for name, other in ((old, new), (new, old)):
+            if name in both:
+                both.setdefault(other, both[name])
+    rope = Config(config, "config.json", str(config.get("model_type"))).rope().values
+    if rope:
+        outside = {name: rope[name] for name in _ROPE if name in rope}
+        scaling = {name: value for name, value in rope.items() if name not in _ROPE}
+        kind = scaling.setdefault("rope_type", "default")
+        both |= outside
+        both["rope_scaling"] = None if kind == "default" else scaling
+        both["rope_parameters"] = {**scaling, **outside}
+    return both
+
+
+def tokenizer_for_both(settings: dict[str, Any]) -> dict[str, Any]:
+    """A ``tokenizer_config.json`` that transformers 4 reads as well as 5."""
+    both = dict(settings)
+    if both.get("tokenizer_class") == "TokenizersBackend":  # what 5 calls that of the other name
+        both["tokenizer_class"] = "PreTrainedTokenizerFast"
+        both.setdefault("clean_up_tokenization_spaces", False)  # otherwise 4 cleans up, 5 does not
+    if isinstance(both.get("extra_special_tokens"), list):
+        both["additional_special_tokens"] = both.pop("extra_special_tokens")
+    return both
