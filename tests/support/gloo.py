@@ -103,7 +103,8 @@ def _walk(function, cases, folder) -> list[tuple[str | None, Any]]:
             outcomes.append((traceback.format_exc(), None))
         parallel.teardown()
         gc.collect()  # a model is full of cycles that hold its groups, and a group has threads
-        dist.destroy_process_group()
+        if dist.is_initialized():  # the program ends its own
+            dist.destroy_process_group()
     return outcomes
 
 

@@ -1,0 +1,100 @@
+"""Either generation's names of the keys of a ``config.json``."""
+
+import pytest
+
+from sapo_megatron.errors import UserError
+from sapo_megatron.hf.architecture import parse_architecture
+from sapo_megatron.hf.config import in_both_spellings, tokenizer_for_both
+from tests.support.families import FAMILIES
+
+YARN = FAMILIES["deepseek-v3"]["rope_scaling"]
+
+
+def renamed(family, *, without, **names):
+    return {k: v for k, v in FAMILIES[family].items() if k not in without} | names
+
+
+@pytest.mark.parametrize(
+    ("family", "config"),
+    [
+        ("qwen3-moe", renamed("qwen3-moe", without=["num_experts"], num_local_experts=8)),
+        ("moonlight", renamed("moonlight", without=["n_routed_experts"], num_local_experts=8)),
+        (
+            "qwen3",
+            renamed("qwen3", without=["rope_theta"], rope_parameters={"rope_theta": 10000.0}),
+        ),
+        (
+            "glm-4.5",
+            renamed(
+                "glm-4.5",
+                without=["rope_theta", "partial_rotary_factor"],
+                rope_parameters={
+                    "rope_type": "default",
+                    "rope_theta": 10000.0,
+                    "partial_rotary_factor": 0.5,
+                },
+            ),
+        ),
+        (
+            "deepseek-v3",
+            renamed(
+                "deepseek-v3",
+                without=["rope_theta", "rope_scaling"],
+                rope_parameters={k: v for k, v in YARN.items() if k != "type"}
+                | {"rope_type": "yarn", "rope_theta": 10000.0},
+            ),
+        ),
+        ("qwen3-moe", FAMILIES["qwen3-moe"] | {"num_local_experts": 8}),
+        ("qwen3", FAMILIES["qwen3"] | {"rope_parameters": {"rope_theta": 10000}}),
+    ],
+)
+def test_either_name_says_the_same(family, config):
+    expected, got = parse_architecture(FAMILIES[family]), parse_architecture(config)
+    assert {**vars(got), "config": None} == {**vars(expected), "config": None}
+    again = parse_architecture(in_both_spellings(config))
+    assert {**vars(again), "config": None} == {**vars(expected), "config": None}
+
+
+@pytest.mark.parametrize(
+    ("changes", "parts"),
+    [
+        ({"num_local_experts": 16}, ["num_local_experts", "16", "num_experts", "8"]),
+        ({"rope_parameters": {"rope_theta": 5e5}}, ["rope_parameters.rope_theta", "500000"]),
+        (
+            {"rope_scaling": {"type": "default"}, "rope_parameters": {"rope_type": "yarn"}},
+            ["rope_parameters.rope_type", "yarn", "default"],
+        ),
+        ({"num_experts": None, "num_local_experts": "8"}, ["num_local_experts", "'8'"]),
+        ({"num_experts": None}, ["num_experts: missing"]),
+        ({"rope_parameters": [1]}, ["rope_parameters", "object"]),
+        ({"rope_theta": None, "rope_parameters": {"rope_theta": 0}}, ["rope_theta", "> 0"]),
+    ],
+)
+def test_names_that_contradict_each_other(changes, parts):
+    with pytest.raises(UserError) as caught:
+        parse_architecture(FAMILIES["qwen3-moe"] | changes, "here/config.json")
+    assert "\n" not in str(caught.value)
+    for part in ["here/config.json", *parts]:
+        assert part in str(caught.value)
+
+
+def test_both_names_are_written():
+    both = in_both_spellings(
+        renamed("qwen3-moe", without=["num_experts", "rope_theta"], num_local_experts=8)
+        | {"rope_parameters": {"rope_type": "default", "rope_theta": 7.0}, "dtype": "bfloat16"}
+    )
+    assert (both["num_experts"], both["num_local_experts"]) == (8, 8)
+    assert (both["dtype"], both["torch_dtype"]) == ("bfloat16", "bfloat16")
+    assert (both["rope_theta"], both["rope_scaling"]) == (7.0, None)
+    assert both["rope_parameters"] == {"rope_type": "default", "rope_theta": 7.0}
+
+
+def test_a_tokenizer_for_both():
+    written = {"tokenizer_class": "TokenizersBackend", "extra_special_tokens": ["<think>"]}
+    assert tokenizer_for_both(written) == {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "additional_special_tokens": ["<think>"],
+        "clean_up_tokenization_spaces": False,
+    }
+    older = {"tokenizer_class": "Qwen2Tokenizer", "extra_special_tokens": {"a": "<a>"}}
+    assert tokenizer_for_both(older) == older
