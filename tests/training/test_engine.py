@@ -249,7 +249,7 @@ def test_later_loads_are_compared_with_the_first(
         policy.updates += 1
         return rollout(engine)["rollout/probe_diff"]
 
-    for shift in (first, good, good):
+    for shift in (first, good, 0.0, good):
         assert rollout_off_by(shift) == pytest.approx(shift)
     with pytest.raises(RunFailed, match=f"^{server.url}: .* got a difference of {bad:.3g}; "):
         rollout_off_by(bad)
