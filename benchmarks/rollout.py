@@ -28,6 +28,7 @@ from sapo_megatron.recipe.schema import Recipe
 from sapo_megatron.rollout.engine import Request, SamplingParams
 from sapo_megatron.rollout.generate import InProcess
 from sapo_megatron.rollout.vllm.client import Server
+from sapo_megatron.rollout.vllm.engine import Probe, probe_difference
 from sapo_megatron.training.engine import open_engine
 from sapo_megatron.training.inputs import read_inputs
 
@@ -55,16 +56,16 @@ def tokens_per_second(engine: Any, requests: list[Request], params: SamplingPara
     return sum(len(s.response_tokens) for s in samples) / seconds
 
 
-async def logprobs_at(url: str, tokens: tuple[int, ...]) -> list[float]:
+async def difference_at(url: str, probe: Probe) -> float:
     async with httpx.AsyncClient(timeout=60.0, trust_env=False) as http:
-        return await Server(url, http).logprobs(tokens)
+        return await probe_difference(Server(url, http), probe)
 
 
 def difference(policy: Policy, engine: Any) -> float:
     """Mean absolute difference of the probe's log-probs, training engine and server."""
-    ours = policy.logprobs(engine._probe, engine._layout)
-    theirs = asyncio.run(logprobs_at(*engine._servers._urls, engine._probe))
-    return statistics.fmean(abs(a - b) for a, b in zip(ours, theirs, strict=True))
+    ours = policy.logprobs(engine._probe, engine._cut)
+    probe = Probe(samples=engine._probe, logprobs=ours, tolerance=engine._tolerance)
+    return asyncio.run(difference_at(*engine._servers._urls, probe))
 
 
 def measured(recipe: Recipe, folder: Path, rounds: int) -> list[dict[str, Any]]:

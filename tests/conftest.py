@@ -1,10 +1,14 @@
-"""Says which release of megatron-core is tested, and stops where another one was asked for."""
+"""Says which release of megatron-core is tested, and stops where another one was asked for.
+
+Beside that, what tests of several rooms share."""
 
 import os
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
 # Other projects' pipelines have an environment of their own, which make test-hosts runs with the
 # Python of, and without this file; real vLLM servers have one that make test-vllm names.
@@ -14,6 +18,14 @@ collect_ignore = ["hosts/test_verl.py", "hosts/test_ms_swift.py"] + (
 
 
 ROOT = str(Path(__file__).parents[1])
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> Iterator[None]:
+    """This process as the only rank of a world over gloo."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
 
 
 def pytest_configure() -> None:

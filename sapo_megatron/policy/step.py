@@ -94,30 +94,28 @@ class Policy:
         return self.scheduler.num_steps
 
     @torch.no_grad()
-    def logprobs(self, tokens: Sequence[int], cut: MicroBatching) -> tuple[float, ...]:
-        """Log-probs of ``tokens[1:]`` at temperature 1, on every rank. Collective."""
-        sample = Sample(
-            uid=0,
-            prompt_tokens=tuple(tokens[:1]),
-            response_tokens=list(tokens[1:]),
-            rollout_logprobs=[0.0] * (len(tokens) - 1),
-            truncated=True,
-        )
-        samples = [sample] * self.groups.dp.size()
+    def logprobs(self, samples: Sequence[Sample], cut: MicroBatching) -> tuple[float, ...]:
+        """Log-probs at temperature 1 of all response tokens, by uid, on every rank. Collective."""
         batches = [batch.to(self.groups.device) for batch in micro_batches(samples, cut)]
         with self.model.at_temperature(1.0):
             forwards = self.model.forward(batches)
-        mine: dict[int, float] = {}
+        mine: dict[tuple[int, int], float] = {}
         if self.groups.is_leader:
             for batch, forward in zip(batches, forwards, strict=True):
                 assert forward.logprob is not None, "the leader is on the last stage"
-                places = batch.position_ids[batch.mask].tolist()
+                rows = batch.sequence_ids[batch.mask].tolist()
+                places = zip(
+                    (batch.sample_uids[row] for row in rows),
+                    batch.position_ids[batch.mask].tolist(),
+                    strict=True,
+                )
                 mine.update(zip(places, forward.logprob[batch.mask].tolist(), strict=True))
         found: list[Any] = [None] * dist.get_world_size()
-        # Over the world: context-parallel ranks bring their pieces, data-parallel ones the same.
+        # Over the world: each leader brings the sequences, or pieces of them, that it worked on.
         dist.all_gather_object(found, mine, group=self.groups.world)
         whole = {place: value for part in found for place, value in part.items()}
-        return tuple(whole[place] for place in range(len(tokens) - 1))
+        assert len(whole) == sum(len(s.response_tokens) for s in samples), "uids differ"
+        return tuple(value for _, value in sorted(whole.items()))
 
     def update(
         self,

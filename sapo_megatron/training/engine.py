@@ -22,7 +22,7 @@ from sapo_megatron.policy.decode import MegatronDecoder
 from sapo_megatron.policy.step import Policy
 from sapo_megatron.recipe.schema import Recipe
 from sapo_megatron.rollout.engine import Engine, Request, SamplingParams
-from sapo_megatron.rollout.generate import InProcess
+from sapo_megatron.rollout.generate import InProcess, generate
 from sapo_megatron.rollout.vllm.engine import Probe, VllmEngine
 from sapo_megatron.rollout.vllm.servers import LocalServers
 from sapo_megatron.rollout.vllm.transfer import Transfer
@@ -31,10 +31,15 @@ from sapo_megatron.training.inputs import Inputs
 
 logger = logging.getLogger(__name__)
 
-PROBE_TOKENS = 64
+PROBE_RESPONSES, PROBE_TOKENS = 8, 32
+"""Responses of the probe, and most tokens of each."""
 PROBE_TOLERANCE = {"float64": 1e-3, "float32": 1e-3, "bfloat16": 0.1}
 """By ``model.params_dtype``: mean absolute difference of log-probs, nats a token. The rounding of
-two engines, with now and then another expert, stays below it; weights that are wrong do not."""
+two engines, with now and then another expert, stays below it; weights that are wrong do not
+(docs/rollout.md has what was measured)."""
+PROBE_GROWTH = 3.0
+"""How many times as much as the first load a later one may differ, within the tolerance; where the
+first hardly differed, by the tolerance over this."""
 
 
 @contextmanager
@@ -47,6 +52,7 @@ def open_engine(recipe: Recipe, inputs: Inputs, policy: Policy, run: Path) -> It
         batch_size = recipe.rollout.generation_batch_size
         yield InProcess(MegatronDecoder(policy.model), batch_size=batch_size)
         return
+    probe = _probe_samples(recipe, inputs, policy)
     with ExitStack() as stack:
         rollout, is_first = recipe.rollout, dist.get_rank() == 0
         servers = transfer = listing = None
@@ -62,7 +68,7 @@ def open_engine(recipe: Recipe, inputs: Inputs, policy: Policy, run: Path) -> It
             policy,
             servers,
             run / "servers" / "weights",
-            probe=_probe_tokens(recipe, inputs),
+            probe=probe,
             tolerance=PROBE_TOLERANCE[recipe.model.params_dtype],
             cut=policy.groups.micro_batching(recipe),
             colocate=rollout.colocate,
@@ -105,7 +111,7 @@ class Following:
         servers: VllmEngine | None,
         folder: Path,
         *,
-        probe: tuple[int, ...],
+        probe: Sequence[Sample],
         tolerance: float,
         cut: MicroBatching,
         colocate: bool = False,
@@ -113,8 +119,9 @@ class Following:
         transfer: Transfer | None = None,
     ) -> None:
         """``servers``: on the first rank; ``folder``: where weights are handed over; ``cut``: how
-        the probe is; ``colocate``: the servers sleep between rollouts, which costs them their
-        weights; ``over_nccl``: they get weights by the first rank's ``transfer``.
+        the probe is, whose ``tolerance`` is that of the first load; ``colocate``: the servers sleep
+        between rollouts, which costs them their weights; ``over_nccl``: they get weights by the
+        first rank's ``transfer``.
         """
         self._policy = policy
         self._servers = servers
@@ -154,8 +161,15 @@ class Following:
         logprobs = self._policy.logprobs(self._probe, self._cut)
         if self._colocate:
             torch.cuda.empty_cache()  # what training has kept; the servers are about to need it
-        probe = Probe(tokens=self._probe, logprobs=logprobs, tolerance=self._tolerance)
+        probe = Probe(samples=self._probe, logprobs=logprobs, tolerance=self._tolerance)
         difference = self._send(probe) if self._over_nccl else self._share(probe)
+        if self._updates is None:
+            self._tolerance = _later_tolerance(self._tolerance, difference)
+            logger.info(
+                "probe: servers and training engine differ by %.2g nats per token, and may by %.2g",
+                difference,
+                self._tolerance,
+            )
         metrics = Metrics()
         metrics.add("time/sync", Max(time.monotonic() - began))
         metrics.add("rollout/probe_diff", Max(difference))
@@ -190,8 +204,37 @@ class Following:
         return parallel.on_first_rank(self._policy.groups, lambda: max(found.values()))
 
 
-def _probe_tokens(recipe: Recipe, inputs: Inputs) -> tuple[int, ...]:
-    """Held-out prompts one after the other, as much as the servers take."""
-    room = recipe.rollout.max_prompt_length + recipe.rollout.max_response_length
-    tokens = [token for prompt in inputs.problems for token in prompt.tokens]
-    return tuple(tokens[: min(PROBE_TOKENS, room - 1)])
+def _later_tolerance(tolerance: float, first: float) -> float:
+    """Of the loads that follow one with the difference ``first``."""
+    return min(tolerance, max(tolerance / PROBE_GROWTH, PROBE_GROWTH * first))
+
+
+def _probe_samples(recipe: Recipe, inputs: Inputs, policy: Policy) -> list[Sample]:
+    """Answers of the policy to the shortest held-out prompts. Collective over all ranks.
+
+    Tokens that it samples are probable ones, whose log-probs rounding changes little; greedy ones
+    are so certain that wrong weights change them little, too. The shortest prompts, since what one
+    has more than another is fed token by token.
+    """
+    rollout = recipe.rollout
+    # A server that gives a text's log-probs makes one token more.
+    room = rollout.max_prompt_length + rollout.max_response_length - 1
+    longest = max(1, min(PROBE_TOKENS, rollout.max_response_length - 1))
+    prompts = sorted((problem.tokens for problem in inputs.problems), key=len)[:PROBE_RESPONSES]
+    requests = [
+        Request(uid=uid, prompt_tokens=tokens[: room - longest])
+        for uid, tokens in enumerate(prompts)
+    ]
+    params = SamplingParams(
+        temperature=1.0,
+        top_p=1.0,
+        max_new_tokens=longest,
+        eos_id=inputs.tokenizer.eos_id,
+        seed=recipe.train.seed,
+    )
+    decoder = MegatronDecoder(policy.model)
+    with decoder.generating():
+        samples = generate(decoder, requests, params, batch_size=len(requests))
+    torch.cuda.empty_cache()  # servers beside the trainer are about to need it
+    # Ranks with the same weights may round otherwise, and so draw another token.
+    return parallel.on_first_rank(policy.groups, lambda: samples)

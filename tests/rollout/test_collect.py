@@ -102,13 +102,6 @@ def collector(reward, *, parts=1, **config):
     )
 
 
-@pytest.fixture
-def world(tmp_path):
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
 PARAMS = SamplingParams(temperature=1.0, top_p=1.0, max_new_tokens=5, eos_id=EOS, seed=3)
 
 

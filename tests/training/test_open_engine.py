@@ -1,5 +1,6 @@
 """Which engine a recipe gets, and what of the recipe reaches it."""
 
+import contextlib
 from types import SimpleNamespace
 
 import pytest
@@ -9,18 +10,13 @@ from sapo_megatron.errors import RunFailed, UserError
 from sapo_megatron.hf.architecture import parse_architecture
 from sapo_megatron.recipe.load import load
 from sapo_megatron.rollout.generate import InProcess
-from sapo_megatron.sample import Prompt
+from sapo_megatron.sample import Prompt, Sample
 from sapo_megatron.training import engine as engines
-from sapo_megatron.training.engine import PROBE_TOKENS, Following, open_engine
-from tests.support.fakevllm import FakeVllm
+from sapo_megatron.training.engine import Following, open_engine
+from tests.support.fakevllm import EOS, FakeVllm
 from tests.support.tiny import ARCH, write_recipe
 
-
-@pytest.fixture(autouse=True)
-def world(tmp_path):
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
+pytestmark = pytest.mark.usefixtures("world")
 
 
 @pytest.fixture
@@ -29,11 +25,38 @@ def server():
         yield one
 
 
-@pytest.fixture
-def opened(tmp_path):
-    """Opens the engine of the recipe with these settings of its rollout and its routing."""
+class Decoder:
+    """Stands in for the training engine's; what it gives are sevens."""
 
-    def opened(problems=(), *, router_replay="disabled", **rollout):
+    def __init__(self, model):
+        pass
+
+    def generating(self):
+        return contextlib.nullcontext()
+
+    @staticmethod
+    def generate(decoder, requests, params, *, batch_size):
+        assert batch_size == len(requests), "in one batch"
+        assert (params.temperature, params.top_p, params.eos_id) == (1.0, 1.0, EOS)
+        return [
+            Sample(
+                uid=r.uid,
+                prompt_tokens=r.prompt_tokens,
+                response_tokens=[7] * params.max_new_tokens,
+                rollout_logprobs=[],
+                truncated=True,
+            )
+            for r in requests
+        ]
+
+
+@pytest.fixture
+def opened(tmp_path, monkeypatch):
+    """Opens the engine of the recipe with these settings of its rollout and its routing."""
+    monkeypatch.setattr(engines, "MegatronDecoder", Decoder)
+    monkeypatch.setattr(engines, "generate", Decoder.generate)
+
+    def opened(problems=((2, 3),), *, router_replay="disabled", **rollout):
         (tmp_path / "work").mkdir(exist_ok=True)
         recipe = load(
             write_recipe(
@@ -51,12 +74,13 @@ def opened(tmp_path):
                 chunks=[],
                 groups=groups,
             ),
-            logprobs=lambda tokens, cut: (tokens, cut),
+            logprobs=lambda samples, cut: (samples, cut),
         )
         inputs = SimpleNamespace(
             arch=parse_architecture(ARCH),
             model=tmp_path / "model",
-            problems=[Prompt(uid=0, text="", answer="", tokens=tokens) for tokens in problems],
+            tokenizer=SimpleNamespace(eos_id=EOS),
+            problems=[Prompt(uid=9, text="", answer="", tokens=tokens) for tokens in problems],
         )
         return open_engine(recipe, inputs, policy, tmp_path / "run")
 
@@ -119,25 +143,30 @@ def test_servers_of_the_trainers_own_end_with_the_block(opened, server, monkeypa
 
 
 @pytest.mark.parametrize(
-    ("problems", "longest", "expected"),
+    ("problems", "longest", "prompts", "tokens"),
     [
-        ([(2, 3), (4,)], 128, (2, 3, 4)),
-        ([tuple(range(100))], 128, tuple(range(PROBE_TOKENS))),
-        ([tuple(range(100))], 22, tuple(range(21))),  # the server makes one more
+        ([(2, 3, 4), (4,)], (16, 6), [(4,), (2, 3, 4)], 5),  # the server makes one more
+        ([(2,) * n for n in range(12, 0, -1)], (16, 99), [(2,) * n for n in range(1, 9)], 32),
+        ([(2, 3, 4)], (3, 2), [(2, 3, 4)], 1),
+        ([(2, 3, 4)], (3, 1), [(2, 3)], 1),
     ],
 )
-def test_the_probe_is_of_held_out_prompts(opened, server, monkeypatch, problems, longest, expected):
+def test_the_probe_answers_the_shortest_held_out_prompts(
+    opened, server, monkeypatch, problems, longest, prompts, tokens
+):
     seen = []
     monkeypatch.setattr(Following, "_share", lambda self, probe: seen.append(probe) or 0.0)
-    server.description["max_model_len"] = longest
-    lengths = {"max_prompt_length": longest - 6, "max_response_length": 6}
+    server.description["max_model_len"] = sum(longest)
+    lengths = dict(zip(("max_prompt_length", "max_response_length"), longest, strict=True))
     with (
         opened(problems, engine="vllm", servers=[server.url], **lengths) as engine,
         engine.serving(record=False),
     ):
         (probe,) = seen
-    assert probe.tokens == expected
-    assert probe.logprobs == (expected, "cut")
+    assert [s.uid for s in probe.samples] == list(range(len(prompts)))
+    assert [s.prompt_tokens for s in probe.samples] == prompts
+    assert [s.response_tokens for s in probe.samples] == [[7] * tokens] * len(prompts)
+    assert probe.logprobs == (probe.samples, "cut")
     assert probe.tolerance == 1e-3
 
 

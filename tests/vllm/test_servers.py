@@ -17,6 +17,7 @@ from sapo_megatron.rollout.engine import Request, SamplingParams
 from sapo_megatron.rollout.vllm.client import Server
 from sapo_megatron.rollout.vllm.engine import Probe, VllmEngine
 from sapo_megatron.rollout.vllm.servers import LocalServers
+from sapo_megatron.sample import Sample
 from tests.support.families import make_model
 from tests.support.tiny import ROOT, write_recipe
 
@@ -88,9 +89,21 @@ def distribution(model, sequence, temperature=1.0):
 
 
 def probe_of(model):
-    sequence = tokens(200, seed=9)
-    found = distribution(model, sequence)[:-1].gather(-1, torch.tensor(sequence[1:])[:, None])
-    return Probe(tokens=sequence, logprobs=tuple(found[:, 0].tolist()), tolerance=1e-4)
+    samples, logprobs = [], []
+    for uid in range(4):
+        prompt, response = tokens(10 + uid, seed=9), tokens(40, seed=20 + uid)
+        rows = distribution(model, prompt + response)[len(prompt) - 1 : -1]
+        logprobs += rows.gather(-1, torch.tensor(response)[:, None])[:, 0].tolist()
+        samples.append(
+            Sample(
+                uid=uid,
+                prompt_tokens=prompt,
+                response_tokens=list(response),
+                rollout_logprobs=[],
+                truncated=True,
+            )
+        )
+    return Probe(samples=samples, logprobs=tuple(logprobs), tolerance=1e-4)
 
 
 def bring(served, number):

@@ -20,6 +20,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean
 
 import httpx
 
@@ -46,11 +47,11 @@ RESET_S = 30.0
 
 @dataclass(frozen=True, kw_only=True)
 class Probe:
-    """A text that shows whether a server computes what the training engine computes."""
+    """Responses that show whether a server computes what the training engine computes."""
 
-    tokens: tuple[int, ...]
+    samples: Sequence[Sample]
     logprobs: tuple[float, ...]
-    """The training engine's, of ``tokens[1:]``, each after those before it, at temperature 1."""
+    """The training engine's, of the tokens of one response after the other, at temperature 1."""
     tolerance: float
     """Largest mean absolute difference, nats per token."""
 
@@ -317,17 +318,25 @@ class VllmEngine:
         elif description.weights != weights.label:
             raise Away("it has not got the weights that the others were sent")
         await _forget_prefixes(server)
-        probe = weights.probe
-        found = await server.logprobs(probe.tokens)
-        diff = sum(abs(a - b) for a, b in zip(found, probe.logprobs, strict=True)) / len(found)
-        if diff > probe.tolerance:
+        tolerance = weights.probe.tolerance
+        diff = await probe_difference(server, weights.probe)
+        if not diff <= tolerance:  # nan, too
             raise RunFailed(
                 f"{server.url}: expected the training engine's log-probs of a probe to "
-                f"{probe.tolerance:g} nats per token after new weights, got a difference of "
-                f"{diff:.3g}; the server did not take the weights as they are: look at its log, "
-                f"and restart it"
+                f"{tolerance:.2g} nats per token after new weights, got a difference of "
+                f"{diff:.3g}; the server did not take the weights as they are, or computes with "
+                f"them otherwise: look at its log, --dtype and --quantization, and restart it"
             )
         self._verified[server.url] = (weights.label, diff)
+
+
+async def probe_difference(server: Server, probe: Probe) -> float:
+    """Mean absolute difference of the probe's log-probs, nats per token."""
+    found: list[float] = []
+    for sample in probe.samples:
+        response = sample.response_tokens
+        found += (await server.logprobs([*sample.prompt_tokens, *response]))[-len(response) :]
+    return fmean(abs(a - b) for a, b in zip(found, probe.logprobs, strict=True))
 
 
 async def _label(server: Server, label: str) -> None:

@@ -1,6 +1,7 @@
 """The client of vLLM servers against servers that misbehave; tests/on_vllm has real ones."""
 
 import base64
+import dataclasses
 import io
 import os
 import signal
@@ -22,6 +23,7 @@ from sapo_megatron.rollout.vllm import servers as servers_module
 from sapo_megatron.rollout.vllm.answers import read_routes
 from sapo_megatron.rollout.vllm.engine import Probe, VllmEngine
 from sapo_megatron.rollout.vllm.servers import LocalServers
+from sapo_megatron.sample import Sample
 from tests.support import fakevllm
 from tests.support.fakevllm import EOS, HANG_UP, FakeVllm, completion, logprob
 from tests.support.tiny import ARCH, TESTS, write_recipe
@@ -29,8 +31,17 @@ from tests.support.tiny import ARCH, TESTS, write_recipe
 MODEL = parse_architecture(ARCH)
 PARAMS = SamplingParams(temperature=0.7, top_p=0.9, max_new_tokens=6, eos_id=EOS, seed=3)
 REQUESTS = [Request(uid=10 + i, prompt_tokens=(5, 9, 2 + i)) for i in range(24)]
-TOKENS = (5, 9, 2, 7)
-PROBE = Probe(tokens=TOKENS, logprobs=tuple(map(logprob, TOKENS[1:])), tolerance=1e-3)
+SAMPLES = [
+    Sample(
+        uid=len(prompt),
+        prompt_tokens=prompt,
+        response_tokens=[2, 7],
+        rollout_logprobs=[],
+        truncated=True,
+    )
+    for prompt in ((5,), (5, 9))
+]
+PROBE = Probe(samples=SAMPLES, logprobs=(logprob(2), logprob(7)) * 2, tolerance=1e-3)
 
 
 @pytest.fixture
@@ -240,10 +251,12 @@ def test_check_waits_for_a_server_that_is_still_starting(server):
 
 def test_load_returns_the_difference_of_the_probe(servers):
     client = engine(*(s.url for s in servers))
-    probe = Probe(tokens=TOKENS, logprobs=tuple(x + 1e-4 for x in PROBE.logprobs), tolerance=1e-3)
+    probe = dataclasses.replace(PROBE, logprobs=tuple(x + 1e-4 for x in PROBE.logprobs))
     differences = client.load(TESTS, probe)
     assert differences == {s.url: pytest.approx(1e-4) for s in servers}
     assert [path for path, _ in servers[0].calls if "reset" in path] == ["/reset_prefix_cache"]
+    asked = [body["prompt"] for _, body in servers[0].calls if "prompt_logprobs" in body]
+    assert asked == [[5, 2, 7], [5, 9, 2, 7]]
 
 
 def test_load_stops_where_a_server_does_not_compute_the_same(servers):
@@ -251,14 +264,20 @@ def test_load_stops_where_a_server_does_not_compute_the_same(servers):
     client = engine(*(s.url for s in servers))
 
     def fault(path, body, own):
-        scores = {
-            "choices": [{"prompt_logprobs": [None, *({t: {"logprob": -2.0}} for t in TOKENS[1:])]}]
-        }
+        entries = [None, *({t: {"logprob": -2.0}} for t in body.get("prompt", ())[1:])]
+        scores = {"choices": [{"prompt_logprobs": entries}]}
         return (200, scores) if "prompt_logprobs" in body else own()
 
     bad.fault = fault
-    with pytest.raises(RunFailed, match=f"{bad.url}: .* 0.001 nats per token .* of 1.44"):
+    message = f"{bad.url}: .* 0.001 nats per token .* of 1.46; .* look at its log, --dtype and"
+    with pytest.raises(RunFailed, match=message):
         client.load(TESTS, PROBE)
+
+
+def test_load_stops_where_the_training_engine_computes_no_numbers(server):
+    nothing = dataclasses.replace(PROBE, logprobs=(float("nan"),) * 4)
+    with pytest.raises(RunFailed, match=f"{server.url}: .* got a difference of nan"):
+        engine(server.url).load(TESTS, nothing)
 
 
 def test_a_server_that_was_away_gets_the_weights_before_it_gets_work(servers, caplog):
