@@ -109,7 +109,18 @@ def _plant(fault):
 
 
 def _verdicts(folder):
-    """By check without a GPU, and by fault and check: (what it said, good or not)."""
+    """By check without a GPU, and by fault and check: (what it said, good or not).
+
+    Of two families: here both sides of a comparison compute alike, whatever the model is.
+    """
+    from sapo_megatron.commands.qualify import measure
+
+    two = {name: measure.FAMILIES[name] for name in ("qwen3-moe", "deepseek-v3")}
+    with mock.patch.object(measure, "FAMILIES", two):
+        return _verdicts_of_some(folder)
+
+
+def _verdicts_of_some(folder):
     from sapo_megatron.commands.qualify.policies import Setting
     from sapo_megatron.commands.qualify.worker import run
 
