@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from sapo_megatron.errors import UserError
 from sapo_megatron.hf.config import Config
+from sapo_megatron.hf.fp8 import check_quantization
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +88,7 @@ class Architecture:
     """What a model is made of: the sizes and choices that ``config.json`` gives."""
 
     config: dict[str, Any] = field(repr=False)
-    """The ``config.json`` itself."""
+    """The ``config.json`` itself, as it is of a model that is not quantised."""
     model_type: str
     num_layers: int
     hidden_size: int
@@ -129,15 +130,11 @@ def parse_architecture(config: Any, path: str | Path = "config.json") -> Archite
             f"such an architecture"
         )
     c = Config(config, path, kind)
-    if (method := c.given("quantization_config", dict).get("quant_method")) is not None:
-        raise UserError(
-            f"{path}: quantization_config: expected weights in bf16 or fp32, got {method}; convert "
-            f"them to bf16 and remove the key"
-        )
+    check_quantization(c.given("quantization_config", dict), path)
     c.only("hidden_act", "silu")
     attention, experts = _FAMILIES[kind]
     return Architecture(
-        config=config,
+        config={key: value for key, value in config.items() if key != "quantization_config"},
         model_type=kind,
         num_layers=c.whole("num_hidden_layers"),
         hidden_size=c.whole("hidden_size"),

@@ -5,7 +5,9 @@ tokenizer. Nothing here reads more of a tensor than it is asked for.
 """
 
 import dataclasses
+import itertools
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,10 +18,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from sapo_megatron.errors import UserError, one_line, with_type
+from sapo_megatron.hf import fp8
 from sapo_megatron.hf.architecture import Architecture, parse_architecture, read_architecture
 
 INDEX = "model.safetensors.index.json"
-DTYPES = {"F64", "F32", "BF16", "F16"}
+DTYPES = {"F64", "F32", "BF16", "F16", fp8.DTYPE}
 SAME = (
     "model_type",
     "num_layers",
@@ -33,6 +36,9 @@ SAME = (
 """What a model must have in common with ``model.architecture``; the rest is its own affair."""
 NOT_WEIGHTS = ("*.json", "*.jinja", "*.txt", "*.model", "*.py", "tiktoken*")
 """What a model folder holds beside weights: its configuration and its tokenizer."""
+OTHER_FORMATS = ("*.gguf", "pytorch_model*.bin", "consolidated*.pth")
+LFS = b"version https://git-lfs"
+"""How a file begins that stands for one which git LFS has not fetched."""
 
 
 def find_model(path: str) -> Path:
@@ -47,17 +53,58 @@ def find_model(path: str) -> Path:
 def _find(path: str, patterns: list[str]) -> Path:
     """The folder ``path``, or one with what the hub has of a model that fits the patterns."""
     folder = Path(path)
+    if folder.is_file():
+        raise UserError(f"model.path: expected a folder, got the file {path}; name its folder")
     if folder.is_dir() or not is_hub_name(path):
-        return folder
+        return _checked(folder)
     from huggingface_hub import snapshot_download  # seconds to import
 
     try:
-        return Path(snapshot_download(path, allow_patterns=patterns))
+        folder = Path(snapshot_download(path, allow_patterns=patterns))
     except Exception as error:  # network, permission and cache errors have no common ancestor
         raise UserError(
             f"model.path: expected a folder or a model of the Hugging Face hub, got {path}: "
             f"{one_line(error, 200)}; download it first (hf download {path}) or name a folder"
         ) from None
+    return _checked(folder)
+
+
+def _checked(folder: Path) -> Path:
+    """``folder``, if what it holds beside weights is a model's. Raises UserError."""
+    if (adapter := folder / "adapter_config.json").exists():
+        raise UserError(
+            f"{adapter}: expected a whole model, got an adapter; merge it into its base model "
+            f"(merge_and_unload of peft), and set model.path to that"
+        )
+    if not (folder / "config.json").exists() and any(folder.glob("*.gguf")):
+        raise _without_weights(folder)
+    for path in itertools.chain(*map(folder.glob, NOT_WEIGHTS)):
+        _refuse_pointer(path)
+    return folder
+
+
+def _without_weights(folder: Path) -> UserError:
+    """What to say of a folder that has no safetensors files."""
+    others = [path.name for path in itertools.chain(*map(folder.glob, OTHER_FORMATS))]
+    got = (
+        f"{min(others)}, a format that is not read; load it with transformers and save_pretrained"
+        if others
+        else "none; download them, or set model.init=random to start without"
+    )
+    return UserError(f"model.path: expected weights (*.safetensors) in {folder}, got {got}")
+
+
+def _refuse_pointer(path: Path) -> None:
+    try:
+        with path.open("rb") as file:
+            begins = file.read(len(LFS))
+    except OSError:
+        return  # who needs it will say so
+    if begins == LFS:
+        raise UserError(
+            f"{path}: expected the file itself, got a pointer of git LFS; run git lfs pull in its "
+            f"folder, or download it again"
+        )
 
 
 def is_hub_name(path: str) -> bool:
@@ -72,7 +119,8 @@ def find_architecture(path: str, expected: str | None) -> Architecture:
     UserError where there is neither, or where they are not the same model.
     """
     if Path(path).is_dir() or expected is None:
-        return check_same(read_architecture(_find(path, ["config.json"])), path, expected)
+        folder = _find(path, ["config.json", "adapter_config.json"])
+        return check_same(read_architecture(folder), path, expected)
     return _expected(expected)
 
 
@@ -128,13 +176,14 @@ class WeightFiles:
     def __init__(self, folder: Path) -> None:
         """Opens every file, once, and reads what it says it holds.
 
-        Raises UserError, naming the file, for weights that are missing, cut short or in a dtype
-        that is no floating-point number's.
+        Raises UserError, naming the file, for weights that are missing, cut short, of two
+        generations, or in a dtype that is not read. ``config.json`` has been read before.
         """
         self.folder = folder
         self._files: dict[str, Path] = {}
         self._open: dict[Path, Any] = {}
         for path, names in self._listed().items():
+            self._check_inside(path)
             self._open[path] = _opened(path)
             held = set(self._open[path].keys())
             for name in held if names is None else names:
@@ -144,20 +193,29 @@ class WeightFiles:
                         f" download the file again"
                     )
                 self._files[name] = path
+        for path, file in self._open.items():
+            for name in file.keys():  # noqa: SIM118
+                if (other := self._files.get(name, path)) != path:
+                    raise UserError(
+                        f"{path}: {name}: expected it in {other.name} alone, where {INDEX} places "
+                        f"it, got it here as well; the files are of two models: download them again"
+                    )
+        self._check_scales()
 
     def _listed(self) -> Mapping[Path, list[str] | None]:
         """File -> the tensors that the index places in it; None: all that it has."""
-        index = self.folder / INDEX
+        index, files = self.folder / INDEX, sorted(self.folder.glob("*.safetensors"))
         if not index.exists():
-            files = sorted(self.folder.glob("*.safetensors"))
             if not files:
+                raise _without_weights(self.folder)
+            if len(files) > 1:
                 raise UserError(
-                    f"model.path: expected weights (*.safetensors) in {self.folder}, got none; "
-                    f"download them, or set model.init=random to start without"
+                    f"{index}: expected it beside {len(files)} files of weights, to say what is in "
+                    f"which, got none; download it"
                 )
             return dict.fromkeys(files)
         try:
-            places = json.loads(index.read_text())["weight_map"]
+            places = dict(json.loads(index.read_text())["weight_map"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(
                 f"{index}: expected a weight_map from tensors to files, could not read it "
@@ -165,14 +223,61 @@ class WeightFiles:
             ) from None
         listed: dict[Path, list[str]] = {}
         for name, file in places.items():
+            if not (isinstance(file, str) and re.fullmatch(r"[^/\0]+\.safetensors", file)):
+                raise UserError(
+                    f"{index}: {name}: expected the name of a safetensors file in this folder, got "
+                    f"{file!r}; download it again"
+                )
             listed.setdefault(self.folder / file, []).append(name)
+        if strays := [path for path in files if path not in listed]:
+            raise UserError(
+                f"{strays[0]}: expected no weights but those that {INDEX} names, got this file; "
+                f"remove it if it is of another model, or download the index again"
+            )
         return listed
+
+    def _check_inside(self, path: Path) -> None:
+        """Refuse a link out of the folder, or out of the model's part of a Hugging Face cache."""
+        home = Path(os.path.realpath(self.folder))
+        root = home.parents[1] if home.parent.name == "snapshots" else home
+        real = Path(os.path.realpath(path))
+        if not real.is_relative_to(root):
+            raise UserError(
+                f"{path}: expected a file in this folder, got a link to {real}; put the file there"
+            )
+
+    def _check_scales(self) -> None:
+        """Refuse fp8 weights that their scales, or ``config.json``, do not fit."""
+        quantised = sorted(name for name in self._files if self._dtype(name) == fp8.DTYPE)
+        config = self.folder / "config.json"
+        known = quantised and json.loads(config.read_text()).get("quantization_config")
+        for name in quantised:
+            if not known:
+                raise UserError(
+                    f"{self._files[name]}: {name}: expected bf16 or fp32, as config.json has no "
+                    f"quantization_config, got {fp8.DTYPE}; download config.json again"
+                )
+            scale, shape, got = name + fp8.SCALE, fp8.scale_shape(self._slice(name).get_shape()), ""
+            if scale in self._files:
+                got = f"{self._slice(scale).get_shape()} in {self._dtype(scale)}"
+            if got not in [f"{shape} in {dtype}" for dtype in fp8.SCALE_DTYPES]:
+                raise UserError(
+                    f"{self._files.get(scale, self._files[name])}: {scale}: expected {shape} in "
+                    f"{' or '.join(fp8.SCALE_DTYPES)} for the fp8 weight, got {got or 'none'}; "
+                    f"download the folder again"
+                )
+
+    def _slice(self, name: str) -> Any:
+        return self._open[self._files[name]].get_slice(name)
+
+    def _dtype(self, name: str) -> str:
+        return self._slice(name).get_dtype()
 
     def read(self, name: str, shape: Sequence[int], *index: slice) -> Tensor:
         """``tensor[index]`` of the tensor ``name``, on the CPU, in the dtype that it is stored in.
 
-        Raises UserError, naming tensor and file, where it is missing, has not this ``shape`` or
-        holds a value that is not finite.
+        fp8 is multiplied by its scales, in fp32. Raises UserError, naming tensor and file, where
+        the tensor is missing, has not this ``shape`` or holds a value that is not finite.
         """
         path = self._files.get(name)
         if path is None:
@@ -180,20 +285,35 @@ class WeightFiles:
                 f"{self.folder}: expected the tensor {name}, got none in its files; the weights "
                 f"are not whole or not those of config.json"
             )
-        tensor = self._open[path].get_slice(name)
+        tensor = self._slice(name)
         if tuple(tensor.get_shape()) != tuple(shape):
             raise UserError(
                 f"{path}: {name}: expected the shape {list(shape)} that config.json asks for, "
                 f"got {list(tensor.get_shape())}; the weights are not those of config.json"
             )
         values = tensor[index or (...,)]
+        if tensor.get_dtype() == fp8.DTYPE:
+            values = self._dequantised(name, values, index)
+        self._check_finite(name, values)
+        return values
+
+    def _dequantised(self, name: str, values: Tensor, index: Sequence[slice]) -> Tensor:
+        """``values``, which are the fp8 weight's at ``index``; reads the scales that they need."""
+        parts = []
+        for size, part in itertools.zip_longest(self._slice(name).get_shape(), index):
+            start, stop, _ = (part or slice(None)).indices(size)
+            parts.append(slice(start, stop))
+        scale = self._slice(name + fp8.SCALE)[tuple(map(fp8.blocks, parts))]
+        self._check_finite(name + fp8.SCALE, scale.float())
+        return fp8.dequantised(values, scale, parts)
+
+    def _check_finite(self, name: str, values: Tensor) -> None:
         if not bool(torch.isfinite(values).all()):
             bad = int((~torch.isfinite(values)).sum())
             raise UserError(
-                f"{path}: {name}: expected finite values, got {bad} that are NaN or infinite; "
-                f"download the file again, or export the model again"
+                f"{self._files[name]}: {name}: expected finite values, got {bad} that are NaN or "
+                f"infinite; download the file again, or export the model again"
             )
-        return values
 
 
 def _opened(path: Path) -> Any:
@@ -206,12 +326,13 @@ def _opened(path: Path) -> Any:
             f"{path}: no such file, and {INDEX} places tensors there; download it"
         ) from None
     except (SafetensorError, OSError) as error:
+        _refuse_pointer(path)
         raise UserError(
             f"{path}: expected a whole safetensors file, got one that is cut short or damaged "
             f"({error}); download it again"
         ) from None
     for name, dtype in sorted(dtypes.items()):
-        if dtype not in DTYPES:
+        if dtype not in DTYPES and not name.endswith(fp8.SCALE):
             raise UserError(
                 f"{path}: {name}: expected one of {', '.join(sorted(DTYPES))}, got {dtype}; "
                 f"convert the weights to bf16"

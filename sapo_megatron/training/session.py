@@ -218,7 +218,7 @@ def export_checkpoint(recipe: Recipe, inputs: Inputs, path: Path, out: Path) -> 
     with ExitStack() as stack:
         _, policy = _open_policy(stack, recipe, inputs, groups, run)
         policy.model.weights.save(out, tokenizer=recipe.model.tokenizer)
-    logger.info("exported: %s", out)
+    logger.info("exported in %s: %s", recipe.model.params_dtype, out)
 
 
 def _open_policy(

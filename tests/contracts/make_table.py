@@ -34,7 +34,9 @@ VLLM: dict[str, dict[str, str]] = {
     "vllm.config.ModelConfig": {
         **{"hf_text_config": "", "get_vocab_size": "", "max_model_len": "", "revision": ""},
         **{"generation_config": "", "enable_sleep_mode": "", "model": "", "model_weights": ""},
+        "model_arch_config": "",
     },
+    "vllm.config.model_arch.ModelArchitectureConfig": {"quantization_config": ""},
     "vllm.config.aux_output.AuxOutputConfig": {"enable_return_routed_experts": ""},
     "vllm.config.weight_transfer.WeightTransferConfig": {"backend": ""},
     "vllm.config.set_current_vllm_config": {"call": "vllm_config"},

@@ -88,7 +88,6 @@ def test_rotary_positions():
         ("moonlight", {"topk_method": "greedy"}, ["topk_method", '"noaux_tc"']),
         ("moonlight", {"norm_topk_prob": False}, ["norm_topk_prob"]),
         ("moonlight", {"kv_lora_rank": None}, ["kv_lora_rank: missing", "deepseek_v3"]),
-        ("deepseek-v3", {"quantization_config": {"quant_method": "fp8"}}, ["fp8", "bf16"]),
         ("glm-4.5", {"n_routed_experts": 0}, ["n_routed_experts", ">= 1", "0"]),
         ("qwen3", {"model_type": ["qwen3"]}, ["model_type", "got ['qwen3']"]),
         ("qwen3", {"num_hidden_layers": True}, ["num_hidden_layers", "got True"]),

@@ -22,6 +22,7 @@ from tests.support.whole_runs import command
 
 FAMILY = "qwen3-moe"
 TENSOR = "model.layers.1.self_attn.q_proj.weight"
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 4\n"
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +70,33 @@ def reshape(tensors):
 
 
 def eighth(tensors):
-    tensors[TENSOR] = tensors[TENSOR].to(torch.float8_e4m3fn)
+    tensors[TENSOR] = tensors[TENSOR].to(torch.int8)
+
+
+def point(model, place):
+    """Have the index place the tensor there."""
+    index = json.loads((model / INDEX).read_text())
+    index["weight_map"][TENSOR] = place
+    (model / INDEX).write_text(json.dumps(index))
+
+
+def twice(model):
+    """The tensor in a second file of the index, as an export to the same folder may leave it."""
+    other = next(p for p in sorted(model.glob("*.safetensors")) if p != file_of(model))
+    tensors = load_file(other) | {TENSOR: torch.ones(64, 32)}
+    save_file(tensors, other, metadata={"format": "pt"})
+
+
+def linked(model):
+    """A file of the model as a link to one elsewhere."""
+    shutil.move(file_of(model), model.parent / "elsewhere.safetensors")
+    file_of(model).symlink_to(model.parent / "elsewhere.safetensors")
+
+
+def only(model, name):
+    """No weights but those in another format."""
+    without_index(model)
+    (model / name).write_bytes(b"weights")
 
 
 HEADERS = {
@@ -77,7 +104,35 @@ HEADERS = {
     "truncated shard": (truncate, ["cut short or damaged", "download it again"]),
     "empty file": (lambda m: file_of(m).write_bytes(b""), ["cut short or damaged"]),
     "tensor not in its shard": (lambda m: rewrite(m, lambda t: t.pop(TENSOR)), [TENSOR]),
-    "fp8": (lambda m: rewrite(m, eighth), [TENSOR, "F8_E4M3", "bf16"]),
+    "int8": (lambda m: rewrite(m, eighth), [TENSOR, "I8", "bf16"]),
+    "pointer of git LFS": (
+        lambda m: file_of(m).write_text(POINTER),
+        [".safetensors", "git LFS", "git lfs pull"],
+    ),
+    "no index": (lambda m: (m / INDEX).unlink(), [INDEX, "files of weights", "got none"]),
+    "file of another export": (
+        lambda m: shutil.copyfile(file_of(m), m / "model-00001-of-00002.safetensors"),
+        ["model-00001-of-00002.safetensors: ", INDEX, "remove it"],
+    ),
+    "one file beside an index": (
+        lambda m: shutil.copyfile(file_of(m), m / "model.safetensors"),
+        ["model.safetensors: ", INDEX, "remove it"],
+    ),
+    "tensor in two files": (twice, [TENSOR, "alone", "of two models"]),
+    "index of a parent": (lambda m: point(m, "../x.safetensors"), [INDEX, TENSOR, "'../x.safe"]),
+    "index of the root": (lambda m: point(m, "/x.safetensors"), [INDEX, TENSOR, "'/x.safe"]),
+    "index of a folder": (lambda m: point(m, ".."), [INDEX, TENSOR, "'..'"]),
+    "index of a number": (lambda m: point(m, 3), [INDEX, TENSOR, "got 3"]),
+    "link out of the folder": (linked, ["a link to ", "elsewhere.safetensors"]),
+    "GGUF": (lambda m: only(m, "model-q4.gguf"), ["*.safetensors", "got model-q4.gguf, a format"]),
+    "torch's files": (
+        lambda m: only(m, "pytorch_model-00001-of-00002.bin"),
+        ["*.safetensors", "got pytorch_model-00001-of-00002.bin, a format"],
+    ),
+    "index of a list": (
+        lambda m: (m / INDEX).write_text('{"weight_map": [1]}'),
+        [INDEX, "weight_map", "TypeError"],
+    ),
     "no weights": (without_index, ["*.safetensors", "model.init=random"]),
     "index of nothing": (lambda m: (m / INDEX).write_text("{}"), [INDEX, "weight_map"]),
     "index that is no JSON": (lambda m: (m / INDEX).write_text("{"), [INDEX, "JSONDecodeError"]),
@@ -103,6 +158,59 @@ def test_files_that_are_not_whole(model, name):
     message = str(caught.value)
     assert all(part in message for part in [str(model), *parts]), message
     assert "\n" not in message
+
+
+def test_links_within_a_hugging_face_cache(whole, tmp_path):
+    """Where files are links from snapshots/REVISION to blobs, and another model's are not."""
+    ours, other = tmp_path / "models--A--B", tmp_path / "models--C--D"
+    snapshot = shutil.copytree(whole, ours / "snapshots" / "0")
+    for number, path in enumerate(sorted(snapshot.glob("*.safetensors"))):
+        (ours / "blobs").mkdir(exist_ok=True)
+        shutil.move(path, ours / "blobs" / str(number))
+        path.symlink_to(f"../../blobs/{number}")
+    WeightFiles(snapshot)
+    (tmp_path / "link").symlink_to(snapshot)
+    WeightFiles(tmp_path / "link")
+    shutil.copytree(ours / "blobs", other / "blobs")
+    path.unlink()
+    path.symlink_to(f"../../../models--C--D/blobs/{number}")
+    with pytest.raises(UserError, match=rf"{path.name}: .* got a link to .*models--C--D/"):
+        WeightFiles(snapshot)
+
+
+FOLDERS = {
+    "adapter": (
+        lambda m: (m / "adapter_config.json").write_text("{}"),
+        ["adapter_config.json: ", "merge"],
+    ),
+    "GGUF without config.json": (
+        lambda m: (only(m, "model-q4.gguf"), (m / "config.json").unlink()),
+        ["*.safetensors", "got model-q4.gguf, a format"],
+    ),
+    "tokenizer that git LFS has not fetched": (
+        lambda m: (m / "tokenizer.model").write_text(POINTER),
+        ["tokenizer.model: ", "git lfs pull"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_folders_that_are_no_model(model, name):
+    spoil, parts = FOLDERS[name]
+    assert find_model(str(model)) == model
+    spoil(model)
+    for find in (find_model, lambda path: find_architecture(path, None)):
+        with pytest.raises(UserError) as caught:
+            find(str(model))
+        message = str(caught.value)
+        assert all(part in message for part in [str(model), *parts]), message
+        assert "\n" not in message
+
+
+def test_a_file_in_place_of_a_folder(tmp_path):
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    with pytest.raises(UserError, match=r"expected a folder, got the file .*model\.gguf; "):
+        find_model(str(tmp_path / "model.gguf"))
 
 
 def messages(folders):
@@ -211,7 +319,12 @@ def test_an_export_that_fails_leaves_nothing(whole, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "parts"), [("truncated shard", ["cut short"]), ("missing shard", ["no such file"])]
+    ("name", "parts"),
+    [
+        ("truncated shard", ["cut short"]),
+        ("missing shard", ["no such file"]),
+        ("file of another export", ["remove it"]),
+    ],
 )
 def test_training_does_not_start(model, tmp_path, name, parts):
     HEADERS[name][0](model)

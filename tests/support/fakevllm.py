@@ -16,6 +16,7 @@ DESCRIPTION = {
     "vocab_size": 104,
     "max_model_len": 22,
     "generation_config": "vllm",
+    "quantized": False,
     "routed_experts": False,
     "sleep_mode": False,
     "weight_transfer": None,

@@ -1,22 +1,33 @@
 """New weights in models that vLLM packs in other ways than that of test_servers.py."""
 
+import json
 import os
+import shutil
 
 import pytest
 
 from sapo_megatron.recipe.load import load
 from sapo_megatron.rollout.vllm.servers import LocalServers
 from tests.support.families import make_model
+from tests.support.fp8 import quantise
 from tests.support.tiny import write_recipe
 from tests.vllm.test_servers import changed, make_engine, probe_of
 
 
-@pytest.mark.parametrize("family", ["qwen3", "glm-4.5"])  # tied embeddings; shared experts, biases
-def test_weights_are_right_after_every_load(family, tmp_path):
+@pytest.mark.parametrize(
+    ("family", "fp8"),
+    [("qwen3", False), ("glm-4.5", False), ("qwen3", True)],
+    ids=["tied embeddings", "shared experts, biases", "servers start from fp8"],
+)
+def test_weights_are_right_after_every_load(family, fp8, tmp_path):
     sizes = {"head_dim": 32, "hidden_size": 64, "moe_intermediate_size": 32, "vocab_size": 104}
     sizes["max_position_embeddings"] = 256
     first = make_model(family, tmp_path / "0", **sizes)
     models = [first, changed(first, tmp_path / "1", seed=1)]
+    start = tmp_path / "0"
+    if fp8:
+        start = shutil.copytree(start, tmp_path / "fp8")
+        quantise(start, json.loads((start / "config.json").read_text()))
     rollout = {
         "engine": "vllm",
         "vllm_python": os.environ["SAPO_VLLM_PYTHON"],
@@ -25,8 +36,8 @@ def test_weights_are_right_after_every_load(family, tmp_path):
         "server_timeout_s": 240.0,
     }
     recipe = load(write_recipe(tmp_path, rollout=rollout, train={"max_tokens_per_gpu": 256}))
-    with LocalServers(recipe, tmp_path / "0", tmp_path / "servers") as servers:
-        engine = make_engine(recipe, tmp_path / "0", servers)
+    with LocalServers(recipe, start, tmp_path / "servers") as servers:
+        engine = make_engine(recipe, start, servers)
         engine.check()
         for number in (0, 1, 0):
             found = engine.load(tmp_path / str(number), probe_of(models[number]))

@@ -19,6 +19,9 @@ from sapo_megatron.sample import Sample, SampleRoutes
 
 ROUTES_FLAG = "--enable-return-routed-experts"
 SLEEP_FLAG = "--enable-sleep-mode"
+PLAIN_FLAG = ("--hf-overrides", '{"quantization_config": null}')
+"""Has a server take weights that are not quantised, which those of a training are, also where
+the model's folder has fp8."""
 TRANSFER_FLAG = '--weight-transfer-config \'{"backend": "nccl"}\''
 
 # vLLM writes -9999 for minus infinity, which no token that was drawn can have.
@@ -35,6 +38,8 @@ class Description(BaseModel):
     vocab_size: int
     max_model_len: int
     generation_config: str
+    quantized: bool
+    """Whether its weights are to come in fp8 or the like."""
     routed_experts: bool
     sleep_mode: bool
     weight_transfer: str | None
@@ -152,6 +157,12 @@ def check_description(
             f"{url}: generation_config: expected vllm (others bring the model's own stop "
             f"tokens), got {got.generation_config}; start the server with "
             f"--generation-config vllm"
+        )
+    if got.quantized:
+        raise UserError(
+            f"{url}: quantization_config: expected none, as weights come in the dtype that they "
+            f"are trained in, got one; start the server with --load-format dummy {PLAIN_FLAG[0]} "
+            f"'{PLAIN_FLAG[1]}'"
         )
     if with_routes and not got.routed_experts:
         raise UserError(

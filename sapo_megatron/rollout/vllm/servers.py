@@ -19,7 +19,7 @@ import sapo_megatron
 from sapo_megatron.errors import RunFailed, UserError
 from sapo_megatron.recipe.schema import Recipe
 from sapo_megatron.rollout.vllm import guard
-from sapo_megatron.rollout.vllm.answers import ROUTES_FLAG, SLEEP_FLAG
+from sapo_megatron.rollout.vllm.answers import PLAIN_FLAG, ROUTES_FLAG, SLEEP_FLAG
 from sapo_megatron.rollout.vllm.client import EXTENSION
 
 logger = logging.getLogger(__name__)
@@ -155,7 +155,7 @@ def _command(recipe: Recipe, model: Path, port: int) -> list[str]:
     words += ["--host", "127.0.0.1", "--port", str(port)]
     words += ["--dtype", recipe.model.params_dtype, "--generation-config", "vllm"]
     words += ["--max-model-len", str(rollout.max_prompt_length + rollout.max_response_length)]
-    words += ["--worker-extension-cls", EXTENSION]
+    words += ["--worker-extension-cls", EXTENSION, *PLAIN_FLAG]
     if recipe.routing.router_replay == "R3":
         words += [ROUTES_FLAG]
     if rollout.colocate:

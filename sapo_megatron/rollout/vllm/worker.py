@@ -40,6 +40,7 @@ class Worker:
             "vocab_size": model.get_vocab_size(),
             "max_model_len": model.max_model_len,
             "generation_config": model.generation_config,
+            "quantized": model.model_arch_config.quantization_config is not None,
             "routed_experts": self.vllm_config.aux_output_config.enable_return_routed_experts,
             "sleep_mode": model.enable_sleep_mode,
             "weight_transfer": transfer.backend if transfer else None,

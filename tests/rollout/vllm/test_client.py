@@ -216,6 +216,10 @@ def test_a_request_that_keeps_failing_ends_the_run(server):
         ({"vocab_size": 105}, "vocab_size: expected 104, .* got 105"),
         ({"max_model_len": 21}, "max_model_len: expected at least .* = 22, got 21"),
         ({"generation_config": "auto"}, "generation_config: expected vllm .* got auto"),
+        (
+            {"quantized": True},
+            r"quantization_config: expected none, .* --hf-overrides '\{.*null\}'",
+        ),
         ({}, "routed_experts: .* --enable-return-routed-experts"),
     ],
 )

@@ -90,6 +90,9 @@ def made(sampler=None, **config):
             max_model_len=wanted["max_model_len"],
             generation_config=wanted["generation_config"],
             enable_sleep_mode=wanted["sleep_mode"],
+            model_arch_config=SimpleNamespace(
+                quantization_config={"quant_method": "fp8"} if wanted["quantized"] else None
+            ),
         ),
         aux_output_config=SimpleNamespace(enable_return_routed_experts=wanted["routed_experts"]),
         weight_transfer_config=(
@@ -102,7 +105,11 @@ def made(sampler=None, **config):
 
 
 @pytest.mark.parametrize(
-    "config", [{}, {"weight_transfer": "nccl", "sleep_mode": True, "routed_experts": True}]
+    "config",
+    [
+        {},
+        {"weight_transfer": "nccl", "sleep_mode": True, "routed_experts": True, "quantized": True},
+    ],
 )
 def test_it_says_what_the_trainer_reads(config):
     sampler = FirstRunner()
