@@ -182,7 +182,7 @@ def test_a_source_may_have_a_template_of_its_own(rows):
 class Chat:
     """A tokenizer that keeps what it is asked to encode."""
 
-    def encode(self, text):
+    def encode_prompt(self, text):
         raise AssertionError("the chat template was not used")
 
     def encode_chat(self, messages):
