@@ -52,8 +52,8 @@ class Tokenizer(Protocol):
 class SentencePieceTokenizer:
     """A sentencepiece ``.model`` file.
 
-    It does not say whether a text begins with a bos: none is added. A folder with
-    ``tokenizer_config.json`` beside it does. Its control pieces have no text.
+    Such a file does not say whether a text begins with a bos, so none is added; where a folder has
+    ``tokenizer_config.json``, that does. Control pieces have no text.
     """
 
     def __init__(self, path: Path) -> None:
