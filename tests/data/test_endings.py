@@ -82,7 +82,7 @@ def test_everything_that_is_said_counts_once(recipe, said, stop_ids):
         (CHATML, [USER, END], END),
         (GLM, [USER], USER),  # nothing at the end of a conversation; the next turn's first token
         (GLM.replace("%}", "%}plain ", 1).replace("<|{{ m.role }}|>", "{{ m.role }}:"), [], EOT),
-        ("{{ messages[0].content }}", [], EOT),  # leaves answers out
+        ("<|user|>{{ messages[0].content }}", [], EOT),  # leaves answers out
         ("{{ raise_exception('no') if messages[1] }}{{ messages[0].content }}", [], EOT),
         ("{{ 1 + messages[1].content if messages[1] }}{{ messages[0].content }}", [], EOT),
     ],

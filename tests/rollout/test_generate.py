@@ -1,5 +1,6 @@
 """Generation: what is sampled, with which log-probs, and the same on every layout."""
 
+import dataclasses
 import math
 
 import numpy as np
@@ -235,6 +236,10 @@ def test_each_of_several_tokens_ends_a_response(temperature):
     if temperature:
         assert {s.response_tokens[-1] for s in samples if not s.truncated} == set(p.stop_ids)
         assert any(s.truncated for s in samples)
+    for request in REQUESTS:
+        toy = Toy()
+        (s,) = generate(toy, [request], dataclasses.replace(p, max_new_tokens=50), batch_size=1)
+        assert toy.calls == len(s.response_tokens)
 
 
 def test_both_ends_of_a_response_were_seen():
