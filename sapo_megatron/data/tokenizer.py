@@ -162,7 +162,7 @@ class HuggingFaceTokenizer:
                 f"{self._path}; set it to false and write the turns into data.template"
             )
         try:
-            return self._tokenizer.apply_chat_template(
+            rendered = self._tokenizer.apply_chat_template(
                 list(messages),
                 add_generation_prompt=add_generation_prompt,
                 tokenize=False,
@@ -175,14 +175,18 @@ class HuggingFaceTokenizer:
                 f"{roles}: {one_line(error)}; change the data, data.chat_template_kwargs or the "
                 f"tokenizer"
             ) from None
+        assert isinstance(rendered, str)
+        return rendered
 
     def decode(self, ids: Iterable[int]) -> str:
         silent = {self._tokenizer.bos_token_id, self.eos_id, self._tokenizer.pad_token_id}
-        return self._tokenizer.decode(
+        text = self._tokenizer.decode(
             [i for i in ids if i < self.vocab_size and i not in silent],
             clean_up_tokenization_spaces=False,
             spaces_between_special_tokens=False,
         )
+        assert isinstance(text, str)
+        return text
 
 
 def load_tokenizer(

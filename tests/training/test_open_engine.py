@@ -6,8 +6,8 @@ from types import SimpleNamespace
 import pytest
 import torch.distributed as dist
 
-from sapo_megatron.errors import RunFailed, UserError
 from sapo_megatron.data.endings import Endings
+from sapo_megatron.errors import RunFailed, UserError
 from sapo_megatron.hf.architecture import parse_architecture
 from sapo_megatron.recipe.load import load
 from sapo_megatron.rollout.generate import InProcess
