@@ -77,7 +77,9 @@ def measured(recipe: Recipe, folder: Path, rounds: int) -> list[dict[str, Any]]:
     requests = [
         Request(uid=i, prompt_tokens=inputs.problems[i % 8].tokens) for i in range(REQUESTS)
     ]
-    params = SamplingParams(temperature=1.0, top_p=1.0, max_new_tokens=NEW_TOKENS, eos_id=1, seed=3)
+    params = SamplingParams(
+        temperature=1.0, top_p=1.0, max_new_tokens=NEW_TOKENS, stop_ids=(1,), seed=3
+    )
     with open_engine(recipe, inputs, policy, folder) as servers:
         engines = {
             "in process": InProcess(MegatronDecoder(policy.model), batch_size=REQUESTS),

@@ -81,7 +81,7 @@ class Sample:
     uid: int
     prompt_tokens: tuple[int, ...]
     response_tokens: list[int]
-    """R token ids; the last one is eos unless ``truncated``."""
+    """R token ids; the last one is a stop token unless ``truncated``."""
     rollout_logprobs: list[float]
     """R log-probs of the sampled tokens under the distribution they were sampled from
     (temperature applied, top-p not), nats."""

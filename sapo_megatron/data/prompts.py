@@ -128,7 +128,7 @@ class PromptSource:
     def _tokenize(self, problem: Problem) -> list[int]:
         text = self._template.replace("{prompt}", problem.text)
         if not self._apply_chat_template:
-            return self._tokenizer.encode(text)
+            return self._tokenizer.encode_prompt(text)
         turns = problem.messages or ({"role": "user", "content": text},)
         return self._tokenizer.encode_chat(turns)
 

@@ -1,11 +1,10 @@
 """Text <-> token ids, from a sentencepiece model or a Hugging Face tokenizer."""
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
-import jinja2
 import sentencepiece
 
 from sapo_megatron.errors import UserError, one_line
@@ -27,19 +26,35 @@ class Tokenizer(Protocol):
         """The ids of ``text`` alone: no special token is added."""
         ...
 
+    def encode_prompt(self, text: str) -> list[int]:
+        """The ids of a prompt without a chat template: what the tokenizer puts in front of a text
+        (mostly its bos), once, and the text's."""
+        ...
+
     def encode_chat(self, messages: Sequence[Message]) -> list[int]:
         """The ids of a conversation in the chat template, up to where the answer starts.
 
         Raises UserError where there is no template, or where it refuses the conversation."""
         ...
 
+    def turn_ends(self) -> dict[int, str]:
+        """The tokens that the chat template writes first after an answer, by id: at the end of a
+        conversation, and before another turn. None where it writes none, or refuses answers."""
+        ...
+
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of ``ids`` without special tokens and ids from beyond the vocabulary."""
+        """The text of ``ids`` without bos, eos and padding and ids from beyond the vocabulary.
+
+        Other special tokens, such as the tags around a thought, are in it as they are written."""
         ...
 
 
 class SentencePieceTokenizer:
-    """A sentencepiece ``.model`` file."""
+    """A sentencepiece ``.model`` file.
+
+    Such a file does not say whether a text begins with a bos, so none is added; where a folder has
+    ``tokenizer_config.json``, that does. Control pieces have no text.
+    """
 
     def __init__(self, path: Path) -> None:
         """Raises UserError when the file is missing, malformed or has no eos piece."""
@@ -61,11 +76,16 @@ class SentencePieceTokenizer:
             self._warned = True
         return ids
 
+    encode_prompt = encode
+
     def encode_chat(self, messages: Sequence[Message]) -> list[int]:
         raise UserError(
             f"data.apply_chat_template: expected a tokenizer with a chat template, got {self._path}"
             f"; set it to false and write the turns into data.template"
         )
+
+    def turn_ends(self) -> dict[int, str]:
+        return {}
 
     def decode(self, ids: Iterable[int]) -> str:
         return self._model.decode([i for i in ids if i < self.vocab_size])
@@ -74,9 +94,11 @@ class SentencePieceTokenizer:
 class HuggingFaceTokenizer:
     """A transformers ``AutoTokenizer``."""
 
-    def __init__(self, path: str, *, trust_remote_code: bool = False) -> None:
+    def __init__(
+        self, path: str, *, trust_remote_code: bool, template_arguments: Mapping[str, Any]
+    ) -> None:
         """``path``: a local folder or a name on the hub; ``trust_remote_code``: whether Python
-        code that comes with it may run.
+        code that comes with it may run; ``template_arguments``: variables of the chat template.
 
         Raises UserError when it cannot be loaded or has no eos token.
         """
@@ -91,13 +113,49 @@ class HuggingFaceTokenizer:
         if self._tokenizer.eos_token_id is None:
             raise UserError(f"model.tokenizer: expected an eos token in {path}, got none")
         self._path = path
+        self._arguments = dict(template_arguments)
         self.eos_id = self._tokenizer.eos_token_id
         self.vocab_size = max(self._tokenizer.get_vocab().values()) + 1
+        whole, alone = self._tokenizer.encode("a"), self.encode("a")
+        places = range(len(whole) - len(alone) + 1)
+        begin = next((i for i in places if whole[i : i + len(alone)] == alone), 0)
+        self._front = whole[:begin]
+        for name in self._arguments:
+            if name not in str(self._tokenizer.chat_template):
+                logger.warning(
+                    "data.chat_template_kwargs.%s: the chat template of %s does not use it",
+                    name,
+                    path,
+                )
 
     def encode(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False)
 
+    def encode_prompt(self, text: str) -> list[int]:
+        ids = self.encode(text)
+        return ids if ids[: len(self._front)] == self._front else [*self._front, *ids]
+
     def encode_chat(self, messages: Sequence[Message]) -> list[int]:
+        return self.encode(self._render(messages, add_generation_prompt=True))
+
+    def turn_ends(self) -> dict[int, str]:
+        answer = "zebra"
+        user, assistant = {"role": "user", "content": "x"}, {"role": "assistant", "content": answer}
+        own = {i: str(token) for i, token in self._tokenizer.added_tokens_decoder.items()}
+        found: dict[int, str] = {}
+        for turns in ([user, assistant], [user, assistant, user]):
+            try:
+                rendered = self._render(turns, add_generation_prompt=False)
+            except UserError as error:
+                logger.info("no look at how turns end: %s", error)
+                continue
+            _, written, rest = rendered.rpartition(answer)
+            ends = [i for i in self.encode(rest) if own.get(i, "").strip()] if written else []
+            found.update({i: own[i] for i in ends[:1]})
+        return found
+
+    def _render(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
+        """A conversation in the chat template. Raises UserError."""
         if not self._tokenizer.chat_template:
             raise UserError(
                 f"data.apply_chat_template: expected a tokenizer with a chat template, got "
@@ -105,25 +163,39 @@ class HuggingFaceTokenizer:
             )
         try:
             rendered = self._tokenizer.apply_chat_template(
-                list(messages), add_generation_prompt=True, tokenize=False
+                list(messages),
+                add_generation_prompt=add_generation_prompt,
+                tokenize=False,
+                **self._arguments,
             )
-        except jinja2.TemplateError as error:  # some refuse a system turn, or two turns of one role
+        except Exception as error:  # a template is a program, and some refuse turns on purpose
             roles = ", ".join(message["role"] for message in messages)
             raise UserError(
                 f"data.apply_chat_template: the chat template of {self._path} refuses the turns "
-                f"{roles}: {one_line(error)}; change the data or the tokenizer"
+                f"{roles}: {one_line(error)}; change the data, data.chat_template_kwargs or the "
+                f"tokenizer"
             ) from None
-        return self.encode(rendered)
+        assert isinstance(rendered, str)
+        return rendered
 
     def decode(self, ids: Iterable[int]) -> str:
-        return self._tokenizer.decode(
-            [i for i in ids if i < self.vocab_size],
-            skip_special_tokens=True,
+        silent = {self._tokenizer.bos_token_id, self.eos_id, self._tokenizer.pad_token_id}
+        text = self._tokenizer.decode(
+            [i for i in ids if i < self.vocab_size and i not in silent],
             clean_up_tokenization_spaces=False,
+            spaces_between_special_tokens=False,
         )
+        assert isinstance(text, str)
+        return text
 
 
-def load_tokenizer(path: str, vocab_size: int, *, trust_remote_code: bool = False) -> Tokenizer:
+def load_tokenizer(
+    path: str,
+    vocab_size: int,
+    *,
+    trust_remote_code: bool = False,
+    template_arguments: Mapping[str, Any] | None = None,
+) -> Tokenizer:
     """The tokenizer at ``path``: a ``.model`` file, a folder with one or with a Hugging Face
     tokenizer, or a name on the hub.
 
@@ -137,11 +209,16 @@ def load_tokenizer(path: str, vocab_size: int, *, trust_remote_code: bool = Fals
     if model_file.suffix == ".model" and not any(f.exists() for f in fast):
         tokenizer = SentencePieceTokenizer(model_file)
     else:
-        tokenizer = HuggingFaceTokenizer(path, trust_remote_code=trust_remote_code)
+        tokenizer = HuggingFaceTokenizer(
+            path,
+            trust_remote_code=trust_remote_code,
+            template_arguments=template_arguments or {},
+        )
     if tokenizer.vocab_size > vocab_size:
         raise UserError(
-            f"model.tokenizer: expected at most the model's vocab_size {vocab_size} ids, got "
-            f"{tokenizer.vocab_size} from {path}; use the model's own tokenizer"
+            f"model.tokenizer: expected ids below the vocab_size {vocab_size} of the model's "
+            f"config.json, got {tokenizer.vocab_size - 1} from {path}; use the model's own "
+            f"tokenizer, or remove the tokens that were added to it"
         )
     return tokenizer
 

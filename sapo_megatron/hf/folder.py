@@ -162,6 +162,45 @@ def _expected(file: str) -> Architecture:
     return parse_architecture(config, path)
 
 
+def end_tokens(folder: Path, arch: Architecture) -> set[int]:
+    """The tokens that ``generation_config.json`` and ``config.json`` let a response end with.
+
+    Raises UserError, naming file and key.
+    """
+    config, generation = folder / "config.json", folder / "generation_config.json"
+    text = arch.config.get("text_config")
+    given = [(config, "eos_token_id", arch.config.get("eos_token_id"))]
+    if isinstance(text, dict):
+        given.append((config, "text_config.eos_token_id", text.get("eos_token_id")))
+    if generation.exists():
+        given.append((generation, "eos_token_id", _generation(generation).get("eos_token_id")))
+    found: set[int] = set()
+    for path, key, value in given:
+        tokens = value if isinstance(value, list) else [] if value is None else [value]
+        for token in tokens:
+            if type(token) is not int or not 0 <= token < arch.vocab_size:
+                raise UserError(
+                    f"{path}: {key}: expected whole numbers >= 0 and below the vocab_size "
+                    f"{arch.vocab_size}, got {token!r}; correct it"
+                )
+        found.update(tokens)
+    return found
+
+
+def _generation(path: Path) -> dict[str, Any]:
+    try:
+        settings = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{path}: expected JSON, could not read it ({with_type(error)}); correct or remove it"
+        ) from None
+    if not isinstance(settings, dict):
+        raise UserError(
+            f"{path}: expected a JSON object, got {type(settings).__name__}; correct or remove it"
+        )
+    return settings
+
+
 class Listed(NamedTuple):
     """What is known of a tensor without it."""
 

@@ -185,6 +185,7 @@ def _refused(recipe: Recipe) -> Iterator[str]:
             recipe.rollout.async_steps > 0,
             "its Megatron trainer waits for the responses",
         ),
+        ("rollout.stop_token_ids", bool(recipe.rollout.stop_token_ids), "stop words only"),
         (
             "algorithm.loss_agg_mode",
             algorithm.loss_agg_mode not in modes,

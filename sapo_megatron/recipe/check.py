@@ -15,6 +15,7 @@ from sapo_megatron.hf.architecture import Architecture, GroupedQueryAttention
 from sapo_megatron.recipe.schema import (
     AlgorithmConfig,
     CorrectionConfig,
+    DataConfig,
     ParallelConfig,
     Recipe,
     RolloutConfig,
@@ -24,6 +25,23 @@ from sapo_megatron.recipe.schema import (
 logger = logging.getLogger(__name__)
 
 REWARD_FUNCTIONS = ("reasoning_gym", "math_verify", "exact_match")
+NOT_OF_TEMPLATES = (
+    "conversation",
+    "messages",
+    "tools",
+    "chat_template",
+    "add_generation_prompt",
+    "continue_final_message",
+    "tokenize",
+    "padding",
+    "truncation",
+    "max_length",
+    "return_tensors",
+    "return_dict",
+    "return_assistant_tokens_mask",
+    "tokenizer_kwargs",
+)
+"""What prompts are rendered with in any case, and settings of transformers: no template's own."""
 RECOMPUTE_MODULES = (
     "core_attn",
     "layernorm",
@@ -147,6 +165,7 @@ def _check_data(recipe: Recipe) -> None:
                     f"the data in {where}.path, got reasoning_gym, which scores its own tasks only"
                 )
     _check_template("data.template", recipe.data.template)
+    _check_template_arguments(recipe.data)
     function = recipe.reward.function
     if function not in REWARD_FUNCTIONS and not re.fullmatch(r"[\w.]+:[\w.]+", function):
         raise UserError(
@@ -168,6 +187,21 @@ def _check_source(where: str, source: SourceConfig) -> None:
 def _check_template(key: str, template: str) -> None:
     if "{prompt}" not in template:
         raise UserError(f"{key}: expected a text with {{prompt}} in it, got {template!r}; add it")
+
+
+def _check_template_arguments(data: DataConfig) -> None:
+    given = data.chat_template_kwargs
+    if given and not data.apply_chat_template:
+        raise UserError(
+            f"data.chat_template_kwargs: expected none with data.apply_chat_template false, got "
+            f"{given}; remove it or set data.apply_chat_template=true"
+        )
+    for name in given:
+        if name in NOT_OF_TEMPLATES:
+            raise UserError(
+                f"data.chat_template_kwargs.{name}: expected variables of the chat template's own, "
+                f"such as enable_thinking, got one that is set for it; remove it"
+            )
 
 
 def _check_servers(r: RolloutConfig) -> None:

@@ -48,6 +48,8 @@ PEER_KEYS = {
     "train_batch_size": "rollout.rollout_batch_size",
     "max_completion_length": "rollout.max_response_length",
     "rollout_max_response_len": "rollout.max_response_length",
+    "rollout_stop_token_ids": "rollout.stop_token_ids",
+    "apply_chat_template_kwargs": "data.chat_template_kwargs",
     "learning_rate": "optimizer.lr",
     "use_tis": "correction.rollout_is",
     "tis_clip": "correction.tis_cap",

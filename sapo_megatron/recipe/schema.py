@@ -103,6 +103,8 @@ class DataConfig:
     """Text around a prompt, inside the user's turn where there is a chat template. Prompts that
     are lists of messages go into the chat template as they are."""
     apply_chat_template: bool = False
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Variables for the chat template, such as ``{enable_thinking: false}``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,6 +140,9 @@ class RolloutConfig:
     top_p: TopP = 1.0
     max_prompt_length: Count = 1024
     max_response_length: Count = 1024
+    stop_token_ids: tuple[Whole, ...] = ()
+    """Tokens that end a response, beside the tokenizer's eos and those which the model's
+    ``generation_config.json`` and ``config.json`` name."""
     generation_batch_size: Count = 256
     """Sequences that one rank generates at once."""
     dynamic_sampling: bool = False

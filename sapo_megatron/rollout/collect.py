@@ -70,6 +70,7 @@ class Collector:
         *,
         engine: Engine,
         tokenizer: Tokenizer,
+        stop_ids: tuple[int, ...],
         scorer: Scorer | None,
         config: RolloutConfig,
         with_routes: bool,
@@ -77,11 +78,13 @@ class Collector:
         parts: int,
         world: dist.ProcessGroup,
     ) -> None:
-        """``scorer``: on the leader of each model-parallel block, None elsewhere; ``with_routes``:
-        whether training wants them; ``part``: which of ``parts`` equal parts of the requests
-        this rank's block generates; ``world``: every rank, carries host objects.
+        """``stop_ids``: the tokens that end a response; ``scorer``: on the leader of each
+        model-parallel block, None elsewhere; ``with_routes``: whether training wants them;
+        ``part``: which of ``parts`` equal parts of the requests this rank's block generates;
+        ``world``: every rank, carries host objects.
         """
-        self.tokenizer = tokenizer
+        self.stop_ids = stop_ids
+        self._tokenizer = tokenizer
         self._engine = engine
         self._scorer = scorer
         self._config = config
@@ -165,7 +168,7 @@ class Collector:
             temperature=self._config.temperature,
             top_p=self._config.top_p,
             max_new_tokens=self._config.max_response_length,
-            eos_id=self.tokenizer.eos_id,
+            stop_ids=self.stop_ids,
             seed=seed,
         )
 
@@ -213,7 +216,8 @@ class Collector:
         if self._scorer is not None:
             scored = [s for s in mine if s.uid >= 0]
             for s in scored:
-                s.text = self.tokenizer.decode(s.response_tokens)
+                said = s.response_tokens if s.truncated else s.response_tokens[:-1]
+                s.text = self._tokenizer.decode(said)
             failures = self._scorer.score(_grouped(prompts, scored, num_generations))
         return _Part(
             scored=scored,

@@ -26,7 +26,8 @@ class SamplingParams:
     """0 is greedy."""
     top_p: float
     max_new_tokens: int
-    eos_id: int
+    stop_ids: tuple[int, ...]
+    """Tokens of which each ends a response, and is its last; at least one."""
     seed: int
 
 

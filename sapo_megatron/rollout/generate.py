@@ -69,7 +69,8 @@ def generate(
     """A response to every request, in their order.
 
     Ranks that stay in step must call with the same number of requests and the same
-    ``batch_size``. Responses end with eos or at ``max_new_tokens`` (then ``truncated``).
+    ``batch_size``. Responses end with a stop token or at ``max_new_tokens`` (then
+    ``truncated``).
     """
     by_length = sorted(range(len(requests)), key=lambda i: len(requests[i].prompt_tokens))
     samples: dict[int, Sample] = {}
@@ -90,13 +91,14 @@ def _generate_batch(
     device = decoder.device
     prompt_lengths = [len(r.prompt_tokens) for r in requests]
     shortest, longest = min(prompt_lengths), max(prompt_lengths)
-    tokens = torch.full((len(requests), longest + params.max_new_tokens), params.eos_id)
+    tokens = torch.full((len(requests), longest + params.max_new_tokens), params.stop_ids[0])
     for row, request in enumerate(requests):
         tokens[row, : len(request.prompt_tokens)] = torch.tensor(request.prompt_tokens)
     tokens = tokens.to(device)
     logprobs = torch.zeros(tokens.shape, dtype=torch.float64, device=device)
     begin = torch.tensor(prompt_lengths, device=device)
     end = begin + params.max_new_tokens
+    stops = torch.tensor(params.stop_ids, device=device)
     uids = torch.tensor([r.uid for r in requests], device=device)
 
     decoder.start(len(requests), tokens.shape[1])
@@ -116,7 +118,7 @@ def _generate_batch(
         writes = (position >= begin) & (position < end) & ~done
         tokens[:, column] = torch.where(writes, token, tokens[:, column])
         logprobs[:, column] = torch.where(writes, logprob, logprobs[:, column])
-        done |= writes & ((token == params.eos_id) | (position + 1 >= end))
+        done |= writes & (torch.isin(token, stops) | (position + 1 >= end))
         fed = tokens[:, column : column + 1]
         position += 1
     return _to_samples(requests, tokens.cpu(), logprobs.cpu(), params, decoder.routes())
@@ -133,16 +135,15 @@ def _to_samples(
     for row, request in enumerate(requests):
         begin = len(request.prompt_tokens)
         response = tokens[row, begin : begin + params.max_new_tokens].tolist()
-        truncated = params.eos_id not in response
-        if not truncated:
-            response = response[: response.index(params.eos_id) + 1]
+        length = next((n for n, t in enumerate(response, 1) if t in params.stop_ids), None)
+        response = response[:length]
         samples.append(
             Sample(
                 uid=request.uid,
                 prompt_tokens=request.prompt_tokens,
                 response_tokens=response,
                 rollout_logprobs=logprobs[row, begin : begin + len(response)].tolist(),
-                truncated=truncated,
+                truncated=length is None,
                 routes=routes.of(row, begin + len(response) - 1) if routes else None,
             )
         )

@@ -229,7 +229,7 @@ def _probe_samples(recipe: Recipe, inputs: Inputs, policy: Policy) -> list[Sampl
         temperature=1.0,
         top_p=1.0,
         max_new_tokens=longest,
-        eos_id=inputs.tokenizer.eos_id,
+        stop_ids=inputs.endings.stop_ids,
         seed=recipe.train.seed,
     )
     decoder = MegatronDecoder(policy.model)

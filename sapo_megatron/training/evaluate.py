@@ -24,7 +24,7 @@ def evaluate(collector: Collector, problems: Sequence[Prompt], recipe: Recipe) -
             temperature=temperature,
             top_p=top_p,
             max_new_tokens=recipe.rollout.max_response_length,
-            eos_id=collector.tokenizer.eos_id,
+            stop_ids=collector.stop_ids,
             seed=recipe.train.seed + SEED_OFFSET,
         )
         return float(rewards(collector.respond(problems, k, params).groups).mean())

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from sapo_megatron.data.endings import Endings, find_endings
 from sapo_megatron.data.prompts import PromptSource, held_out
 from sapo_megatron.data.tokenizer import Tokenizer, load_tokenizer
 from sapo_megatron.errors import UserError
@@ -21,6 +22,7 @@ class Inputs:
     model: Path
     """The model's folder."""
     tokenizer: Tokenizer
+    endings: Endings
     problems: list[Prompt]
     """Held-out problems."""
     source: PromptSource
@@ -37,12 +39,20 @@ def read_inputs(recipe: Recipe, world_size: int) -> Inputs:
         recipe.model.tokenizer or str(model),
         arch.vocab_size,
         trust_remote_code=recipe.model.trust_remote_code,
+        template_arguments=recipe.data.chat_template_kwargs,
     )
     longest = recipe.rollout.max_prompt_length
     source = PromptSource(recipe.data, tokenizer, max_prompt_length=longest)
     problems = held_out(recipe.data, tokenizer, recipe.eval.num_problems, max_prompt_length=longest)
     source.exclude(p.text for p in problems)
-    return Inputs(arch=arch, model=model, tokenizer=tokenizer, problems=problems, source=source)
+    return Inputs(
+        arch=arch,
+        model=model,
+        tokenizer=tokenizer,
+        endings=find_endings(recipe, model, arch, tokenizer),
+        problems=problems,
+        source=source,
+    )
 
 
 def preflight(recipe: Recipe, world_size: int) -> Inputs:
@@ -62,16 +72,16 @@ def preflight(recipe: Recipe, world_size: int) -> Inputs:
 def demonstrations(recipe: Recipe, inputs: Inputs) -> list[Sample]:
     """The source's next problems, answered: a batch of the cold start. Raises UserError."""
     prompts = inputs.source.next(recipe.cold_start.batch_size)
-    return [_demonstration(p, inputs.tokenizer, recipe) for p in prompts]
+    return [_demonstration(p, inputs, recipe) for p in prompts]
 
 
-def _demonstration(prompt: Prompt, tokenizer: Tokenizer, recipe: Recipe) -> Sample:
+def _demonstration(prompt: Prompt, inputs: Inputs, recipe: Recipe) -> Sample:
     if not prompt.answer:
         raise UserError(
             f"cold_start: expected problems with an answer to learn from, got none for "
             f"{prompt.text!r} of {prompt.task}; use another task or set cold_start.steps=0"
         )
-    response = [*tokenizer.encode(prompt.answer), tokenizer.eos_id]
+    response = [*inputs.tokenizer.encode(prompt.answer), inputs.endings.turn_id]
     room = recipe.rollout.max_response_length
     if len(response) > room:
         raise UserError(

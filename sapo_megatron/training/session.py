@@ -257,6 +257,7 @@ def _open_collector(
         scorer=stack.enter_context(scorer),
         engine=stack.enter_context(open_engine(recipe, inputs, policy, run.path)),
         tokenizer=inputs.tokenizer,
+        stop_ids=inputs.endings.stop_ids,
         config=recipe.rollout,
         with_routes=recipe.routing.observe or recipe.routing.router_replay == "R3",
         part=groups.dp_cp.rank() if in_process else 0,

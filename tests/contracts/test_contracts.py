@@ -169,7 +169,7 @@ def requests(monkeypatch):
 def test_servers_are_asked_for_what_they_have(requests):
     sent, hook = requests
     arch = parse_architecture(ARCH)
-    params = SamplingParams(temperature=1.0, top_p=0.9, max_new_tokens=6, eos_id=EOS, seed=3)
+    params = SamplingParams(temperature=1.0, top_p=0.9, max_new_tokens=6, stop_ids=(EOS,), seed=3)
 
     async def ask(url):
         async with httpx.AsyncClient(event_hooks={"request": [hook]}) as http:

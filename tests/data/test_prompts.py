@@ -17,6 +17,7 @@ from sapo_megatron.data.prompts import CHUNK, PromptSource, held_out
 from sapo_megatron.data.tokenizer import load_tokenizer
 from sapo_megatron.errors import UserError
 from sapo_megatron.recipe.schema import DataConfig, SourceConfig, TaskConfig
+from tests.support.chat import BOS, save_tokenizer
 
 TOKENIZER = load_tokenizer(str(Path(__file__).parents[2] / "recipes" / "tiny-moe"), 104)
 SUMS = TaskConfig(
@@ -182,7 +183,7 @@ def test_a_source_may_have_a_template_of_its_own(rows):
 class Chat:
     """A tokenizer that keeps what it is asked to encode."""
 
-    def encode(self, text):
+    def encode_prompt(self, text):
         raise AssertionError("the chat template was not used")
 
     def encode_chat(self, messages):
@@ -196,6 +197,13 @@ def test_a_text_becomes_the_users_turn_with_the_template_around_it(rows):
     chat = Chat()
     PromptSource(data, chat, max_prompt_length=1).next(1)
     assert chat.turns == [("user", "Q x")]
+
+
+def test_a_text_without_chat_template_begins_with_the_tokenizers_bos(rows, tmp_path):
+    tokenizer = load_tokenizer(str(save_tokenizer(tmp_path / "bos", front=(BOS,))), 512)
+    data = rows({"prompt": "x", "answer": ""}, template="Q {prompt}")
+    (prompt,) = PromptSource(data, tokenizer, max_prompt_length=4).next(1)
+    assert prompt.tokens == (BOS, *tokenizer.encode("Q x"))
 
 
 def test_messages_go_into_the_chat_template_as_they_are(rows):

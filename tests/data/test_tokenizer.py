@@ -15,6 +15,7 @@ from sapo_megatron.data.tokenizer import load_tokenizer
 from sapo_megatron.errors import UserError
 from sapo_megatron.hf.architecture import read_architecture
 from sapo_megatron.recipe.load import load
+from tests.support.chat import BOS, BYTES, CHATML, EOT, START, THINK, TOKENS, save_tokenizer
 
 TINY = Path(__file__).parents[2] / "recipes" / "tiny-moe"
 TINY_TOKENIZER = load_tokenizer(str(TINY), 104)
@@ -100,8 +101,17 @@ def test_huggingface(hf_folder):
 
 
 def test_a_tokenizer_larger_than_the_model(hf_folder):
-    assert "vocab_size 7 ids, got 8" in refusal(hf_folder, 7)
-    assert "vocab_size 64 ids, got 100" in refusal(TINY / "tokenizer.model", 64)
+    for path, rows, largest in ((hf_folder, 7, 7), (TINY / "tokenizer.model", 64, 99)):
+        message = refusal(path, rows)
+        assert f"vocab_size {rows} of the model's config.json, got {largest} from {path}" in message
+
+
+def test_added_tokens_count_however_many_rows_are_padding(tmp_path):
+    folder = save_tokenizer(tmp_path)
+    largest = BYTES + len(TOKENS) + len(THINK) - 1
+    assert f"got {largest} from {folder}" in refusal(folder, largest)
+    assert load_tokenizer(str(folder), largest + 1).vocab_size == largest + 1
+    assert load_tokenizer(str(folder), 512).vocab_size == largest + 1
 
 
 def test_a_chat_template_is_asked_of_the_tokenizer(hf_folder):
@@ -126,6 +136,54 @@ def test_turns_that_the_template_refuses(hf_folder):
     assert "\n" not in str(caught.value)
     for part in ("data.apply_chat_template", "turns system", "no system turn here"):
         assert part in str(caught.value)
+
+
+def test_a_template_that_fails_on_its_arguments(hf_folder):
+    (hf_folder / "chat_template.jinja").write_text("{{ 'a' + level }}")
+    tokenizer = load_tokenizer(str(hf_folder), 8, template_arguments={"level": 3})
+    with pytest.raises(UserError, match=r"refuses the turns user: .*data\.chat_template_kwargs"):
+        tokenizer.encode_chat([user("x")])
+
+
+def test_an_argument_that_the_template_does_not_use_is_warned_of(tmp_path, caplog):
+    arguments = {"enable_thinking": False, "enable_thinkng": False}
+    load_tokenizer(str(save_tokenizer(tmp_path)), 512, template_arguments=arguments)
+    (message,) = caplog.messages
+    assert message.startswith("data.chat_template_kwargs.enable_thinkng: ")
+
+
+@pytest.mark.parametrize(
+    ("front", "back"), [((), ()), ((BOS,), ()), ((BOS,), (EOT,)), ((), (EOT,)), ((START, BOS), ())]
+)
+def test_a_prompt_begins_as_the_tokenizer_begins_a_text(tmp_path, front, back):
+    tokenizer = load_tokenizer(str(save_tokenizer(tmp_path, front=front, back=back)), 512)
+    alone = tokenizer.encode("2 + 2 =")
+    assert len(alone) == 7
+    assert tokenizer.encode_prompt("2 + 2 =") == [*front, *alone]
+    written = "".join(TOKENS[i - BYTES] for i in front)
+    assert tokenizer.encode_prompt(written + "2 + 2 =") == [*front, *alone]
+
+
+def test_a_chat_prompt_has_the_bos_of_its_template_alone(tmp_path):
+    folder = save_tokenizer(tmp_path, "<s>" + CHATML, front=(BOS,))
+    ids = load_tokenizer(str(folder), 512).encode_chat([user("x")])
+    assert ids.count(BOS) == 1
+    assert ids[:2] == [BOS, START]
+
+
+def test_a_sentencepiece_model_adds_no_bos():
+    assert TINY_TOKENIZER.encode_prompt("1 + 1") == TINY_TOKENIZER.encode("1 + 1")
+
+
+@pytest.mark.parametrize("special", [True, False])
+def test_thinking_tags_come_back_to_the_letter(tmp_path, special):
+    tokenizer = load_tokenizer(str(save_tokenizer(tmp_path, special=special)), 512)
+    text = "<think>\n1 + 1 ,  caf\u00e9 .\n</think>\n\n2"
+    ids = tokenizer.encode(text)
+    tags = [BYTES + len(TOKENS), BYTES + len(TOKENS) + 1]
+    assert [i for i in ids if i >= BYTES] == tags
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.decode([EOT, *ids, EOT, 400]) == text
 
 
 def test_missing_and_malformed_files(tmp_path, hf_folder, monkeypatch):

@@ -103,6 +103,9 @@ def test_the_resolved_recipe_loads_as_itself(write, tmp_path):
         "recompute_modules": "[moe, mlp]",
         "data.eval": "{tasks: [{name: basic_arithmetic, options: {operators: ['+']}}], seed: 5}",
         "data.template": '"Q: {prompt}\\nA:"',
+        "data.apply_chat_template": "true",
+        "data.chat_template_kwargs": "{enable_thinking: false}",
+        "rollout.stop_token_ids": "[3]",
         "optimizer.lr": "1e-6",
         "train.run_dir": "here",
     }
@@ -194,6 +197,31 @@ def test_a_number_out_of_its_range_in_a_list(write):
     assert message.startswith("data.train.tasks.1.weight: expected a finite number > 0, got NaN")
 
 
+def test_stop_tokens_are_a_list_of_ids(write):
+    assert load(write(), {"rollout.stop_token_ids": "[5, 3]"}).rollout.stop_token_ids == (5, 3)
+    for text, place, expected in (
+        ("[5, -1]", ".1", "a whole number >= 0, got -1"),
+        ("[1.5]", ".0", "a whole number, got 1.5"),
+        ("[true]", ".0", "a whole number, got true"),
+        ("7", "", "a list, got 7"),
+        ('["<|im_end|>"]', ".0", 'a whole number, got "<|im_end|>"'),
+    ):
+        message = refusal(write(), {"rollout.stop_token_ids": text})
+        assert message == f"rollout.stop_token_ids{place}: expected {expected}; change it"
+
+
+def test_template_arguments_are_a_mapping(write):
+    chat = {"data.apply_chat_template": "true"}
+    given = {"data.chat_template_kwargs": "{enable_thinking: false, level: [1, x]}"}
+    recipe = load(write(), chat | given)
+    assert recipe.data.chat_template_kwargs == {"enable_thinking": False, "level": [1, "x"]}
+    message = refusal(write(), chat | {"data.chat_template_kwargs": "3"})
+    assert (
+        message
+        == "data.chat_template_kwargs: expected a mapping (keys and values), got 3; change it"
+    )
+
+
 def test_every_number_has_a_lowest_value():
     def numbers(node):
         """The parts of a JSON schema that describe a number."""
@@ -231,6 +259,17 @@ def test_every_number_has_a_lowest_value():
         ({"min_lr": "1e-3"}, ["optimizer.min_lr", "1e-06"]),
         ({"name": "a/b"}, ["name", "a/b"]),
         ({"data.template": "hello"}, ["data.template", "{prompt}"]),
+        (
+            {"data.chat_template_kwargs": "{enable_thinking: false}"},
+            ["data.chat_template_kwargs", "enable_thinking", "set data.apply_chat_template=true"],
+        ),
+        (
+            {
+                "data.chat_template_kwargs": "{thinking: true, tokenize: true}",
+                "data.apply_chat_template": "true",
+            },
+            ["data.chat_template_kwargs.tokenize:", "remove it"],
+        ),
         ({"data.train.template": "hello"}, ["data.train.template", "{prompt}"]),
         ({"data.train.path": "x.jsonl"}, ["data.train", "tasks or path", "both"]),
         ({"data.train.tasks": "[]"}, ["data.train", "neither"]),

@@ -1,6 +1,7 @@
 """Groups: who belongs together, who is dropped and drawn again, what is counted."""
 
 import contextlib
+import dataclasses
 
 import pytest
 import torch
@@ -48,8 +49,6 @@ class Echo:
 class Words:
     """A tokenizer."""
 
-    eos_id = EOS
-
     def decode(self, ids):
         return " ".join(map(str, ids))
 
@@ -88,11 +87,12 @@ def prompt(uid):
     return Prompt(uid=uid, text=f"p{uid}", answer="", tokens=(3,) * (uid % 3 + 1))
 
 
-def collector(reward, *, parts=1, **config):
+def collector(reward, *, parts=1, stop_ids=(EOS,), **config):
     values = {"rollout_batch_size": 4, "num_generations": 3, "max_response_length": 5}
     return Collector(
         engine=InProcess(Echo(), batch_size=256),
         tokenizer=Words(),
+        stop_ids=stop_ids,
         scorer=Rule(reward) if reward else None,
         config=RolloutConfig(**(values | config)),
         with_routes=True,
@@ -102,7 +102,7 @@ def collector(reward, *, parts=1, **config):
     )
 
 
-PARAMS = SamplingParams(temperature=1.0, top_p=1.0, max_new_tokens=5, eos_id=EOS, seed=3)
+PARAMS = SamplingParams(temperature=1.0, top_p=1.0, max_new_tokens=5, stop_ids=(EOS,), seed=3)
 
 
 def test_groups_are_in_the_order_of_their_prompts(world):
@@ -113,8 +113,24 @@ def test_groups_are_in_the_order_of_their_prompts(world):
     assert [[s.uid for s in g.samples] for g in groups] == [[21, 22, 23], [6, 7, 8], [15, 16, 17]]
     assert rewards(groups).tolist() == [[s.uid / 100 for s in g.samples] for g in groups]
     assert all(s.prompt_tokens == g.prompt.tokens for g in groups for s in g.samples)
-    assert {s.text for g in groups for s in g.samples} == {"1", "2 1"}
-    assert all(s.text == Words().decode(s.response_tokens) for g in groups for s in g.samples)
+    assert {tuple(s.response_tokens): s.text for g in groups for s in g.samples} == {
+        (EOS,): "",
+        (2, EOS): "2",
+    }
+
+
+def test_a_truncated_text_keeps_its_last_token(world):
+    params = dataclasses.replace(PARAMS, max_new_tokens=1)
+    groups = collector(lambda prompt_uid, uid: 1.0).respond([prompt(1)], 9, params).groups
+    assert {(s.truncated, s.text) for s in groups[0].samples} == {(False, ""), (True, "2")}
+
+
+def test_every_stop_token_ends_a_step_and_is_not_in_the_text(world):
+    c = collector(lambda prompt_uid, uid: 1.0, stop_ids=(EOS, 2))
+    found = c.collect(Numbers(), seed=3)
+    samples = [s for g in found.groups for s in g.samples]
+    assert {(tuple(s.response_tokens), s.text) for s in samples} == {((EOS,), ""), ((2,), "")}
+    assert found.metrics.values()["response/truncated"] == 0
 
 
 def on_two_ranks():

@@ -1,5 +1,6 @@
 """Generation: what is sampled, with which log-probs, and the same on every layout."""
 
+import dataclasses
 import math
 
 import numpy as np
@@ -188,7 +189,7 @@ def toy_logits(tokens):
 
 
 def params(**kwargs):
-    values = {"temperature": 1.0, "top_p": 1.0, "max_new_tokens": 6, "eos_id": EOS, "seed": 5}
+    values = {"temperature": 1.0, "top_p": 1.0, "max_new_tokens": 6, "stop_ids": (EOS,), "seed": 5}
     return SamplingParams(**(values | kwargs))
 
 
@@ -200,7 +201,7 @@ def alone(request, p):
         token, logprob = sample(toy_logits(torch.tensor([tokens])), u, p.temperature, p.top_p)
         tokens.append(token.item())
         logprobs.append(logprob.item())
-        if token == p.eos_id:
+        if token.item() in p.stop_ids:
             break
     return tokens[len(request.prompt_tokens) :], logprobs
 
@@ -223,6 +224,22 @@ def test_a_batch_gives_what_each_request_gives_alone(batch_size, temperature):
         assert s.response_tokens == tokens
         assert s.rollout_logprobs == logprobs
         assert s.truncated == (tokens[-1] != EOS)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_each_of_several_tokens_ends_a_response(temperature):
+    p = params(temperature=temperature, stop_ids=(EOS, 4, 8))
+    samples = generate(Toy(), REQUESTS, p, batch_size=5)
+    for request, s in zip(REQUESTS, samples, strict=True):
+        assert (s.response_tokens, s.rollout_logprobs) == alone(request, p)
+        assert s.truncated == (s.response_tokens[-1] not in p.stop_ids)
+    if temperature:
+        assert {s.response_tokens[-1] for s in samples if not s.truncated} == set(p.stop_ids)
+        assert any(s.truncated for s in samples)
+    for request in REQUESTS:
+        toy = Toy()
+        (s,) = generate(toy, [request], dataclasses.replace(p, max_new_tokens=50), batch_size=1)
+        assert toy.calls == len(s.response_tokens)
 
 
 def test_both_ends_of_a_response_were_seen():

@@ -43,7 +43,7 @@ def build(folder: Path, layout: dict[str, int], temperature: float = 1.0) -> tup
 
 def params(temperature: float = 1.0, top_p: float = 1.0) -> SamplingParams:
     return SamplingParams(
-        temperature=temperature, top_p=top_p, max_new_tokens=20, eos_id=1, seed=11
+        temperature=temperature, top_p=top_p, max_new_tokens=20, stop_ids=(1,), seed=11
     )
 
 
@@ -72,6 +72,7 @@ def check_layouts(folder: Path, layouts: list[dict[str, int]]) -> list[list[Samp
         collector = Collector(
             engine=InProcess(decoder, batch_size=3),
             tokenizer=load_tokenizer(recipe.model.tokenizer, 104),
+            stop_ids=(1,),
             scorer=Half() if groups.is_leader else None,
             config=recipe.rollout,
             with_routes=True,

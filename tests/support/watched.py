@@ -108,7 +108,7 @@ def _perturbed(folder: Path, mode: str, dense: bool, perturb: Any) -> dict[str, 
 def _samples(policy: Policy) -> Any:
     decoder = MegatronDecoder(policy.model)
     requests = [Request(uid=i, prompt_tokens=(7 + i, 20, 3 + 2 * i)) for i in range(12)]
-    params = SamplingParams(temperature=1.0, top_p=1.0, max_new_tokens=8, eos_id=1, seed=3)
+    params = SamplingParams(temperature=1.0, top_p=1.0, max_new_tokens=8, stop_ids=(1,), seed=3)
     with decoder.generating(record=True):
         samples = generate(decoder, requests, params, batch_size=12)
     for s in samples:

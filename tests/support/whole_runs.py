@@ -217,6 +217,7 @@ def variants(folder: Path) -> dict[str, Any]:
         train__run_dir=folder / "errors",
         reward__function="tests.support.tiny:fails_on_short",
     )
+    run(folder, train__run_dir=folder / "short", rollout__stop_token_ids=list(range(104)))
     found["only evaluation"] = run(folder, train__run_dir=folder / "none", train__steps=0)
     for mode in ("abort", "skip"):
         for poison in ("loss", "gradient"):

@@ -128,7 +128,7 @@ def test_demonstrations_end_with_eos_and_are_not_held_out(tmp_path):
     for s in samples:
         assert s.prompt_tokens not in held_out
         *answer, last = s.response_tokens
-        assert last == inputs.tokenizer.eos_id
+        assert last == inputs.endings.turn_id == inputs.tokenizer.eos_id
         question = inputs.tokenizer.decode(s.prompt_tokens)
         left, right = question.removeprefix("Calculate ").removesuffix(".").split(" + ")
         assert int(inputs.tokenizer.decode(answer)) == int(left) + int(right)

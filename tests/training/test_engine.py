@@ -35,7 +35,7 @@ PROBE = [
     )
     for uid in range(2)
 ]
-PARAMS = SamplingParams(temperature=0.7, top_p=0.9, max_new_tokens=6, eos_id=EOS, seed=3)
+PARAMS = SamplingParams(temperature=0.7, top_p=0.9, max_new_tokens=6, stop_ids=(EOS,), seed=3)
 REQUESTS = [Request(uid=uid, prompt_tokens=(5, 9, 2 + uid)) for uid in range(4)]
 ROUND = ["wake_up", "load", "forget", "probe", "sample", "sleep"]
 

@@ -16,7 +16,7 @@ SCORES = {4: [[1, 0, 0, 0], [1, 1, 1, 0], [0, 0, 0, 0.5]], 1: [[1], [0], [1]]}
 class Scored:
     """A collector whose responses have the rewards above, by how many there are a problem."""
 
-    tokenizer = SimpleNamespace(eos_id=1)
+    stop_ids = (1, 7)
 
     def __init__(self):
         self.asked = []
@@ -57,7 +57,7 @@ def test_k_samples_as_the_recipe_says_and_a_greedy_one(recipe):
     assert (one, greedy.temperature, greedy.top_p) == (1, 0.0, 1.0)
     for params in (drawn, greedy):
         assert params.max_new_tokens == recipe.rollout.max_response_length
-        assert params.eos_id == 1
+        assert params.stop_ids == (1, 7)
 
 
 def test_the_noise_is_not_that_of_training_and_the_same_every_time(recipe):

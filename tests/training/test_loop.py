@@ -245,6 +245,12 @@ def test_rewards_that_fail_do_not_end_a_run(one_rank):
     assert line["reward/timeouts"] == 0
 
 
+def test_stop_tokens_of_the_recipe_end_responses(one_rank):
+    folder, _ = one_rank
+    (line,) = read_metrics(folder / "short")
+    assert (line["response/length_mean"], line["response/truncated"]) == (1, 0)
+
+
 def test_no_steps_are_an_evaluation(one_rank):
     folder, found = one_rank
     scores = found["only evaluation"]["eval"]

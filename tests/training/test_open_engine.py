@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch.distributed as dist
 
+from sapo_megatron.data.endings import Endings
 from sapo_megatron.errors import RunFailed, UserError
 from sapo_megatron.hf.architecture import parse_architecture
 from sapo_megatron.recipe.load import load
@@ -37,7 +38,7 @@ class Decoder:
     @staticmethod
     def generate(decoder, requests, params, *, batch_size):
         assert batch_size == len(requests), "in one batch"
-        assert (params.temperature, params.top_p, params.eos_id) == (1.0, 1.0, EOS)
+        assert (params.temperature, params.top_p, params.stop_ids) == (1.0, 1.0, (EOS, 7))
         return [
             Sample(
                 uid=r.uid,
@@ -79,7 +80,7 @@ def opened(tmp_path, monkeypatch):
         inputs = SimpleNamespace(
             arch=parse_architecture(ARCH),
             model=tmp_path / "model",
-            tokenizer=SimpleNamespace(eos_id=EOS),
+            endings=Endings(stop_ids=(EOS, 7), turn_id=EOS),
             problems=[Prompt(uid=9, text="", answer="", tokens=tokens) for tokens in problems],
         )
         return open_engine(recipe, inputs, policy, tmp_path / "run")

@@ -114,9 +114,9 @@ def bring(served, number):
     return served.models[number]
 
 
-def params(temperature, top_p=1.0, eos_id=EOS, new=24, seed=5):
+def params(temperature, top_p=1.0, stop_ids=(EOS,), new=24, seed=5):
     return SamplingParams(
-        temperature=temperature, top_p=top_p, max_new_tokens=new, eos_id=eos_id, seed=seed
+        temperature=temperature, top_p=top_p, max_new_tokens=new, stop_ids=stop_ids, seed=seed
     )
 
 
@@ -173,14 +173,17 @@ def test_a_seed_says_what_is_sampled(served):
     assert first[:4] != first[4:]
 
 
-def test_a_response_ends_with_eos_or_is_truncated(served):
+def test_a_response_ends_with_a_stop_token_or_is_truncated(served):
+    """Those of the request, and not what the model's own files name."""
     model = bring(served, 0)
-    samples = served.engine.sample(requests(32), params(1.0, eos_id=7, new=64))
+    stops = (7, 40)
+    samples = served.engine.sample(requests(64), params(1.0, stop_ids=stops, new=64))
     for s in samples:
-        assert s.truncated == (7 not in s.response_tokens)
-        assert 7 not in s.response_tokens[:-1]
+        assert s.truncated == (not {*stops} & {*s.response_tokens})
+        assert not {*stops} & {*s.response_tokens[:-1]}
         assert len(s.response_tokens) == 64 or not s.truncated
-    assert any(not s.truncated for s in samples)
+    assert {s.response_tokens[-1] for s in samples if not s.truncated} == {*stops}
+    assert any(EOS in s.response_tokens for s in samples)
     assert worst(model, samples, 1.0) < 1e-4
 
 

@@ -156,7 +156,9 @@ def families(setting: Setting) -> Result:
 def greedy(setting: Setting) -> Result:
     """What every family's fp32 model answers at temperature 0, token by token."""
     length = 16
-    params = SamplingParams(temperature=0.0, top_p=1.0, max_new_tokens=length, eos_id=0, seed=0)
+    params = SamplingParams(
+        temperature=0.0, top_p=1.0, max_new_tokens=length, stop_ids=(0,), seed=0
+    )
     requests = [Request(uid=s.uid, prompt_tokens=s.prompt_tokens) for s in sequences()]
     found: Result = {}
     for family in FAMILIES:

@@ -11,6 +11,7 @@ import torch
 
 from sapo_megatron.commands.qualify.models import VOCABULARY, make_model
 from sapo_megatron.commands.qualify.policies import Dtype, Result, Setting, recipe_for
+from sapo_megatron.data.endings import Endings
 from sapo_megatron.data.prompts import PromptSource, held_out
 from sapo_megatron.data.tokenizer import Message
 from sapo_megatron.hf.architecture import read_architecture
@@ -38,8 +39,13 @@ class Parity:
     def encode(self, text: str) -> list[int]:
         return [2 + byte % (VOCABULARY - 2) for byte in text.encode()]
 
+    encode_prompt = encode
+
     def encode_chat(self, messages: Sequence[Message]) -> list[int]:
         raise AssertionError("its prompts are no conversations")
+
+    def turn_ends(self) -> dict[int, str]:
+        return {}
 
     def decode(self, ids: Iterable[int]) -> str:
         return str(sum(ids) % 2)
@@ -93,6 +99,7 @@ def _train(
         arch=read_architecture(folder / "model"),
         model=folder / "model",
         tokenizer=tokenizer,
+        endings=Endings(stop_ids=(Parity.eos_id,), turn_id=Parity.eos_id),
         problems=problems,
         source=source,
     )

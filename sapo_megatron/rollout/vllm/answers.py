@@ -207,11 +207,12 @@ def to_sample(
             raise _wrong(
                 url, f"token_ids: expected ids from 0 to {arch.vocab_size - 1}, got {token}"
             )
-    truncated = tokens[-1] != params.eos_id
-    if params.eos_id in tokens[:-1]:
-        raise _wrong(url, f"token_ids: expected no token after eos {params.eos_id}, got {tokens}")
+    stops = list(params.stop_ids)
+    truncated = tokens[-1] not in stops
+    if any(token in stops for token in tokens[:-1]):
+        raise _wrong(url, f"token_ids: expected no token after one of {stops}, got {tokens}")
     if len(tokens) > params.max_new_tokens or (truncated and len(tokens) < params.max_new_tokens):
-        expected = f"expected eos {params.eos_id} or {params.max_new_tokens} tokens"
+        expected = f"expected one of {stops} or {params.max_new_tokens} tokens"
         raise _wrong(url, f"token_ids: {expected}, got {len(tokens)} that end with {tokens[-1]}")
     routes = None
     if with_routes:

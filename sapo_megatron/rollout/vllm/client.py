@@ -129,8 +129,8 @@ class Server:
             "top_p": params.top_p,
             "seed": seed,
             "logprobs": 0,
-            "stop_token_ids": [params.eos_id],
-            "ignore_eos": True,  # what the server takes for eos; ours is in stop_token_ids
+            "stop_token_ids": list(params.stop_ids),
+            "ignore_eos": True,  # and generation_config.json's; what counts is in stop_token_ids
             "return_token_ids": True,
             "return_tokens_as_token_ids": True,  # do without a tokenizer
             **_NEUTRAL,

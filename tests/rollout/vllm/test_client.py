@@ -29,7 +29,7 @@ from tests.support.fakevllm import EOS, HANG_UP, FakeVllm, completion, logprob
 from tests.support.tiny import ARCH, TESTS, write_recipe
 
 MODEL = parse_architecture(ARCH)
-PARAMS = SamplingParams(temperature=0.7, top_p=0.9, max_new_tokens=6, eos_id=EOS, seed=3)
+PARAMS = SamplingParams(temperature=0.7, top_p=0.9, max_new_tokens=6, stop_ids=(EOS,), seed=3)
 REQUESTS = [Request(uid=10 + i, prompt_tokens=(5, 9, 2 + i)) for i in range(24)]
 SAMPLES = [
     Sample(
@@ -104,6 +104,19 @@ def test_what_a_request_says(server):
     (body,) = (body for _, body in server.calls if "seed" in body)
     said = ("prompt", "max_tokens", "temperature", "top_p", "stop_token_ids", "top_k")
     assert [body[key] for key in said] == [[5, 9, 2], 6, 0.7, 0.9, [EOS], -1]
+
+
+def test_each_of_several_tokens_ends_a_response(server):
+    params = dataclasses.replace(PARAMS, stop_ids=(EOS, 7))
+    server.fault = completions(lambda: (200, completion([9, 7])))
+    (s,) = loaded(server).sample(REQUESTS[:1], params)
+    assert (s.response_tokens, s.truncated) == ([9, 7], False)
+    (body,) = (body for _, body in server.calls if "seed" in body)
+    # The model's own end tokens count where they are in our list alone.
+    assert (body["stop_token_ids"], body["ignore_eos"]) == ([EOS, 7], True)
+    server.fault = completions(lambda: (200, completion([7, 9, EOS])))
+    with pytest.raises(RunFailed, match=r"no token after one of \[1, 7\], got \[7, 9, 1\]"):
+        loaded(server).sample(REQUESTS[:1], params)
 
 
 def test_a_server_that_dies_leaves_its_work_to_the_other(servers, caplog):
@@ -181,9 +194,12 @@ def test_a_server_whose_process_has_ended_is_not_waited_for(server):
         (completion([7, EOS], finish_reason="error"), "finish_reason: .* got 'error'"),
         (completion([104, EOS]), "token_ids: expected ids from 0 to 103, got 104"),
         (completion([-1, EOS]), "token_ids: expected ids from 0 to 103, got -1"),
-        (completion([7, EOS, 7, EOS]), "token_ids: expected no token after eos 1"),
-        (completion([7, 8]), "token_ids: expected eos 1 or 6 tokens, got 2 that end with 8"),
-        (completion([7] * 7), "token_ids: expected eos 1 or 6 tokens, got 7"),
+        (completion([7, EOS, 7, EOS]), r"token_ids: expected no token after one of \[1\]"),
+        (
+            completion([7, 8]),
+            r"token_ids: expected one of \[1\] or 6 tokens, got 2 that end with 8",
+        ),
+        (completion([7] * 7), r"token_ids: expected one of \[1\] or 6 tokens, got 7"),
     ],
 )
 def test_answers_that_are_wrong(server, answer, message):
