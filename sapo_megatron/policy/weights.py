@@ -48,6 +48,7 @@ def save_random(arch: Architecture, model: ModelConfig, folder: Path, *, seed: i
         torch.manual_seed(seed)
         fresh = transformers.AutoModelForCausalLM.from_config(config)
     fresh.config.pad_token_id = arch.config.get("pad_token_id")
+    transformers.logging.disable_progress_bar()
     with whole_folder(folder) as temporary:
         fresh.to(DTYPES[model.params_dtype]).save_pretrained(temporary)
 

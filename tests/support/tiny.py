@@ -102,7 +102,7 @@ def write_recipe(folder: Path, *, arch: dict[str, Any] | None = None, **sections
             "max_prompt_length": 16,
             "max_response_length": 6,
         },
-        "reward": {"function": "tests.support.tiny:even"},
+        "reward": {"function": "tests.support.tiny:varied"},
         "optimizer": {"lr": 1e-2},
         "train": {"steps": 1, "num_mini_batches": 2, "max_tokens_per_gpu": 128},
         "eval": {"num_problems": 4, "k": 2},
