@@ -5,8 +5,9 @@ log r comes as its first two moments, and ``ratio/log_var`` is made of them wher
 finish (:func:`log_variance`).
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -88,9 +89,9 @@ def measure_rows(r: Ratio, temperatures: Temperatures) -> Measured:
     return measure(r.flatten(), temperatures, sequence_ids, r.mask.sum(1))
 
 
-def log_variance(mean: float, square: float) -> float:
+def log_variance(report: Mapping[str, Any]) -> float:
     """``ratio/log_var``, nats^2, from the reduced ``ratio/log_mean`` and ``ratio/log_square``."""
-    return max(square - mean**2, 0.0)
+    return max(float(report["ratio/log_square"]) - float(report["ratio/log_mean"]) ** 2, 0.0)
 
 
 def _measured(bag: Metrics, device: torch.device) -> Measured:

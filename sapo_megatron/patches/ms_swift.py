@@ -23,15 +23,13 @@ from sapo_megatron.patches.replace import Host, Symbol, check, replace, restore
 from sapo_megatron.recipe.schema import Recipe
 from sapo_megatron.sample import Temperatures
 
+_BASE = "swift.megatron.trainers.base"
 LOSS = Symbol(
     "swift.megatron.trainers.grpo_trainer",
     "MegatronGRPOTrainer.loss_func",
-    ("self", "output_tensor", "data"),
+    "self, output_tensor, data",
 )
-LOG = Symbol(
-    "swift.megatron.trainers.base", "BaseMegatronTrainer._log_callback", ("self", "logs", "n_steps")
-)
-
+LOG = Symbol(_BASE, "BaseMegatronTrainer._log_callback", "self, logs, n_steps")
 HOST = Host(
     title="ms-swift",
     distribution="ms-swift",
@@ -41,31 +39,14 @@ HOST = Host(
     symbols=(
         LOSS,
         LOG,
-        Symbol(
-            "swift.megatron.trainers.base",
-            "BaseMegatronTrainer._all_reduce_metric",
-            ("self", "metric", "reduction", "group"),
-        ),
-        Symbol(
-            "swift.megatron.trainers.base",
-            "BaseMegatronTrainer._aggregated_metrics",
-            ("self", "metrics", "total_metrics"),
-        ),
+        Symbol(_BASE, "BaseMegatronTrainer._all_reduce_metric", "self, metric, reduction, group"),
+        Symbol(_BASE, "BaseMegatronTrainer._aggregated_metrics", "self, metrics, total_metrics"),
         Symbol(
             "swift.rl_core.data",
             "GRPOBatch",
-            (
-                "completion_mask",
-                "truncated_mask",
-                "seq_lengths",
-                "old_per_token_logps",
-                "ref_per_token_logps",
-                "rollout_per_token_logps",
-                "teacher_per_token_logps",
-                "advantages",
-                "num_items_in_batch",
-                "logits_to_keep",
-            ),
+            "completion_mask, truncated_mask, seq_lengths, old_per_token_logps, "
+            "ref_per_token_logps, rollout_per_token_logps, teacher_per_token_logps, advantages, "
+            "num_items_in_batch, logits_to_keep",
         ),
     ),
 )
@@ -97,8 +78,7 @@ def install() -> None:
 
 def uninstall() -> None:
     """Put ms-swift's own methods back."""
-    restore(LOSS)
-    restore(LOG)
+    restore(LOSS, LOG)
 
 
 def _safe_loss(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -136,8 +116,7 @@ def _with_variance(original: Callable[..., None]) -> Callable[..., None]:
     def log_callback(self: Any, logs: dict[str, Any], n_steps: int) -> None:
         original(self, logs, n_steps)
         if "ratio/log_mean" in logs:
-            mean, square = logs["ratio/log_mean"], logs["ratio/log_square"]
-            logs["ratio/log_var"] = log_variance(mean, square)
+            logs["ratio/log_var"] = log_variance(logs)
 
     return log_callback
 

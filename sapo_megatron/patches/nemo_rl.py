@@ -33,9 +33,9 @@ _LOSS = "nemo_rl.algorithms.loss.loss_functions"
 SETUP = Symbol(
     "nemo_rl.algorithms.grpo",
     "setup",
-    ("master_config", "tokenizer", "dataset", "val_dataset", "processor", "policy_factory"),
+    "master_config, tokenizer, dataset, val_dataset, processor, policy_factory",
 )
-INIT = Symbol(_LOSS, "ClippedPGLossFn.__init__", ("self", "cfg", "use_fused_linear_logprobs"))
+INIT = Symbol(_LOSS, "ClippedPGLossFn.__init__", "self, cfg, use_fused_linear_logprobs")
 HOST = Host(
     title="NeMo-RL",
     distribution="nemo-rl",
@@ -48,7 +48,7 @@ HOST = Host(
         Symbol(
             _LOSS,
             "ClippedPGLossFn.__call__",
-            ("self", "next_token_logprobs", "data", "global_valid_seqs", "global_valid_toks"),
+            "self, next_token_logprobs, data, global_valid_seqs, global_valid_toks",
         ),
     ),
 )
@@ -160,8 +160,7 @@ def install(algorithm: AlgorithmConfig) -> None:
 
 def uninstall() -> None:
     """Put NeMo-RL's own functions back."""
-    restore(SETUP)
-    restore(INIT)
+    restore(SETUP, INIT)
 
 
 def refuse(cfg: Any) -> None:
@@ -211,8 +210,7 @@ def _with_variance(log_metrics: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(log_metrics)
     def with_variance(metrics: dict[str, Any], *args: Any, **kwargs: Any) -> None:
         if "ratio/log_square" in metrics:
-            variance = log_variance(metrics["ratio/log_mean"], metrics["ratio/log_square"])
-            metrics = {**metrics, "ratio/log_var": variance}
+            metrics = {**metrics, "ratio/log_var": log_variance(metrics)}
         log_metrics(metrics, *args, **kwargs)
 
     return with_variance
