@@ -3,6 +3,7 @@
 A measurement is a function of a ``Setting`` to a ``Result``.
 """
 
+import dataclasses
 import platform
 import tempfile
 from importlib.metadata import PackageNotFoundError, version
@@ -22,7 +23,6 @@ from sapo_megatron.policy.decode import MegatronDecoder
 from sapo_megatron.policy.spec import FUSED_GRADIENTS
 from sapo_megatron.rollout.generate import Request, SamplingParams, generate, sample, uniform
 from sapo_megatron.runs.state import RunState
-from sapo_megatron.sample import Sample
 
 DTYPES: tuple[Dtype, ...] = ("float32", "bfloat16")
 MOE = "qwen3-moe"
@@ -231,12 +231,10 @@ def neighbours(setting: Setting) -> Result:
     for dtype in DTYPES:
         with opened(setting, "qwen3", dtype) as tiny:
             first, second = tiny.samples(given=False)[:2]
-            other = Sample(
-                uid=first.uid,
+            other = dataclasses.replace(
+                first,
                 prompt_tokens=tuple((t + 1) % VOCABULARY for t in first.prompt_tokens),
                 response_tokens=[(t + 2) % VOCABULARY for t in first.response_tokens],
-                rollout_logprobs=first.rollout_logprobs,
-                truncated=False,
             )
             length = len(first.response_tokens)
             before, after = (tiny.logprobs([x, second]) for x in (first, other))

@@ -51,20 +51,18 @@ def _measurement(name: str) -> Any:
 
 
 def main(folder: Path) -> None:
-    """Measure what ``request.json`` asks for, in this process or in each rank of its world."""
+    """Measure what ``request.json`` asks for, in this process or in each rank of its world.
+
+    It has the ``names`` of measurements, and all of a :class:`Setting` but its folder.
+    """
     logging.basicConfig(level=logging.ERROR)
     request = json.loads((folder / "request.json").read_text())
     rank = os.environ.get("RANK", "0")
     mine = folder / f"rank-{rank}"
     mine.mkdir()
     torch.manual_seed(0)
-    setting = Setting(
-        folder=mine,
-        layers=request["layers"],
-        full=request["full"],
-        reference=request["reference"],
-    )
-    run(setting, request["names"], folder / "results.pt" if rank == "0" else None)
+    names = request.pop("names")
+    run(Setting(folder=mine, **request), names, folder / "results.pt" if rank == "0" else None)
 
 
 if __name__ == "__main__":
