@@ -65,45 +65,31 @@ def _without_nan(value: Any) -> Any:
 def _head(comparison: Comparison) -> str:
     dump, advantages = comparison.dump, comparison.advantages
     settings, variance = dump.settings, comparison.log_ratio_var
+    signs = {">": advantages > 0, "<": advantages < 0, "=": advantages == 0}
     shares = [
-        f"{share:.1%} with A {sign} 0"
-        for sign, share in (
-            (">", (advantages > 0).double().mean().item()),
-            ("<", (advantages < 0).double().mean().item()),
-            ("=", (advantages == 0).double().mean().item()),
-        )
-        if share
+        f"{where.double().mean():.1%} with A {sign} 0"
+        for sign, where in signs.items()
+        if where.any()
     ]
     sequences = int((dump.lengths > 0).sum())
     taus = f", tau_pos {settings.tau_pos:g}, tau_neg {settings.tau_neg:g}"
-    rows = [
-        ("dumps", f"{_count(dump.files, 'file')}, {_mini_batches(dump.mini_batches)}"),
-        (
-            "objective",
-            f"{settings.loss_type}{taus if settings.loss_type == 'sapo' else ''}, "
-            f"{settings.loss_agg_mode}",
-        ),
-        (
-            "tokens",
-            f"{_count(len(advantages), 'token')} of {_count(sequences, 'sequence')}: "
-            f"{', '.join(shares)}",
-        ),
-        (
-            "Var[log r]",
-            f"{_number(variance.all)} (A > 0: {_number(variance.pos)}, "
-            f"A < 0: {_number(variance.neg)})",
-        ),
-    ]
-    return "\n".join(f"{name:<12}{value}" for name, value in rows)
+    rows = {
+        "dumps": f"{_count(dump.files, 'file')}, {_mini_batches(dump.mini_batches)}",
+        "objective": f"{settings.loss_type}{taus if settings.loss_type == 'sapo' else ''}, "
+        f"{settings.loss_agg_mode}",
+        "tokens": f"{_count(len(advantages), 'token')} of {_count(sequences, 'sequence')}: "
+        f"{', '.join(shares)}",
+        "Var[log r]": f"{_number(variance.all)} (A > 0: {_number(variance.pos)}, "
+        f"A < 0: {_number(variance.neg)})",
+    }
+    return "\n".join(f"{name:<12}{value}" for name, value in rows.items())
 
 
 def _effects(comparison: Comparison) -> str:
     def by_sign(numbers: BySign, form: str) -> Row:
         return [_number(x, form) for x in (numbers.all, numbers.pos, numbers.neg)]
 
-    rows: list[Row] = [
-        ("", "gate", "w", "A > 0", "A < 0", "mass", "A > 0", "A < 0", "ess"),
-    ]
+    rows: list[Row] = [("", "gate", "w", "A > 0", "A < 0", "mass", "A > 0", "A < 0", "ess")]
     for i, effect in enumerate(comparison.effects, 1):
         numbers = [*by_sign(effect.weight, ".4f"), *by_sign(effect.mass_kept, ".1%")]
         rows.append((f"{i}", f"{effect.gate}", *numbers, _number(effect.ess, ".1%")))
