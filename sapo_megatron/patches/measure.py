@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sapo_megatron.metrics import Max, Mean, Metrics, Min, Sum, Variance
+from sapo_megatron.metrics import Metrics
 from sapo_megatron.objective.bound import bound_metrics
 from sapo_megatron.objective.loss import gate_metrics, ratio_metrics
 from sapo_megatron.objective.ratio import Ratio
@@ -95,29 +95,19 @@ def log_variance(report: Mapping[str, Any]) -> float:
 
 
 def _measured(bag: Metrics, device: torch.device) -> Measured:
-    def number(x: float | Tensor) -> Tensor:
+    def number(name: str, statistic: str) -> Tensor:
+        # Of a context-parallel group the first rank alone has what is per sequence.
+        x = getattr(bag[name], statistic) if name in bag else 0.0
         return torch.as_tensor(x, dtype=torch.float64, device=device)
 
-    log_ratio = bag["ratio/log_var"]
-    assert isinstance(log_ratio, Variance)
-    means = {
-        "ratio/log_mean": Part(number(log_ratio.total), number(log_ratio.count)),
-        "ratio/log_square": Part(number(log_ratio.squares), number(log_ratio.count)),
-    }
-    names = {*PER_TOKEN, *PER_SEQUENCE, "sapo/gate_pos_mean", "sapo/gate_neg_mean"} - means.keys()
-    for name in sorted(names):
-        # Of a context-parallel group the first rank alone has what is per sequence.
-        mean = bag[name] if name in bag else Mean(0.0, 0.0)
-        assert isinstance(mean, Mean)
-        means[name] = Part(number(mean.total), number(mean.count))
-    violations = bag["sapo/bound_violations"] if "sapo/bound_violations" in bag else Sum(0.0)
-    smallest, largest = bag["ratio/min"], bag["ratio/max"]
-    assert isinstance(violations, Sum)
-    assert isinstance(smallest, Min)
-    assert isinstance(largest, Max)
+    names = {*PER_TOKEN, *PER_SEQUENCE, "sapo/gate_pos_mean", "sapo/gate_neg_mean"}
+    means = {name: Part(number(name, "total"), number(name, "count")) for name in sorted(names)}
+    count = number("ratio/log_var", "count")
+    means["ratio/log_mean"] = Part(number("ratio/log_var", "total"), count)
+    means["ratio/log_square"] = Part(number("ratio/log_var", "squares"), count)
     return Measured(
         means=means,
-        violations=number(violations.total),
-        ratio_min=number(smallest.smallest),
-        ratio_max=number(largest.largest),
+        violations=number("sapo/bound_violations", "total"),
+        ratio_min=number("ratio/min", "smallest"),
+        ratio_max=number("ratio/max", "largest"),
     )

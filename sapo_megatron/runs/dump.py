@@ -164,25 +164,16 @@ def write_dump(path: Path, rows: DumpRows, info: DumpInfo) -> None:
     for field in SCHEMA:
         x = rows.column(field.name)
         if x.shape != (len(rows.mask),):
-            raise ValueError(
-                f"{field.name}: expected shape [{len(rows.mask)}], got {list(x.shape)}"
-            )
-        values = x.detach().cpu().to(_TORCH[field.type]).numpy()
+            expected, got = [len(rows.mask)], list(x.shape)
+            raise ValueError(f"{field.name}: expected shape {expected}, got {got}")
+        dtype = getattr(torch, str(field.type))  # both call them int64, float, bool
+        values = x.detach().cpu().to(dtype).numpy()
         columns.append(pa.array(values, mask=values < 0 if field.nullable else None))
     metadata = {VERSION_KEY: VERSION, INFO_KEY: json.dumps(dataclasses.asdict(info))}
     table = pa.Table.from_arrays(columns, schema=SCHEMA.with_metadata(metadata))
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(path) as temporary:
         pq.write_table(table, temporary, compression="zstd")
-
-
-_TORCH = {
-    pa.int64(): torch.int64,
-    pa.int32(): torch.int32,
-    pa.int16(): torch.int16,
-    pa.float32(): torch.float32,
-    pa.bool_(): torch.bool,
-}
 
 
 def read_dumps(paths: Sequence[str | Path]) -> Dump:
