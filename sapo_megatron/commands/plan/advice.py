@@ -29,7 +29,8 @@ class Suggestion:
     @property
     def words(self) -> str:
         """The settings as they stand on a command line."""
-        return " ".join(f"{key}={_yaml(value)}" for key, value in self.settings.items())
+        yaml = {key: "null" if v is None else v for key, v in self.settings.items()}
+        return " ".join(f"{key}={value}" for key, value in yaml.items())
 
 
 def suggestions(
@@ -118,12 +119,9 @@ def _kinds(recipe: Recipe) -> list[tuple[tuple[str, ...], list[Settings]]]:
         (("activations", "logprobs"), _micro_batch(recipe)),
         (("logprobs",), _fused(recipe)),
         (("kv_cache", "generation"), _generation(recipe)),
-        (model, _doubled(recipe, "parallel.expert_model_parallel_size")),
-        ((*model, "kv_cache"), _doubled(recipe, "parallel.pipeline_model_parallel_size")),
-        (
-            (*model, "activations", "logprobs"),
-            _doubled(recipe, "parallel.tensor_model_parallel_size"),
-        ),
+        (model, _doubled(recipe, "expert_model_parallel_size")),
+        ((*model, "kv_cache"), _doubled(recipe, "pipeline_model_parallel_size")),
+        ((*model, "activations", "logprobs"), _doubled(recipe, "tensor_model_parallel_size")),
         (("batches", "optimizer"), _nodes(recipe)),
     ]
 
@@ -134,18 +132,15 @@ def _offload(recipe: Recipe) -> list[Settings]:
 
 
 def _recompute(recipe: Recipe) -> list[Settings]:
-    p = recipe.parallel
-    if p.recompute_granularity == "full" and (p.recompute_method, p.recompute_num_layers) == (
-        "uniform",
-        1,
-    ):
-        return []
     full: Settings = {
         "parallel.recompute_granularity": "full",
         "parallel.recompute_method": "uniform",
         "parallel.recompute_num_layers": 1,
     }
-    return [full | ({"parallel.recompute_modules": None} if p.recompute_modules else {})]
+    if changed(recipe, full) == recipe:
+        return []
+    modules = recipe.parallel.recompute_modules
+    return [full | ({"parallel.recompute_modules": None} if modules else {})]
 
 
 def _micro_batch(recipe: Recipe) -> list[Settings]:
@@ -167,15 +162,11 @@ def _generation(recipe: Recipe) -> list[Settings]:
     return sizes
 
 
-def _doubled(recipe: Recipe, key: str) -> list[Settings]:
-    now = vars(recipe.parallel)[key.split(".")[1]]
-    return [{key: now * factor} for factor in (2, 4, 8)]
+def _doubled(recipe: Recipe, size: str) -> list[Settings]:
+    now = vars(recipe.parallel)[size]
+    return [{f"parallel.{size}": now * factor} for factor in (2, 4, 8)]
 
 
 def _nodes(recipe: Recipe) -> list[Settings]:
     nodes = recipe.cluster.nodes
     return [{"cluster.nodes": nodes * factor} for factor in (2, 4)] if nodes else []
-
-
-def _yaml(value: Any) -> str:
-    return "null" if value is None else str(value)
