@@ -20,7 +20,8 @@ from sapo_megatron.commands.report.drawing import (
     value_axis,
 )
 from sapo_megatron.commands.report.router_figures import ROUTER_FIGURES
-from sapo_megatron.objective.baselines import grpo_token_loss, outside_clip
+from sapo_megatron.objective.baselines import clipped_loss, outside_clip
+from sapo_megatron.objective.ratio import Ratio
 from sapo_megatron.objective.sapo import sapo_gate, sapo_weight
 from sapo_megatron.recipe.schema import CLIP_DEFAULTS
 from sapo_megatron.runs.read import Run
@@ -106,7 +107,7 @@ def _draw_gate(canvas: Canvas, run: Run, theme: Theme) -> None:
         (theme.series[1], "<", a.tau_neg, "tau_neg", f"r >= {1 - low:g}"),
     ):
         advantage = one if sign == ">" else -one
-        loss = grpo_token_loss(r.log(), advantage, clip_ratio_low=low, clip_ratio_high=high)
+        loss = clipped_loss(Ratio.of(r.log(), advantage), low, high)
         kept = (~outside_clip(r, advantage, low, high)).double()
         for ax, soft, hard in (
             (top, sapo_gate(r, tau) - sapo_gate(one, tau), -loss / advantage - 1),
