@@ -1,10 +1,9 @@
 """A comparison in words and numbers: tables for a terminal, JSON for programs."""
 
-import dataclasses
-import json
 import math
 from collections.abc import Sequence
-from typing import Any
+
+from pydantic_core import to_json
 
 from sapo_megatron.commands.gates.compare import Bucket, BySign, Comparison
 from sapo_megatron.runs.dump import DumpInfo
@@ -25,13 +24,8 @@ def as_text(comparison: Comparison) -> str:
 def as_json(comparison: Comparison) -> str:
     """All numbers as JSON; null where there is none."""
     gates = [
-        {
-            "gate": str(effect.gate),
-            "weight": dataclasses.asdict(effect.weight),
-            "mass_kept": dataclasses.asdict(effect.mass_kept),
-            "ess": effect.ess,
-        }
-        for effect in comparison.effects
+        {"gate": str(e.gate), "weight": e.weight, "mass_kept": e.mass_kept, "ess": e.ess}
+        for e in comparison.effects
     ]
     whole = {
         "files": comparison.dump.files,
@@ -41,25 +35,13 @@ def as_json(comparison: Comparison) -> str:
         "objective": comparison.dump.settings.settings,
         "tokens": len(comparison.ratio),
         "sequences": int((comparison.dump.lengths > 0).sum()),
-        "log_ratio_var": dataclasses.asdict(comparison.log_ratio_var),
+        "log_ratio_var": comparison.log_ratio_var,
         "gates": gates,
         "cosine": comparison.cosine.tolist(),
-        "layers_changed": [dataclasses.asdict(bucket) for bucket in comparison.buckets],
-        "suggestion": dataclasses.asdict(comparison.suggestion),
+        "layers_changed": comparison.buckets,
+        "suggestion": comparison.suggestion,
     }
-    return json.dumps(_without_nan(whole), indent=2) + "\n"
-
-
-def _without_nan(value: Any) -> Any:
-    match value:
-        case dict():
-            return {key: _without_nan(inner) for key, inner in value.items()}
-        case list() | tuple():
-            return [_without_nan(inner) for inner in value]
-        case float() if not math.isfinite(value):
-            return None
-        case _:
-            return value
+    return to_json(whole, indent=2, inf_nan_mode="null").decode() + "\n"
 
 
 def _head(comparison: Comparison) -> str:
