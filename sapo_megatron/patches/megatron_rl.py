@@ -92,8 +92,6 @@ LOSS_FUNC = (
 
 ONE = Denominators(sequences=1, tokens=1)
 
-SixTuple = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
-
 
 def install(algorithm: AlgorithmConfig, *, vocab_parallel_logprobs: bool = False) -> None:
     """Have ``train_rl.py``, when it is imported after this, train with SAPO.
@@ -161,7 +159,7 @@ class _Sapo:
         is_truncation_coef: float | None = None,
         seq_starts: Sequence[int] | None = None,
         seq_lengths: Sequence[int] | None = None,
-    ) -> SixTuple:
+    ) -> tuple[Tensor, ...]:
         """The host's six tensors ``[B, S]``; the last two say what GRPO would have clipped.
 
         The entropy term counts the sampled token alone, as the host's does.
