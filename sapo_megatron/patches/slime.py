@@ -53,6 +53,9 @@ HOST = Host(
 
 Reducer = Callable[[Tensor], Tensor]
 
+ready = functools.cache(check)
+"""Checks a host once per process. Raises UserError for one that does not fit."""
+
 
 def policy_loss(
     args: Namespace, batch: dict[str, Any], logits: Tensor, sum_of_sample_mean: Reducer
@@ -205,12 +208,6 @@ def exchanged(module: ModuleType, name: str, ours: Callable[..., Any]) -> Iterat
         yield
     finally:
         setattr(module, name, original)
-
-
-@functools.cache
-def ready(host: Host) -> None:
-    """Check the host, once per process. Raises UserError for one that does not fit."""
-    check(host)
 
 
 @functools.cache

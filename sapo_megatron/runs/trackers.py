@@ -73,9 +73,7 @@ class RunTrackers:
         if config.tensorboard:
             self._start("TensorBoard", lambda: TensorBoardTracker(run_dir, resume_step=resume_step))
         if config.wandb:
-            self._start(
-                "W&B", lambda: WandbTracker(run_dir, config, recipe, resume_step=resume_step)
-            )
+            self._start("W&B", lambda: WandbTracker(run_dir, config, recipe, resume_step))
 
     def log(self, step: int, metrics: Metrics) -> None:
         """Write one step's metrics, already gathered over the ranks; once for each step."""
@@ -173,12 +171,7 @@ class WandbTracker:
     """
 
     def __init__(
-        self,
-        run_dir: Path,
-        config: LoggingConfig,
-        recipe: dict[str, Any],
-        *,
-        resume_step: int | None = None,
+        self, run_dir: Path, config: LoggingConfig, recipe: dict[str, Any], resume_step: int | None
     ) -> None:
         import wandb
 

@@ -6,7 +6,6 @@ A measurement is a function of a ``Setting`` to a ``Result``.
 import dataclasses
 import platform
 import tempfile
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import torch.distributed as dist
 import transformers
 from torch import Tensor
 
+from sapo_megatron.commands.doctor.packages import version
 from sapo_megatron.commands.qualify.models import FAMILIES, VOCABULARY, sequences
 from sapo_megatron.commands.qualify.policies import Dtype, Result, Setting, opened
 from sapo_megatron.objective.logprob import linear_logprobs, vocab_parallel_logprobs
@@ -38,10 +38,7 @@ def machine(setting: Setting) -> Result:
     """Versions, and what is there beside torch."""
     found: Result = {"python": platform.python_version(), "torch": str(torch.__version__)}
     for name in ("megatron-core", "transformer-engine"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "none"
+        found[name] = version(name) or "none"
     found["gradient fusion"] = "Apex's" if find_spec(FUSED_GRADIENTS) else "none"
     found["capability"] = 0.0
     found["device"] = "cpu"
