@@ -103,17 +103,16 @@ def install(algorithm: AlgorithmConfig, *, vocab_parallel_logprobs: bool = False
     check(HOST)
     uninstall()
     sapo = _Sapo(algorithm)
-    replace(HOST, CALCULATE_GRPO_LOSS, lambda host: sapo.calculate_loss)
+    replace(HOST, CALCULATE_GRPO_LOSS, sapo.calculate_loss)
     replace(HOST, PREPARE_TRAJECTORIES, sapo.counting)
-    replace(HOST, PRETRAIN, functools.partial(with_argument, "forward_step_func", sapo.stepping))
+    replace(HOST, PRETRAIN, with_argument("forward_step_func", sapo.stepping))
     replace(HOST, TRAIN_STEP, _finishing)
     if vocab_parallel_logprobs:
         sharded = _ShardedLogprobs()
         replace(HOST, GET_LOGPROBS, sharded.getting)
-        replace(HOST, SELECTIVE_LOG_SOFTMAX, lambda host: sharded.select)
+        replace(HOST, SELECTIVE_LOG_SOFTMAX, sharded.select)
         # The dtype of the log-probs that it collects.
-        in_fp32 = functools.partial(with_argument, "dtype", lambda _: torch.float32)
-        replace(HOST, COMPUTE_LOGPROBS_BATCH, in_fp32)
+        replace(HOST, COMPUTE_LOGPROBS_BATCH, with_argument("dtype", lambda _: torch.float32))
 
 
 def uninstall() -> None:
@@ -147,6 +146,7 @@ class _Sapo:
 
     def calculate_loss(
         self,
+        host: Callable,
         current_logprobs: Tensor,
         old_logprobs: Tensor,
         ref_logprobs: Tensor,
@@ -188,19 +188,14 @@ class _Sapo:
         above, below = r.ratio > 1 + clamp_eps_upper, r.ratio < 1 - clamp_eps_lower
         return policy + kl_beta * kl - entropy_weight * entropy, kl, r.ratio, entropy, above, below
 
-    def counting(self, host: Callable) -> Callable:
+    def counting(self, host: Callable, *args: Any, **kwargs: Any) -> Any:
         """``prepare_trajectories``, called once per collection on every data-parallel rank."""
-
-        @functools.wraps(host)
-        def prepare_trajectories(*args: Any, **kwargs: Any) -> Any:
-            found = host(*args, **kwargs)
-            generated = found[1]
-            self.rows = len(generated)
-            # Nothing predicts a first token.
-            self.sequences = _data_parallel_mean(generated[:, 1:].any(1).sum())
-            return found
-
-        return prepare_trajectories
+        found = host(*args, **kwargs)
+        generated = found[1]
+        self.rows = len(generated)
+        # Nothing predicts a first token.
+        self.sequences = _data_parallel_mean(generated[:, 1:].any(1).sum())
+        return found
 
     def stepping(self, host: Callable) -> Callable:
         """The host script's ``forward_step``, with its loss weighted and measured."""
@@ -249,28 +244,23 @@ class _ShardedLogprobs:
     def __init__(self) -> None:
         self.tp_group: dist.ProcessGroup | None = None
 
-    def getting(self, host: Callable) -> Callable:
+    def getting(self, host: Callable, model: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         """``get_logprobs`` whose forward pass leaves the logits sharded."""
+        from megatron.core.utils import get_attr_wrapped_model
 
-        @functools.wraps(host)
-        def get_logprobs(model: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
-            from megatron.core.utils import get_attr_wrapped_model
+        if getattr(_arguments(), "batch_invariant_mode", False):
+            raise UserError(
+                "--vocab_parallel_logprobs: expected it without --batch-invariant-mode, whose "
+                "log-softmax is of the whole vocabulary, got both; remove one"
+            )
+        self.tp_group = get_attr_wrapped_model(model, "pg_collection").tp
+        hook = model.register_forward_pre_hook(_leave_sharded, with_kwargs=True)
+        try:
+            return host(model, *args, **kwargs)
+        finally:
+            hook.remove()
 
-            if getattr(_arguments(), "batch_invariant_mode", False):
-                raise UserError(
-                    "--vocab_parallel_logprobs: expected it without --batch-invariant-mode, whose "
-                    "log-softmax is of the whole vocabulary, got both; remove one"
-                )
-            self.tp_group = get_attr_wrapped_model(model, "pg_collection").tp
-            hook = model.register_forward_pre_hook(_leave_sharded, with_kwargs=True)
-            try:
-                return host(model, *args, **kwargs)
-            finally:
-                hook.remove()
-
-        return get_logprobs
-
-    def select(self, logits: Tensor, index: Tensor) -> Tensor:
+    def select(self, host: Callable, logits: Tensor, index: Tensor) -> Tensor:
         """In the place of ``selective_log_softmax``: ``logits [B, S, V / tp]`` -> fp32 ``[B, S]``,
         with the padding of the vocabulary in the denominator, as in the host's."""
         return vocab_parallel_logprobs(logits, index, self.tp_group, inplace=False)[0]
@@ -299,21 +289,16 @@ def _report(loss_func: Callable, measured: Measured, output: Tensor) -> tuple:
     return loss, num_tokens, report | {name: p.pair().float() for name, p in parts.items()}
 
 
-def _finishing(host: Callable) -> Callable:
+def _finishing(host: Callable, *args: Any, **kwargs: Any) -> Any:
     """``train_step``, which returns the reduced report first."""
-
-    @functools.wraps(host)
-    def train_step(*args: Any, **kwargs: Any) -> Any:
-        report, *rest = host(*args, **kwargs)
-        if "ratio/log_square" in report:
-            report["ratio/log_var"] = report["ratio/log_square"].new_tensor(log_variance(report))
-            # A mean over no token: no advantage was positive, say.
-            for name in [name for name in report if name.startswith(("ratio/", "sapo/"))]:
-                if report[name].isnan():
-                    del report[name]
-        return (report, *rest)
-
-    return train_step
+    report, *rest = host(*args, **kwargs)
+    if "ratio/log_square" in report:
+        report["ratio/log_var"] = report["ratio/log_square"].new_tensor(log_variance(report))
+        # A mean over no token: no advantage was positive, say.
+        for name in [name for name in report if name.startswith(("ratio/", "sapo/"))]:
+            if report[name].isnan():
+                del report[name]
+    return (report, *rest)
 
 
 def _check_reduction(loss_func: Callable) -> None:

@@ -109,12 +109,12 @@ def find(host: Host, symbol: Symbol) -> Callable[..., Any]:
     )
 
 
-def replace(host: Host, symbol: Symbol, make: Callable[[Callable], Callable]) -> None:
-    """Put ``make(original)`` in the place of ``symbol``, for every later look at it.
+def replace(host: Host, symbol: Symbol, ours: Callable[..., Any]) -> None:
+    """Put ``ours`` in the place of ``symbol``, for every later look at it.
 
-    Twice is as once: the second ``make`` gets the host's own function too. Raises UserError for a
-    symbol that is missing or differs, and where another module holds it by ``from ... import``
-    already, which this cannot reach.
+    It gets the host's own function first, then what the host gives. Twice is as once: the second
+    gets the host's own function too. Raises UserError for a symbol that is missing or differs, and
+    where another module holds it by ``from ... import`` already, which this cannot reach.
     """
     original = find(host, symbol)
     owner, last = _owner(symbol)
@@ -126,8 +126,12 @@ def replace(host: Host, symbol: Symbol, make: Callable[[Callable], Callable]) ->
                     f"{symbol}: expected to replace it before {name} imports it, got {name} "
                     f"imported; patch first"
                 )
-    ours = make(original)
-    setattr(owner, last, ours)
+
+    @functools.wraps(original)
+    def with_original(*args: Any, **kwargs: Any) -> Any:
+        return ours(original, *args, **kwargs)
+
+    setattr(owner, last, with_original)
     _originals[symbol] = original
 
 
@@ -139,17 +143,15 @@ def restore(*symbols: Symbol) -> None:
             setattr(owner, last, _originals.pop(symbol))
 
 
-def with_argument(name: str, make: Callable[[Any], Any], host: Callable[..., Any]) -> Callable:
-    """A host's function, which gets ``make`` of what is given as its argument ``name``."""
-    signature = inspect.signature(host)
+def with_argument(name: str, make: Callable[[Any], Any]) -> Callable[..., Any]:
+    """For :func:`replace`: the host's function gets ``make`` of its argument ``name``."""
 
-    @functools.wraps(host)
-    def with_ours(*args: Any, **kwargs: Any) -> Any:
-        call = signature.bind(*args, **kwargs)
+    def ours(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        call = inspect.signature(original).bind(*args, **kwargs)
         call.arguments[name] = make(call.arguments.get(name))
-        return host(*call.args, **call.kwargs)
+        return original(*call.args, **call.kwargs)
 
-    return with_ours
+    return ours
 
 
 def too_old(host: Host, version: str) -> bool:

@@ -71,8 +71,8 @@ def host(tmp_path, monkeypatch):
         del sys.modules[name]
 
 
-def one_more(original):
-    return lambda x: original(x) + 1
+def one_more(original, x):
+    return original(x) + 1
 
 
 def test_a_replacement_calls_what_it_replaced(host):
@@ -89,7 +89,7 @@ def test_twice_is_once_and_the_later_one_counts(host):
     replace(HOST, DOUBLE, one_more)
     replace(HOST, DOUBLE, one_more)
     assert host.double(3) == 7
-    replace(HOST, DOUBLE, lambda original: lambda x: original(x) - 1)
+    replace(HOST, DOUBLE, lambda original, x: original(x) - 1)
     assert host.double(3) == 5
     restore(DOUBLE)
     restore(DOUBLE)
@@ -97,7 +97,7 @@ def test_twice_is_once_and_the_later_one_counts(host):
 
 
 def test_methods_can_be_replaced(host):
-    replace(HOST, METHOD, lambda original: lambda self, x: 10 * original(self, x))
+    replace(HOST, METHOD, lambda original, self, x: 10 * original(self, x))
     assert host.Adder().add(1) == 20
     restore(METHOD)
     assert host.Adder().add(1) == 2
