@@ -13,7 +13,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sapo_megatron.metrics import Metrics
 from sapo_megatron.objective.bound import bound_metrics
 from sapo_megatron.objective.loss import gate_metrics, ratio_metrics
 from sapo_megatron.objective.ratio import Ratio
@@ -79,26 +78,10 @@ def measure(
     bag = ratio_metrics(r)
     bag.update(gate_metrics(r, temperatures))
     bag.update(bound_metrics(r, temperatures, sequence_ids, lengths, cp_group))
-    return _measured(bag, r.mask.device)
 
-
-def measure_rows(r: Ratio, temperatures: Temperatures) -> Measured:
-    """What sequences give that are whole, one per row: [B, S]."""
-    rows = torch.arange(len(r.mask), device=r.mask.device)
-    sequence_ids = rows.repeat_interleave(r.mask.shape[1])
-    return measure(r.flatten(), temperatures, sequence_ids, r.mask.sum(1))
-
-
-def log_variance(report: Mapping[str, Any]) -> float:
-    """``ratio/log_var``, nats^2, from the reduced ``ratio/log_mean`` and ``ratio/log_square``."""
-    return max(float(report["ratio/log_square"]) - float(report["ratio/log_mean"]) ** 2, 0.0)
-
-
-def _measured(bag: Metrics, device: torch.device) -> Measured:
     def number(name: str, statistic: str) -> Tensor:
-        # Of a context-parallel group the first rank alone has what is per sequence.
         x = getattr(bag[name], statistic) if name in bag else 0.0
-        return torch.as_tensor(x, dtype=torch.float64, device=device)
+        return torch.as_tensor(x, dtype=torch.float64, device=r.mask.device)
 
     names = {*PER_TOKEN, *PER_SEQUENCE, "sapo/gate_pos_mean", "sapo/gate_neg_mean"}
     means = {name: Part(number(name, "total"), number(name, "count")) for name in sorted(names)}
@@ -111,3 +94,15 @@ def _measured(bag: Metrics, device: torch.device) -> Measured:
         ratio_min=number("ratio/min", "smallest"),
         ratio_max=number("ratio/max", "largest"),
     )
+
+
+def measure_rows(r: Ratio, temperatures: Temperatures) -> Measured:
+    """What sequences give that are whole, one per row: [B, S]."""
+    rows = torch.arange(len(r.mask), device=r.mask.device)
+    sequence_ids = rows.repeat_interleave(r.mask.shape[1])
+    return measure(r.flatten(), temperatures, sequence_ids, r.mask.sum(1))
+
+
+def log_variance(report: Mapping[str, Any]) -> float:
+    """``ratio/log_var``, nats^2, from the reduced ``ratio/log_mean`` and ``ratio/log_square``."""
+    return max(float(report["ratio/log_square"]) - float(report["ratio/log_mean"]) ** 2, 0.0)

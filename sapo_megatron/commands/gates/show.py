@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from pydantic_core import to_json
 
-from sapo_megatron.commands.gates.compare import Bucket, BySign, Comparison
+from sapo_megatron.commands.gates.compare import BySign, Comparison
 from sapo_megatron.runs.dump import DumpInfo
 
 Row = Sequence[str]
@@ -96,7 +96,9 @@ def _buckets(comparison: Comparison) -> str:
     for bucket in comparison.buckets:
         weights = (_number(x, ".4f") for x in bucket.weight)
         variance = _number(bucket.log_ratio_var)
-        rows.append((_range(bucket), f"{bucket.tokens:,}", variance, *weights))
+        low, high = f"{bucket.low}", f"{bucket.high}"
+        layers = low if low == high else f"{low} to {high}"
+        rows.append((layers, f"{bucket.tokens:,}", variance, *weights))
     return _table(rows, left=1)
 
 
@@ -120,10 +122,6 @@ def _mini_batches(infos: Sequence[DumpInfo]) -> str:
     steps = sorted({info.step for info in infos})
     span = f"step {steps[0]}" if len(steps) == 1 else f"steps {steps[0]} to {steps[-1]}"
     return f"{len(infos)} mini-batches of {span}"
-
-
-def _range(bucket: Bucket) -> str:
-    return f"{bucket.low}" if bucket.low == bucket.high else f"{bucket.low} to {bucket.high}"
 
 
 def _count(n: int, what: str) -> str:

@@ -32,8 +32,10 @@ def run(setting: Setting, names: list[str], results: Path | None) -> dict[str, A
     """
     found: dict[str, Any] = {}
     for name in names:
+        module, _, function = name.partition(".")
         try:
-            found[name] = _measurement(name)(setting)
+            measured = importlib.import_module(f"sapo_megatron.commands.qualify.{module}")
+            found[name] = getattr(measured, function)(setting)
         except ModuleNotFoundError as error:
             package = (error.name or "").partition(".")[0]
             absent = f"{ABSENT}{package}" if package not in OURS else traceback.format_exc()
@@ -43,11 +45,6 @@ def run(setting: Setting, names: list[str], results: Path | None) -> dict[str, A
         if results:
             torch.save(found, results)
     return found
-
-
-def _measurement(name: str) -> Any:
-    module, _, function = name.partition(".")
-    return getattr(importlib.import_module(f"sapo_megatron.commands.qualify.{module}"), function)
 
 
 def main(folder: Path) -> None:
