@@ -131,7 +131,7 @@ def make_model(
             if name.endswith("e_score_correction_bias"):
                 # Above 0: below it transformers may choose from a group that is ruled out.
                 bias.copy_(0.1 * noise(bias).abs())
-    # transformers 5 has the first rank of a world save alone, but these folders are each rank's own.
+    # transformers 5 has the first rank of a world save alone; these folders are each rank's own.
     model.should_save_on_this_rank = lambda is_main_process: True
     model.to(dtype).save_pretrained(folder, max_shard_size=shard)
     return model
