@@ -21,11 +21,12 @@ import json
 import measure
 import torch
 
-from sapo_megatron.objective.baselines import cispo_token_loss, grpo_token_loss, gspo_token_loss
+from sapo_megatron.objective.baselines import cispo_loss, clipped_loss
 from sapo_megatron.objective.loss import policy_loss
+from sapo_megatron.objective.ratio import Ratio
 from sapo_megatron.objective.reduce import sequence_mean
 from sapo_megatron.objective.sapo import sapo_token_loss
-from sapo_megatron.recipe.schema import AlgorithmConfig
+from sapo_megatron.recipe.schema import CLIP_DEFAULTS, AlgorithmConfig
 from sapo_megatron.sample import Denominators, PackedBatch
 
 QUICK = (2**14, 2**18)
@@ -48,8 +49,12 @@ def plain_sapo(logprob, batch):
     return -torch.sigmoid(tau * (ratio - 1)) * 4 / tau * batch.advantages
 
 
+def ratio(logprob, batch):
+    return Ratio.of(logprob - batch.old_logprob, batch.advantages, batch.mask, logprob)
+
+
 def grpo(logprob, batch):
-    return grpo_token_loss(logprob - batch.old_logprob, batch.advantages, mask=batch.mask)
+    return clipped_loss(ratio(logprob, batch), *CLIP_DEFAULTS["grpo"])
 
 
 def sapo(logprob, batch):
@@ -59,11 +64,12 @@ def sapo(logprob, batch):
 def gspo(logprob, batch):
     log_ratio = logprob - batch.old_logprob
     means = sequence_mean(log_ratio, batch.mask, batch.sequence_ids, batch.lengths)
-    return gspo_token_loss(log_ratio, means[batch.sequence_ids], batch.advantages, mask=batch.mask)
+    r = ratio(logprob, batch).of_sequences(means[batch.sequence_ids])
+    return clipped_loss(r, *CLIP_DEFAULTS["gspo"])
 
 
 def cispo(logprob, batch):
-    return cispo_token_loss(logprob - batch.old_logprob, logprob, batch.advantages, mask=batch.mask)
+    return cispo_loss(ratio(logprob, batch), *CLIP_DEFAULTS["cispo"])
 
 
 def weighed(token_loss, logprob, batch, weights):

@@ -55,13 +55,12 @@ def policy_loss(
     assert batch.old_logprob is not None, "old_logprob is set before the first update"
     assert algorithm.kl_coef == 0 or batch.ref_logprob is not None, "kl_coef needs ref_logprob"
     assert algorithm.entropy_coef == 0 or entropy is not None, "entropy_coef needs entropy"
-    mask = batch.mask
+    mask, whole = batch.mask, (batch.mask, batch.sequence_ids, batch.lengths)
     log_ratio = logprob - batch.old_logprob
     kind = LOSSES[algorithm.loss_type]
     own = r = Ratio.of(log_ratio, batch.advantages, mask, logprob)
     if kind.of_sequences:
-        means = sequence_mean(log_ratio, mask, batch.sequence_ids, batch.lengths, cp_group)
-        own = r.of_sequences(means[batch.sequence_ids])
+        own = r.of_sequences(sequence_mean(log_ratio, *whole, cp_group)[batch.sequence_ids])
 
     token_loss = kind.of_tokens(own, algorithm)
     metrics = Metrics()
@@ -69,43 +68,22 @@ def policy_loss(
         multiplier, metrics = correction_weights(batch, logprob, correction, cp_group)
         if multiplier is not None:
             token_loss = token_loss * multiplier
-    weights = token_weights(
-        mask,
-        batch.sequence_ids,
-        batch.lengths,
-        denominators,
-        algorithm.loss_agg_mode,
-        max_response_length,
-    ).to(token_loss.dtype)
+    weights = token_weights(*whole, denominators, algorithm.loss_agg_mode, max_response_length)
+    weights = weights.to(token_loss.dtype)
     loss = (weights * token_loss).sum()
     metrics.add("actor/pg_loss", Sum(loss.detach()))
-    loss, terms = _with_kl_and_entropy(loss, weights, batch, logprob, entropy, algorithm)
-    metrics.update(terms)
-    metrics.update(ratio_metrics(r))
-    metrics.update(kind.metrics(own, algorithm))
-    return loss, metrics
-
-
-def _with_kl_and_entropy(
-    loss: Tensor,
-    weights: Tensor,
-    batch: PackedBatch,
-    logprob: Tensor,
-    entropy: Tensor | None,
-    algorithm: AlgorithmConfig,
-) -> tuple[Tensor, Metrics]:
-    """``loss`` with the terms that have a coefficient, and the metrics of those that are known."""
-    metrics = Metrics()
     if batch.ref_logprob is not None:
-        kl = kl_penalty(logprob, batch.ref_logprob, algorithm.kl_type, mask=batch.mask)
+        kl = kl_penalty(logprob, batch.ref_logprob, algorithm.kl_type, mask=mask)
         kl_loss = (weights * kl).sum()
         metrics.add("actor/kl_loss", Sum(kl_loss.detach()))
         if algorithm.kl_coef > 0:
             loss = loss + algorithm.kl_coef * kl_loss
     if entropy is not None:
-        metrics.add("actor/entropy", Mean.of(entropy, batch.mask))
+        metrics.add("actor/entropy", Mean.of(entropy, mask))
         if algorithm.entropy_coef > 0:
-            loss = loss - algorithm.entropy_coef * (weights * masked(entropy, batch.mask)).sum()
+            loss = loss - algorithm.entropy_coef * (weights * masked(entropy, mask)).sum()
+    metrics.update(ratio_metrics(r))
+    metrics.update(kind.metrics(own, algorithm))
     return loss, metrics
 
 

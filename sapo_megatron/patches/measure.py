@@ -5,14 +5,14 @@ log r comes as its first two moments, and ``ratio/log_var`` is made of them wher
 finish (:func:`log_variance`).
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sapo_megatron.metrics import Max, Mean, Metrics, Min, Sum, Variance
 from sapo_megatron.objective.bound import bound_metrics
 from sapo_megatron.objective.loss import gate_metrics, ratio_metrics
 from sapo_megatron.objective.ratio import Ratio
@@ -78,7 +78,22 @@ def measure(
     bag = ratio_metrics(r)
     bag.update(gate_metrics(r, temperatures))
     bag.update(bound_metrics(r, temperatures, sequence_ids, lengths, cp_group))
-    return _measured(bag, r.mask.device)
+
+    def number(name: str, statistic: str) -> Tensor:
+        x = getattr(bag[name], statistic) if name in bag else 0.0
+        return torch.as_tensor(x, dtype=torch.float64, device=r.mask.device)
+
+    names = {*PER_TOKEN, *PER_SEQUENCE, "sapo/gate_pos_mean", "sapo/gate_neg_mean"}
+    means = {name: Part(number(name, "total"), number(name, "count")) for name in sorted(names)}
+    count = number("ratio/log_var", "count")
+    means["ratio/log_mean"] = Part(number("ratio/log_var", "total"), count)
+    means["ratio/log_square"] = Part(number("ratio/log_var", "squares"), count)
+    return Measured(
+        means=means,
+        violations=number("sapo/bound_violations", "total"),
+        ratio_min=number("ratio/min", "smallest"),
+        ratio_max=number("ratio/max", "largest"),
+    )
 
 
 def measure_rows(r: Ratio, temperatures: Temperatures) -> Measured:
@@ -88,35 +103,6 @@ def measure_rows(r: Ratio, temperatures: Temperatures) -> Measured:
     return measure(r.flatten(), temperatures, sequence_ids, r.mask.sum(1))
 
 
-def log_variance(mean: float, square: float) -> float:
+def log_variance(report: Mapping[str, Any]) -> float:
     """``ratio/log_var``, nats^2, from the reduced ``ratio/log_mean`` and ``ratio/log_square``."""
-    return max(square - mean**2, 0.0)
-
-
-def _measured(bag: Metrics, device: torch.device) -> Measured:
-    def number(x: float | Tensor) -> Tensor:
-        return torch.as_tensor(x, dtype=torch.float64, device=device)
-
-    log_ratio = bag["ratio/log_var"]
-    assert isinstance(log_ratio, Variance)
-    means = {
-        "ratio/log_mean": Part(number(log_ratio.total), number(log_ratio.count)),
-        "ratio/log_square": Part(number(log_ratio.squares), number(log_ratio.count)),
-    }
-    names = {*PER_TOKEN, *PER_SEQUENCE, "sapo/gate_pos_mean", "sapo/gate_neg_mean"} - means.keys()
-    for name in sorted(names):
-        # Of a context-parallel group the first rank alone has what is per sequence.
-        mean = bag[name] if name in bag else Mean(0.0, 0.0)
-        assert isinstance(mean, Mean)
-        means[name] = Part(number(mean.total), number(mean.count))
-    violations = bag["sapo/bound_violations"] if "sapo/bound_violations" in bag else Sum(0.0)
-    smallest, largest = bag["ratio/min"], bag["ratio/max"]
-    assert isinstance(violations, Sum)
-    assert isinstance(smallest, Min)
-    assert isinstance(largest, Max)
-    return Measured(
-        means=means,
-        violations=number(violations.total),
-        ratio_min=number(smallest.smallest),
-        ratio_max=number(largest.largest),
-    )
+    return max(float(report["ratio/log_square"]) - float(report["ratio/log_mean"]) ** 2, 0.0)

@@ -32,7 +32,7 @@ from sapo_megatron.objective.ratio import Ratio, masked, safe_log_ratio
 from sapo_megatron.objective.reduce import token_weights
 from sapo_megatron.objective.sapo import sapo_loss
 from sapo_megatron.patches.measure import Measured, Part, log_variance, measure
-from sapo_megatron.patches.replace import Host, Symbol, check, find, replace, restore
+from sapo_megatron.patches.replace import Host, Symbol, check, find, replace, restore, with_argument
 from sapo_megatron.recipe.schema import AlgorithmConfig
 from sapo_megatron.sample import Denominators
 
@@ -40,49 +40,39 @@ RL_UTILS = "megatron.rl.rl_utils"
 CALCULATE_GRPO_LOSS = Symbol(
     RL_UTILS,
     "calculate_grpo_loss",
-    (
-        *("current_logprobs", "old_logprobs", "ref_logprobs", "advantages", "clamp_eps_lower"),
-        *("clamp_eps_upper", "kl_beta", "entropy_weight", "inference_logprobs"),
-        *("is_truncation_coef", "seq_starts", "seq_lengths"),
-    ),
+    "current_logprobs, old_logprobs, ref_logprobs, advantages, clamp_eps_lower, clamp_eps_upper, "
+    "kl_beta, entropy_weight, inference_logprobs, is_truncation_coef, seq_starts, seq_lengths",
 )
 PREPARE_TRAJECTORIES = Symbol(
-    RL_UTILS, "prepare_trajectories", ("rows", "tokenizer", "seq_length", "skip_bos_token")
+    RL_UTILS, "prepare_trajectories", "rows, tokenizer, seq_length, skip_bos_token"
 )
 GET_LOGPROBS = Symbol(
     RL_UTILS,
     "get_logprobs",
-    ("model", "tokens", "position_ids", "no_grad", "sequence_packing", "packed_seq_params"),
+    "model, tokens, position_ids, no_grad, sequence_packing, packed_seq_params",
 )
-SELECTIVE_LOG_SOFTMAX = Symbol(RL_UTILS, "selective_log_softmax", ("logits", "index"))
+SELECTIVE_LOG_SOFTMAX = Symbol(RL_UTILS, "selective_log_softmax", "logits, index")
 COMPUTE_LOGPROBS_BATCH = Symbol(
     RL_UTILS,
     "compute_logprobs_batch",
-    (
-        *("model", "data_loader", "forward_backward_func", "packing_context", "trajs_batch_size"),
-        *("seq_length", "logprobs_batch_size", "decoder_seq_length", "dtype", "pp_group"),
-        *("is_correction", "collect_non_loss_data"),
-    ),
+    "model, data_loader, forward_backward_func, packing_context, trajs_batch_size, seq_length, "
+    "logprobs_batch_size, decoder_seq_length, dtype, pp_group, is_correction, "
+    "collect_non_loss_data",
 )
-RUNTIME_STATE = Symbol(RL_UTILS, "get_rl_runtime_state", ())
+RUNTIME_STATE = Symbol(RL_UTILS, "get_rl_runtime_state", "")
 PRETRAIN = Symbol(
     "megatron.training",
     "pretrain",
-    (
-        *("cfg_container", "train_valid_test_dataset_provider", "model_type", "forward_step_func"),
-        *("model_provider", "process_non_loss_data_func", "get_embedding_ranks"),
-        *("get_position_embedding_ranks", "non_loss_data_func", "store"),
-        *("inprocess_call_wrapper", "p2p_communicator", "pg_collection"),
-        "skip_model_parallel_init",
-    ),
+    "cfg_container, train_valid_test_dataset_provider, model_type, forward_step_func, "
+    "model_provider, process_non_loss_data_func, get_embedding_ranks, "
+    "get_position_embedding_ranks, non_loss_data_func, store, inprocess_call_wrapper, "
+    "p2p_communicator, pg_collection, skip_model_parallel_init",
 )
 TRAIN_STEP = Symbol(
     "megatron.training.training",
     "train_step",
-    (
-        *("forward_step_func", "data_iterator", "model", "optimizer", "opt_param_scheduler"),
-        *("config", "forward_backward_func", "iteration", "pg_collection", "p2p_communicator"),
-    ),
+    "forward_step_func, data_iterator, model, optimizer, opt_param_scheduler, config, "
+    "forward_backward_func, iteration, pg_collection, p2p_communicator",
 )
 REPLACED = (CALCULATE_GRPO_LOSS, PREPARE_TRAJECTORIES, PRETRAIN, TRAIN_STEP)
 REPLACED_FOR_LOGPROBS = (GET_LOGPROBS, SELECTIVE_LOG_SOFTMAX, COMPUTE_LOGPROBS_BATCH)
@@ -95,14 +85,12 @@ HOST = Host(
     symbols=(*REPLACED, *REPLACED_FOR_LOGPROBS, RUNTIME_STATE),
 )
 LOSS_FUNC = (
-    *("loss_mask", "kl_term", "ratios", "entropy_term", "truncated_from_above"),
-    *("truncated_from_below", "output_tensor"),
+    "loss_mask, kl_term, ratios, entropy_term, truncated_from_above, truncated_from_below, "
+    "output_tensor"
 )
 """The parameters of the host script's ``loss_func``."""
 
 ONE = Denominators(sequences=1, tokens=1)
-
-SixTuple = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 def install(algorithm: AlgorithmConfig, *, vocab_parallel_logprobs: bool = False) -> None:
@@ -115,21 +103,21 @@ def install(algorithm: AlgorithmConfig, *, vocab_parallel_logprobs: bool = False
     check(HOST)
     uninstall()
     sapo = _Sapo(algorithm)
-    replace(HOST, CALCULATE_GRPO_LOSS, lambda host: sapo.calculate_loss)
+    replace(HOST, CALCULATE_GRPO_LOSS, sapo.calculate_loss)
     replace(HOST, PREPARE_TRAJECTORIES, sapo.counting)
-    replace(HOST, PRETRAIN, sapo.pretraining)
+    replace(HOST, PRETRAIN, with_argument("forward_step_func", sapo.stepping))
     replace(HOST, TRAIN_STEP, _finishing)
     if vocab_parallel_logprobs:
         sharded = _ShardedLogprobs()
         replace(HOST, GET_LOGPROBS, sharded.getting)
-        replace(HOST, SELECTIVE_LOG_SOFTMAX, lambda host: sharded.select)
-        replace(HOST, COMPUTE_LOGPROBS_BATCH, _in_fp32)
+        replace(HOST, SELECTIVE_LOG_SOFTMAX, sharded.select)
+        # The dtype of the log-probs that it collects.
+        replace(HOST, COMPUTE_LOGPROBS_BATCH, with_argument("dtype", lambda _: torch.float32))
 
 
 def uninstall() -> None:
     """Put the host's own functions back."""
-    for symbol in (*REPLACED, *REPLACED_FOR_LOGPROBS):
-        restore(symbol)
+    restore(*REPLACED, *REPLACED_FOR_LOGPROBS)
 
 
 @dataclass(frozen=True)
@@ -158,6 +146,7 @@ class _Sapo:
 
     def calculate_loss(
         self,
+        host: Callable,
         current_logprobs: Tensor,
         old_logprobs: Tensor,
         ref_logprobs: Tensor,
@@ -170,7 +159,7 @@ class _Sapo:
         is_truncation_coef: float | None = None,
         seq_starts: Sequence[int] | None = None,
         seq_lengths: Sequence[int] | None = None,
-    ) -> SixTuple:
+    ) -> tuple[Tensor, ...]:
         """The host's six tensors ``[B, S]``; the last two say what GRPO would have clipped.
 
         The entropy term counts the sampled token alone, as the host's does.
@@ -199,31 +188,14 @@ class _Sapo:
         above, below = r.ratio > 1 + clamp_eps_upper, r.ratio < 1 - clamp_eps_lower
         return policy + kl_beta * kl - entropy_weight * entropy, kl, r.ratio, entropy, above, below
 
-    def counting(self, host: Callable) -> Callable:
+    def counting(self, host: Callable, *args: Any, **kwargs: Any) -> Any:
         """``prepare_trajectories``, called once per collection on every data-parallel rank."""
-
-        @functools.wraps(host)
-        def prepare_trajectories(*args: Any, **kwargs: Any) -> Any:
-            found = host(*args, **kwargs)
-            generated = found[1]
-            self.rows = len(generated)
-            # Nothing predicts a first token.
-            self.sequences = _data_parallel_mean(generated[:, 1:].any(1).sum())
-            return found
-
-        return prepare_trajectories
-
-    def pretraining(self, host: Callable) -> Callable:
-        """``pretrain`` whose ``forward_step`` is ours around the host's."""
-        signature = inspect.signature(host)
-
-        @functools.wraps(host)
-        def pretrain(*args: Any, **kwargs: Any) -> Any:
-            call = signature.bind(*args, **kwargs)
-            call.arguments["forward_step_func"] = self.stepping(call.arguments["forward_step_func"])
-            return host(*call.args, **call.kwargs)
-
-        return pretrain
+        found = host(*args, **kwargs)
+        generated = found[1]
+        self.rows = len(generated)
+        # Nothing predicts a first token.
+        self.sequences = _data_parallel_mean(generated[:, 1:].any(1).sum())
+        return found
 
     def stepping(self, host: Callable) -> Callable:
         """The host script's ``forward_step``, with its loss weighted and measured."""
@@ -272,28 +244,23 @@ class _ShardedLogprobs:
     def __init__(self) -> None:
         self.tp_group: dist.ProcessGroup | None = None
 
-    def getting(self, host: Callable) -> Callable:
+    def getting(self, host: Callable, model: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         """``get_logprobs`` whose forward pass leaves the logits sharded."""
+        from megatron.core.utils import get_attr_wrapped_model
 
-        @functools.wraps(host)
-        def get_logprobs(model: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
-            from megatron.core.utils import get_attr_wrapped_model
+        if getattr(_arguments(), "batch_invariant_mode", False):
+            raise UserError(
+                "--vocab_parallel_logprobs: expected it without --batch-invariant-mode, whose "
+                "log-softmax is of the whole vocabulary, got both; remove one"
+            )
+        self.tp_group = get_attr_wrapped_model(model, "pg_collection").tp
+        hook = model.register_forward_pre_hook(_leave_sharded, with_kwargs=True)
+        try:
+            return host(model, *args, **kwargs)
+        finally:
+            hook.remove()
 
-            if getattr(_arguments(), "batch_invariant_mode", False):
-                raise UserError(
-                    "--vocab_parallel_logprobs: expected it without --batch-invariant-mode, whose "
-                    "log-softmax is of the whole vocabulary, got both; remove one"
-                )
-            self.tp_group = get_attr_wrapped_model(model, "pg_collection").tp
-            hook = model.register_forward_pre_hook(_leave_sharded, with_kwargs=True)
-            try:
-                return host(model, *args, **kwargs)
-            finally:
-                hook.remove()
-
-        return get_logprobs
-
-    def select(self, logits: Tensor, index: Tensor) -> Tensor:
+    def select(self, host: Callable, logits: Tensor, index: Tensor) -> Tensor:
         """In the place of ``selective_log_softmax``: ``logits [B, S, V / tp]`` -> fp32 ``[B, S]``,
         with the padding of the vocabulary in the denominator, as in the host's."""
         return vocab_parallel_logprobs(logits, index, self.tp_group, inplace=False)[0]
@@ -301,19 +268,6 @@ class _ShardedLogprobs:
 
 def _leave_sharded(module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple:
     return args, {**kwargs, "runtime_gather_output": False}
-
-
-def _in_fp32(host: Callable) -> Callable:
-    """``compute_logprobs_batch``, whose ``dtype`` is that of the log-probs it collects."""
-    signature = inspect.signature(host)
-
-    @functools.wraps(host)
-    def compute_logprobs_batch(*args: Any, **kwargs: Any) -> Any:
-        call = signature.bind(*args, **kwargs)
-        call.arguments["dtype"] = torch.float32
-        return host(*call.args, **call.kwargs)
-
-    return compute_logprobs_batch
 
 
 def _in_bin(logprobs: Tensor, starts: Sequence[int], lengths: Sequence[int]) -> Tensor:
@@ -335,34 +289,27 @@ def _report(loss_func: Callable, measured: Measured, output: Tensor) -> tuple:
     return loss, num_tokens, report | {name: p.pair().float() for name, p in parts.items()}
 
 
-def _finishing(host: Callable) -> Callable:
+def _finishing(host: Callable, *args: Any, **kwargs: Any) -> Any:
     """``train_step``, which returns the reduced report first."""
-
-    @functools.wraps(host)
-    def train_step(*args: Any, **kwargs: Any) -> Any:
-        report, *rest = host(*args, **kwargs)
-        if "ratio/log_square" in report:
-            mean, square = report["ratio/log_mean"], report["ratio/log_square"]
-            report["ratio/log_var"] = square.new_tensor(log_variance(float(mean), float(square)))
-            # A mean over no token: no advantage was positive, say.
-            ours = [name for name in report if name.startswith(("ratio/", "sapo/"))]
-            for name in ours:
-                if report[name].isnan():
-                    del report[name]
-        return (report, *rest)
-
-    return train_step
+    report, *rest = host(*args, **kwargs)
+    if "ratio/log_square" in report:
+        report["ratio/log_var"] = report["ratio/log_square"].new_tensor(log_variance(report))
+        # A mean over no token: no advantage was positive, say.
+        for name in [name for name in report if name.startswith(("ratio/", "sapo/"))]:
+            if report[name].isnan():
+                del report[name]
+    return (report, *rest)
 
 
 def _check_reduction(loss_func: Callable) -> None:
     """Raises UserError unless the host reduces a micro-batch as the weights take it to."""
     function, bound = getattr(loss_func, "func", loss_func), getattr(loss_func, "args", ())
-    found = tuple(inspect.signature(function).parameters)
-    if found != LOSS_FUNC or len(bound) != len(LOSS_FUNC) - 1:
+    found = ", ".join(inspect.signature(function).parameters)
+    if found != LOSS_FUNC or len(bound) != LOSS_FUNC.count(","):
         raise UserError(
-            f"loss_func of the script: expected ({', '.join(LOSS_FUNC)}) with all but the last "
-            f"bound, got ({', '.join(found)}) with {len(bound)} bound; take the "
-            f"train_rl.py of Megatron-LM {HOST.verified}"
+            f"loss_func of the script: expected ({LOSS_FUNC}) with all but the last bound, got "
+            f"({found}) with {len(bound)} bound; take the train_rl.py of Megatron-LM "
+            f"{HOST.verified}"
         )
     if _arguments().calculate_per_token_loss:
         raise UserError(

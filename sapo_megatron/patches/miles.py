@@ -28,9 +28,9 @@ HOST = Host(
         Symbol(
             _LOSS,
             "get_local_response_loss_masks",
-            ("total_lengths", "response_lengths", "loss_masks", "qkv_format", "max_seq_lens"),
+            "total_lengths, response_lengths, loss_masks, qkv_format, max_seq_lens",
         ),
-        Symbol(_LOSS, "get_parallel_state", ()),
+        Symbol(_LOSS, "get_parallel_state", ""),
     ),
 )
 

@@ -7,7 +7,6 @@ beyond 88 that is inf in fp32, with a NaN for a gradient. :func:`install`, calle
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable, Iterator
 from operator import attrgetter
 from typing import Any
@@ -23,15 +22,13 @@ from sapo_megatron.patches.replace import Host, Symbol, check, replace, restore
 from sapo_megatron.recipe.schema import Recipe
 from sapo_megatron.sample import Temperatures
 
+_BASE = "swift.megatron.trainers.base"
 LOSS = Symbol(
     "swift.megatron.trainers.grpo_trainer",
     "MegatronGRPOTrainer.loss_func",
-    ("self", "output_tensor", "data"),
+    "self, output_tensor, data",
 )
-LOG = Symbol(
-    "swift.megatron.trainers.base", "BaseMegatronTrainer._log_callback", ("self", "logs", "n_steps")
-)
-
+LOG = Symbol(_BASE, "BaseMegatronTrainer._log_callback", "self, logs, n_steps")
 HOST = Host(
     title="ms-swift",
     distribution="ms-swift",
@@ -41,31 +38,14 @@ HOST = Host(
     symbols=(
         LOSS,
         LOG,
-        Symbol(
-            "swift.megatron.trainers.base",
-            "BaseMegatronTrainer._all_reduce_metric",
-            ("self", "metric", "reduction", "group"),
-        ),
-        Symbol(
-            "swift.megatron.trainers.base",
-            "BaseMegatronTrainer._aggregated_metrics",
-            ("self", "metrics", "total_metrics"),
-        ),
+        Symbol(_BASE, "BaseMegatronTrainer._all_reduce_metric", "self, metric, reduction, group"),
+        Symbol(_BASE, "BaseMegatronTrainer._aggregated_metrics", "self, metrics, total_metrics"),
         Symbol(
             "swift.rl_core.data",
             "GRPOBatch",
-            (
-                "completion_mask",
-                "truncated_mask",
-                "seq_lengths",
-                "old_per_token_logps",
-                "ref_per_token_logps",
-                "rollout_per_token_logps",
-                "teacher_per_token_logps",
-                "advantages",
-                "num_items_in_batch",
-                "logits_to_keep",
-            ),
+            "completion_mask, truncated_mask, seq_lengths, old_per_token_logps, "
+            "ref_per_token_logps, rollout_per_token_logps, teacher_per_token_logps, advantages, "
+            "num_items_in_batch, logits_to_keep",
         ),
     ),
 )
@@ -97,49 +77,43 @@ def install() -> None:
 
 def uninstall() -> None:
     """Put ms-swift's own methods back."""
-    restore(LOSS)
-    restore(LOG)
+    restore(LOSS, LOG)
 
 
-def _safe_loss(original: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(original)
-    def loss_func(self: Any, output_tensor: Tensor, data: dict[str, Any]) -> tuple[Tensor, dict]:
-        if self.loss_type != "sapo":
-            return original(self, output_tensor, data)
-        batch = data["grpo_batch"]
-        mask = batch.completion_mask.bool()
-        logprob = masked(output_tensor, mask)
-        old_logprob = masked(batch.old_per_token_logps, mask)
-        # Not the log-ratio plus old_logprob: where nothing is clamped, not a bit changes.
-        clamped = logprob.clamp(old_logprob - MAX_LOG_RATIO, old_logprob + MAX_LOG_RATIO)
-        safe_batch = dataclasses.replace(batch, old_per_token_logps=old_logprob)
-        loss, report = original(self, clamped, {**data, "grpo_batch": safe_batch})
-        measured = measure_rows(
-            Ratio.of((logprob - old_logprob).detach(), batch.advantages, mask),
-            Temperatures(self.tau_pos, self.tau_neg),
-        )
-        pairs = {name: part.pair() for name, part in measured.means.items()}
-        violations = measured.violations
-        pairs["sapo/bound_violations"] = torch.stack([violations, torch.zeros_like(violations)])
-        # Data-parallel group, ms-swift's default here: all ranks of the last pipeline stage are at
-        # the same micro-batch, and context-parallel ranks hold the same whole sequences.
-        sums = self._all_reduce_metric(pairs, dist.ReduceOp.SUM)
-        # A number per update, of as many micro-batches.
-        sums["sapo/bound_violations"][1] = 1 / self.args.num_microbatches
-        return loss, {**report, **sums}
-
-    return loss_func
+def _safe_loss(
+    original: Callable[..., Any], self: Any, output_tensor: Tensor, data: dict[str, Any]
+) -> tuple[Tensor, dict]:
+    if self.loss_type != "sapo":
+        return original(self, output_tensor, data)
+    batch = data["grpo_batch"]
+    mask = batch.completion_mask.bool()
+    logprob = masked(output_tensor, mask)
+    old_logprob = masked(batch.old_per_token_logps, mask)
+    # Not the log-ratio plus old_logprob: where nothing is clamped, not a bit changes.
+    clamped = logprob.clamp(old_logprob - MAX_LOG_RATIO, old_logprob + MAX_LOG_RATIO)
+    safe_batch = dataclasses.replace(batch, old_per_token_logps=old_logprob)
+    loss, report = original(self, clamped, {**data, "grpo_batch": safe_batch})
+    measured = measure_rows(
+        Ratio.of((logprob - old_logprob).detach(), batch.advantages, mask),
+        Temperatures(self.tau_pos, self.tau_neg),
+    )
+    pairs = {name: part.pair() for name, part in measured.means.items()}
+    violations = measured.violations
+    pairs["sapo/bound_violations"] = torch.stack([violations, torch.zeros_like(violations)])
+    # Data-parallel group, ms-swift's default here: all ranks of the last pipeline stage are at
+    # the same micro-batch, and context-parallel ranks hold the same whole sequences.
+    sums = self._all_reduce_metric(pairs, dist.ReduceOp.SUM)
+    # A number per update, of as many micro-batches.
+    sums["sapo/bound_violations"][1] = 1 / self.args.num_microbatches
+    return loss, {**report, **sums}
 
 
-def _with_variance(original: Callable[..., None]) -> Callable[..., None]:
-    @functools.wraps(original)
-    def log_callback(self: Any, logs: dict[str, Any], n_steps: int) -> None:
-        original(self, logs, n_steps)
-        if "ratio/log_mean" in logs:
-            mean, square = logs["ratio/log_mean"], logs["ratio/log_square"]
-            logs["ratio/log_var"] = log_variance(mean, square)
-
-    return log_callback
+def _with_variance(
+    original: Callable[..., None], self: Any, logs: dict[str, Any], n_steps: int
+) -> None:
+    original(self, logs, n_steps)
+    if "ratio/log_mean" in logs:
+        logs["ratio/log_var"] = log_variance(logs)
 
 
 def flags(recipe: Recipe) -> list[str]:

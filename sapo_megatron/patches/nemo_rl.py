@@ -33,9 +33,9 @@ _LOSS = "nemo_rl.algorithms.loss.loss_functions"
 SETUP = Symbol(
     "nemo_rl.algorithms.grpo",
     "setup",
-    ("master_config", "tokenizer", "dataset", "val_dataset", "processor", "policy_factory"),
+    "master_config, tokenizer, dataset, val_dataset, processor, policy_factory",
 )
-INIT = Symbol(_LOSS, "ClippedPGLossFn.__init__", ("self", "cfg", "use_fused_linear_logprobs"))
+INIT = Symbol(_LOSS, "ClippedPGLossFn.__init__", "self, cfg, use_fused_linear_logprobs")
 HOST = Host(
     title="NeMo-RL",
     distribution="nemo-rl",
@@ -48,7 +48,7 @@ HOST = Host(
         Symbol(
             _LOSS,
             "ClippedPGLossFn.__call__",
-            ("self", "next_token_logprobs", "data", "global_valid_seqs", "global_valid_toks"),
+            "self, next_token_logprobs, data, global_valid_seqs, global_valid_toks",
         ),
     ),
 )
@@ -160,8 +160,7 @@ def install(algorithm: AlgorithmConfig) -> None:
 
 def uninstall() -> None:
     """Put NeMo-RL's own functions back."""
-    restore(SETUP)
-    restore(INIT)
+    restore(SETUP, INIT)
 
 
 def refuse(cfg: Any) -> None:
@@ -175,60 +174,56 @@ def refuse(cfg: Any) -> None:
             )
 
 
-def _with_sapo(setup: Callable[..., tuple], *, algorithm: AlgorithmConfig) -> Callable[..., tuple]:
-    @functools.wraps(setup)
-    def with_sapo(master_config: Any, *args: Any, **kwargs: Any) -> tuple:
-        cfg = master_config.loss_fn
-        SapoLoss(cfg, algorithm=algorithm)  # refuses before anything is started
-        if cfg.token_level_loss:
-            logger.warning(
-                "loss_fn.token_level_loss is on: SAPO's token losses are averaged over tokens, "
-                "the paper's over sequences"
-            )
-        with _building():
-            parts = setup(master_config, *args, **kwargs)
-        clipped = importlib.import_module(_LOSS).ClippedPGLossFn
-        if sum(isinstance(part, clipped) for part in parts) != 1:
-            raise UserError(
-                f"{SETUP}: expected one ClippedPGLossFn in what it returns, got "
-                f"{[type(part).__name__ for part in parts]}; take {HOST.verified}"
-            )
-        ours = []
-        for part in parts:
-            if isinstance(part, clipped):
-                part = SapoLoss(cfg, part.use_fused_linear_logprobs, algorithm=algorithm)
-            elif hasattr(part, "log_metrics"):
-                part.log_metrics = _with_variance(part.log_metrics)
-            ours.append(part)
-        return tuple(ours)
+def _with_sapo(
+    setup: Callable[..., tuple],
+    master_config: Any,
+    *args: Any,
+    algorithm: AlgorithmConfig,
+    **kwargs: Any,
+) -> tuple:
+    cfg = master_config.loss_fn
+    SapoLoss(cfg, algorithm=algorithm)  # refuses before anything is started
+    if cfg.token_level_loss:
+        logger.warning(
+            "loss_fn.token_level_loss is on: SAPO's token losses are averaged over tokens, "
+            "the paper's over sequences"
+        )
+    with _building():
+        parts = setup(master_config, *args, **kwargs)
+    clipped = importlib.import_module(_LOSS).ClippedPGLossFn
+    if sum(isinstance(part, clipped) for part in parts) != 1:
+        raise UserError(
+            f"{SETUP}: expected one ClippedPGLossFn in what it returns, got "
+            f"{[type(part).__name__ for part in parts]}; take {HOST.verified}"
+        )
+    ours = []
+    for part in parts:
+        if isinstance(part, clipped):
+            part = SapoLoss(cfg, part.use_fused_linear_logprobs, algorithm=algorithm)
+        elif hasattr(part, "log_metrics"):
+            part.log_metrics = functools.partial(_with_variance, part.log_metrics)
+        ours.append(part)
+    return tuple(ours)
 
-    return with_sapo
 
-
-def _with_variance(log_metrics: Callable[..., None]) -> Callable[..., None]:
+def _with_variance(
+    log_metrics: Callable[..., None], metrics: dict[str, Any], *args: Any, **kwargs: Any
+) -> None:
     """The host's logger, which gets ``ratio/log_var`` made of the reduced moments."""
-
-    @functools.wraps(log_metrics)
-    def with_variance(metrics: dict[str, Any], *args: Any, **kwargs: Any) -> None:
-        if "ratio/log_square" in metrics:
-            variance = log_variance(metrics["ratio/log_mean"], metrics["ratio/log_square"])
-            metrics = {**metrics, "ratio/log_var": variance}
-        log_metrics(metrics, *args, **kwargs)
-
-    return with_variance
+    if "ratio/log_square" in metrics:
+        metrics = {**metrics, "ratio/log_var": log_variance(metrics)}
+    log_metrics(metrics, *args, **kwargs)
 
 
-def _guarded(init: Callable[..., None]) -> Callable[..., None]:
-    @functools.wraps(init)
-    def guarded(self: Any, cfg: Any, use_fused_linear_logprobs: bool = False) -> None:
-        if not _allowed:
-            raise UserError(
-                f"--loss_type sapo: expected a script that takes its loss from {SETUP}, got one "
-                f"that builds a ClippedPGLossFn; run examples/run_grpo.py or its like"
-            )
-        init(self, cfg, use_fused_linear_logprobs)
-
-    return guarded
+def _guarded(
+    init: Callable[..., None], self: Any, cfg: Any, use_fused_linear_logprobs: bool = False
+) -> None:
+    if not _allowed:
+        raise UserError(
+            f"--loss_type sapo: expected a script that takes its loss from {SETUP}, got one "
+            f"that builds a ClippedPGLossFn; run examples/run_grpo.py or its like"
+        )
+    init(self, cfg, use_fused_linear_logprobs)
 
 
 _allowed: list[None] = []

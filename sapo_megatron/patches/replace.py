@@ -5,6 +5,7 @@ patch was written for, and that each function has the parameters which the patch
 A newer release whose functions still fit is taken, with a warning.
 """
 
+import functools
 import importlib
 import inspect
 import logging
@@ -27,8 +28,8 @@ class Symbol:
 
     module: str
     name: str
-    parameters: tuple[str, ...]
-    """The names of all its parameters, in order."""
+    parameters: str
+    """The names of all its parameters, in order, with commas between."""
 
     def __str__(self) -> str:
         return f"{self.module}.{self.name}"
@@ -79,12 +80,8 @@ def check(host: Host) -> None:
             f"{host.verified}, which this patch was verified against"
         )
     if newer(host, version):
-        logger.warning(
-            "%s %s: the patch was verified against %s; its functions still fit",
-            host.title,
-            version,
-            host.verified,
-        )
+        fits = "%s %s: the patch was verified against %s; its functions still fit"
+        logger.warning(fits, host.title, version, host.verified)
     for symbol in host.symbols:
         find(host, symbol)
 
@@ -103,22 +100,21 @@ def find(host: Host, symbol: Symbol) -> Callable[..., Any]:
             advice = f"install {error.name}, which the host needs for it"
         expected, got = "it", str(error)
     else:
-        found = tuple(inspect.signature(function).parameters)
+        found = ", ".join(inspect.signature(function).parameters)
         if found == symbol.parameters:
             return function
-        expected = f"the parameters ({', '.join(symbol.parameters)})"
-        got = f"({', '.join(found)})"
+        expected, got = f"the parameters ({symbol.parameters})", f"({found})"
     raise UserError(
         f"{symbol}: expected {expected} in {host.title} {host.version()}, got {got}; {advice}"
     )
 
 
-def replace(host: Host, symbol: Symbol, make: Callable[[Callable], Callable]) -> None:
-    """Put ``make(original)`` in the place of ``symbol``, for every later look at it.
+def replace(host: Host, symbol: Symbol, ours: Callable[..., Any]) -> None:
+    """Put ``ours`` in the place of ``symbol``, for every later look at it.
 
-    Twice is as once: the second ``make`` gets the host's own function too. Raises UserError for a
-    symbol that is missing or differs, and where another module holds it by ``from ... import``
-    already, which this cannot reach.
+    It gets the host's own function first, then what the host gives. Twice is as once: the second
+    gets the host's own function too. Raises UserError for a symbol that is missing or differs, and
+    where another module holds it by ``from ... import`` already, which this cannot reach.
     """
     original = find(host, symbol)
     owner, last = _owner(symbol)
@@ -130,16 +126,32 @@ def replace(host: Host, symbol: Symbol, make: Callable[[Callable], Callable]) ->
                     f"{symbol}: expected to replace it before {name} imports it, got {name} "
                     f"imported; patch first"
                 )
-    ours = make(original)
-    setattr(owner, last, ours)
+
+    @functools.wraps(original)
+    def with_original(*args: Any, **kwargs: Any) -> Any:
+        return ours(original, *args, **kwargs)
+
+    setattr(owner, last, with_original)
     _originals[symbol] = original
 
 
-def restore(symbol: Symbol) -> None:
-    """Put the host's own function back; nothing happens where it was not replaced."""
-    if symbol in _originals:
-        owner, last = _owner(symbol)
-        setattr(owner, last, _originals.pop(symbol))
+def restore(*symbols: Symbol) -> None:
+    """Put the host's own functions back; nothing happens where one was not replaced."""
+    for symbol in symbols:
+        if symbol in _originals:
+            owner, last = _owner(symbol)
+            setattr(owner, last, _originals.pop(symbol))
+
+
+def with_argument(name: str, make: Callable[[Any], Any]) -> Callable[..., Any]:
+    """For :func:`replace`: the host's function gets ``make`` of its argument ``name``."""
+
+    def ours(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        call = inspect.signature(original).bind(*args, **kwargs)
+        call.arguments[name] = make(call.arguments.get(name))
+        return original(*call.args, **call.kwargs)
+
+    return ours
 
 
 def too_old(host: Host, version: str) -> bool:

@@ -25,12 +25,7 @@ from torch import Tensor
 
 from sapo_megatron.errors import UserError
 from sapo_megatron.objective.ratio import Ratio
-from sapo_megatron.objective.sapo import (
-    sapo_gate,
-    sapo_loss,
-    sapo_weight,
-    token_temperature,
-)
+from sapo_megatron.objective.sapo import sapo_gate, sapo_loss, sapo_weight, token_temperature
 from sapo_megatron.patches.measure import PER_SEQUENCE, Part, measure
 from sapo_megatron.patches.replace import Host, Symbol, check
 from sapo_megatron.recipe.schema import AlgorithmConfig
@@ -38,8 +33,8 @@ from sapo_megatron.sample import Temperatures
 
 logger = logging.getLogger(__name__)
 
-POLICY_LOSS = ("args", "batch", "logits", "sum_of_sample_mean")
-TOKEN_LOSS = ("ppo_kl", "advantages", "eps_clip", "eps_clip_high", "eps_clip_c")
+POLICY_LOSS = "args, batch, logits, sum_of_sample_mean"
+TOKEN_LOSS = "ppo_kl, advantages, eps_clip, eps_clip_high, eps_clip_c"
 _LOSS = "slime.backends.megatron_utils.loss"
 _CP_UTILS = "slime.backends.megatron_utils.cp_utils"
 
@@ -52,15 +47,14 @@ HOST = Host(
     symbols=(
         Symbol(_LOSS, "policy_loss_function", POLICY_LOSS),
         Symbol(_LOSS, "compute_policy_loss", TOKEN_LOSS),
-        Symbol(
-            _CP_UTILS,
-            "slice_log_prob_with_cp",
-            ("log_prob", "total_length", "response_length"),
-        ),
+        Symbol(_CP_UTILS, "slice_log_prob_with_cp", "log_prob, total_length, response_length"),
     ),
 )
 
 Reducer = Callable[[Tensor], Tensor]
+
+ready = functools.cache(check)
+"""Checks a host once per process. Raises UserError for one that does not fit."""
 
 
 def policy_loss(
@@ -214,12 +208,6 @@ def exchanged(module: ModuleType, name: str, ours: Callable[..., Any]) -> Iterat
         yield
     finally:
         setattr(module, name, original)
-
-
-@functools.cache
-def ready(host: Host) -> None:
-    """Check the host, once per process. Raises UserError for one that does not fit."""
-    check(host)
 
 
 @functools.cache

@@ -27,15 +27,6 @@ LOSS_MODE = "sapo_megatron"
 SEQUENCE_MEAN = "seq-mean-token-mean"
 
 _ALGOS = "verl.trainer.ppo.core_algos"
-_LOSS_PARAMETERS = (
-    "old_log_prob",
-    "log_prob",
-    "advantages",
-    "response_mask",
-    "loss_agg_mode",
-    "config",
-    "rollout_is_weights",
-)
 
 HOST = Host(
     title="verl",
@@ -44,25 +35,21 @@ HOST = Host(
     verified="0.9.1",
     oldest="0.9.0",
     symbols=(
-        Symbol(_ALGOS, "register_policy_loss", ("name",)),
-        Symbol(_ALGOS, "get_policy_loss_fn", ("name",)),
-        Symbol(_ALGOS, "compute_policy_loss_vanilla", _LOSS_PARAMETERS),
+        Symbol(_ALGOS, "register_policy_loss", "name"),
+        Symbol(_ALGOS, "get_policy_loss_fn", "name"),
+        Symbol(
+            _ALGOS,
+            "compute_policy_loss_vanilla",
+            "old_log_prob, log_prob, advantages, response_mask, loss_agg_mode, config, "
+            "rollout_is_weights",
+        ),
         Symbol(
             _ALGOS,
             "agg_loss",
-            (
-                "loss_mat",
-                "loss_mask",
-                "loss_agg_mode",
-                "dp_size",
-                "batch_num_tokens",
-                "global_batch_size",
-                "loss_scale_factor",
-            ),
+            "loss_mat, loss_mask, loss_agg_mode, dp_size, batch_num_tokens, global_batch_size, "
+            "loss_scale_factor",
         ),
-        Symbol(
-            "verl.workers.utils.losses", "ppo_loss", ("config", "model_output", "data", "dp_group")
-        ),
+        Symbol("verl.workers.utils.losses", "ppo_loss", "config, model_output, data, dp_group"),
     ),
 )
 
@@ -155,13 +142,12 @@ def _report(measured: Measured, temperatures: Temperatures) -> dict[str, float]:
         name: total / count if count else at_rest.get(name, 0.0)
         for name, total, count in zip(names, totals, counts, strict=True)
     }
-    mean = report["ratio/log_mean"]
     some = counts[names.index("ratio/mean")] > 0
-    report["ratio/log_var"] = log_variance(mean, report["ratio/log_square"])
+    report["ratio/log_var"] = log_variance(report)
     report["ratio/min"] = smallest if some else 1.0
     report["ratio/max"] = largest if some else 1.0
     report["sapo/bound_violations"] = violations
-    report["actor/ppo_kl"] = -mean
+    report["actor/ppo_kl"] = -report["ratio/log_mean"]
     return report
 
 

@@ -56,7 +56,8 @@ class DumpRows:
     """N tokens, a row each; every tensor is [N], on any device, of any dtype that fits the column.
 
     Example: two tokens of response 57, the second masked: ``DumpRows(sequence=[57, 57],
-    position=[3, 4], old_logprob=[-0.1, 0], logprob=[-0.2, 0], advantage=[1, 1], mask=[T, F])``.
+    position=[3, 4], old_logprob=[-0.1, 0], logprob=[-0.2, 0], advantage=[1, 1], mask=[T, F],
+    layers_changed=[2, 0])``.
     """
 
     sequence: Tensor
@@ -65,8 +66,8 @@ class DumpRows:
     logprob: Tensor
     advantage: Tensor
     mask: Tensor
-    layers_changed: Tensor | None = None
-    """:data:`UNKNOWN` where it is not known; None: nowhere."""
+    layers_changed: Tensor
+    """:data:`UNKNOWN` where it is not known."""
 
     @classmethod
     def of(
@@ -74,8 +75,11 @@ class DumpRows:
     ) -> "DumpRows":
         """The valid tokens of a micro-batch, on the CPU.
 
-        ``logprob`` [T], nats, of the policy that is updated; ``layers_changed`` int [T].
+        ``logprob`` [T], nats, of the policy that is updated; ``layers_changed`` int [T], None where
+        it is not known.
         """
+        if layers_changed is None:
+            layers_changed = torch.full_like(batch.mask, UNKNOWN, dtype=torch.int16)
         assert batch.old_logprob is not None, "old_logprob is set before the first update"
         uids = torch.tensor(batch.sample_uids, device=batch.mask.device)
 
@@ -89,22 +93,14 @@ class DumpRows:
             logprob=valid(logprob),
             advantage=valid(batch.advantages),
             mask=valid(batch.mask),
-            layers_changed=None if layers_changed is None else valid(layers_changed),
+            layers_changed=valid(layers_changed),
         )
 
     @classmethod
     def cat(cls, parts: Iterable["DumpRows"]) -> "DumpRows":
         """The rows of several micro-batches or files, of which there is at least one."""
-        parts = list(parts)
-        rows = cls(**{n: torch.cat([part.column(n) for part in parts]) for n in SCHEMA.names})
-        known = any(part.layers_changed is not None for part in parts)
-        return rows if known else dataclasses.replace(rows, layers_changed=None)
-
-    def column(self, name: str) -> Tensor:
-        """One column, [N]; :data:`UNKNOWN` throughout for ``layers_changed`` of None."""
-        if name == "layers_changed" and self.layers_changed is None:
-            return torch.full_like(self.mask, UNKNOWN, dtype=torch.int16)
-        return getattr(self, name)
+        columns = [vars(part) for part in parts]
+        return cls(**{name: torch.cat([c[name] for c in columns]) for name in SCHEMA.names})
 
 
 @with_config(ConfigDict(extra="forbid", allow_inf_nan=False))
@@ -162,27 +158,18 @@ def write_dump(path: Path, rows: DumpRows, info: DumpInfo) -> None:
     """
     columns = []
     for field in SCHEMA:
-        x = rows.column(field.name)
+        x = vars(rows)[field.name]
         if x.shape != (len(rows.mask),):
-            raise ValueError(
-                f"{field.name}: expected shape [{len(rows.mask)}], got {list(x.shape)}"
-            )
-        values = x.detach().cpu().to(_TORCH[field.type]).numpy()
+            expected, got = [len(rows.mask)], list(x.shape)
+            raise ValueError(f"{field.name}: expected shape {expected}, got {got}")
+        dtype = getattr(torch, str(field.type))  # both call them int64, float, bool
+        values = x.detach().cpu().to(dtype).numpy()
         columns.append(pa.array(values, mask=values < 0 if field.nullable else None))
     metadata = {VERSION_KEY: VERSION, INFO_KEY: json.dumps(dataclasses.asdict(info))}
     table = pa.Table.from_arrays(columns, schema=SCHEMA.with_metadata(metadata))
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(path) as temporary:
         pq.write_table(table, temporary, compression="zstd")
-
-
-_TORCH = {
-    pa.int64(): torch.int64,
-    pa.int32(): torch.int32,
-    pa.int16(): torch.int16,
-    pa.float32(): torch.float32,
-    pa.bool_(): torch.bool,
-}
 
 
 def read_dumps(paths: Sequence[str | Path]) -> Dump:
@@ -288,9 +275,7 @@ def _read(path: Path) -> tuple[DumpRows, DumpInfo]:
                 f"{path}: {name}: expected finite numbers on valid tokens, got "
                 f"{columns[name][row].item()} in row {row}; mask those tokens, or look into the run"
             )
-    rows = DumpRows(**columns)
-    known = (columns["layers_changed"] >= 0).any()
-    return rows if known else dataclasses.replace(rows, layers_changed=None), info
+    return DumpRows(**columns), info
 
 
 def _read_info(path: Path, schema: pa.Schema) -> DumpInfo:

@@ -66,7 +66,7 @@ def open_run(recipe: Recipe, arch: Architecture, resume: str | None) -> RunFolde
     runs = [shared] if explicit else _numbered(shared)
     found = None
     if resume == "auto":
-        found = next((c for c in map(_latest, runs) if c), None)
+        found = next((c for run in runs if (c := latest(run / "checkpoints"))), None)
     elif resume:
         found = _checkpoint_at(Path(resume), "--resume")
     run = RunFolder(path=shared, shared=shared)
@@ -124,16 +124,12 @@ def _reopen(checkpoint: Path, shared: Path, recipe: Recipe, arch: Architecture) 
 def _checkpoint_at(path: Path, option: str) -> Path:
     """The checkpoint that a user's path means: itself, or the newest of a run."""
     whole = (path / "state.json").exists()
-    found = path if whole else _latest(path)
+    found = path if whole else latest(path / "checkpoints")
     if found is None:
         raise UserError(
             f"{option}: expected a run folder with checkpoints, or a checkpoint folder, got {path}"
         )
     return Path(os.path.abspath(found))
-
-
-def _latest(run: Path) -> Path | None:
-    return latest(run / "checkpoints")
 
 
 def _numbered(shared: Path) -> list[Path]:

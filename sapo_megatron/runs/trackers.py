@@ -21,7 +21,6 @@ import uuid
 from collections import deque
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Literal, Protocol, Self
 
 import numpy as np
@@ -74,9 +73,7 @@ class RunTrackers:
         if config.tensorboard:
             self._start("TensorBoard", lambda: TensorBoardTracker(run_dir, resume_step=resume_step))
         if config.wandb:
-            self._start(
-                "W&B", lambda: WandbTracker(run_dir, config, recipe, resume_step=resume_step)
-            )
+            self._start("W&B", lambda: WandbTracker(run_dir, config, recipe, resume_step))
 
     def log(self, step: int, metrics: Metrics) -> None:
         """Write one step's metrics, already gathered over the ranks; once for each step."""
@@ -85,9 +82,8 @@ class RunTrackers:
                 tracker.log(step, metrics)
             except Exception as error:
                 del self._trackers[name]
-                logger.warning(
-                    "%s failed at step %d and is dropped: %s", name, step, with_type(error)
-                )
+                dropped = "%s failed at step %d and is dropped: %s"
+                logger.warning(dropped, name, step, with_type(error))
 
     def close(self, *, failed: bool = False) -> None:
         """Flush and close; ``failed`` marks the run as failed where a tracker can show it."""
@@ -101,21 +97,15 @@ class RunTrackers:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self.close(failed=kind is not None)
 
     def _start(self, name: str, build: Callable[[], Tracker]) -> None:
         try:
             self._trackers[name] = build()
         except Exception as error:
-            logger.warning(
-                "%s did not start, the run goes on without it: %s", name, with_type(error)
-            )
+            without = "%s did not start, the run goes on without it: %s"
+            logger.warning(without, name, with_type(error))
 
 
 class JsonlTracker:
@@ -181,12 +171,7 @@ class WandbTracker:
     """
 
     def __init__(
-        self,
-        run_dir: Path,
-        config: LoggingConfig,
-        recipe: dict[str, Any],
-        *,
-        resume_step: int | None = None,
+        self, run_dir: Path, config: LoggingConfig, recipe: dict[str, Any], resume_step: int | None
     ) -> None:
         import wandb
 

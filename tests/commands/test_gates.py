@@ -16,7 +16,7 @@ from sapo_megatron.commands.gates.gate import Gate, default_gates, parse_gate
 from sapo_megatron.commands.gates.show import as_json, as_text
 from sapo_megatron.errors import UserError
 from sapo_megatron.objective.sapo import sapo_weight
-from sapo_megatron.runs.dump import DumpInfo, DumpRows, read_dumps, write_dump
+from sapo_megatron.runs.dump import UNKNOWN, DumpInfo, DumpRows, read_dumps, write_dump
 from tests.support.tiny import ROOT, cli
 
 INFO = DumpInfo(
@@ -43,7 +43,7 @@ def tokens(ratios, advantages, sequences=None, layers_changed=None):
         logprob=log_ratio,
         advantage=torch.tensor(advantages, dtype=torch.float32),
         mask=torch.ones(n, dtype=torch.bool),
-        layers_changed=None if layers_changed is None else torch.tensor(layers_changed),
+        layers_changed=torch.tensor([UNKNOWN] * n if layers_changed is None else layers_changed),
     )
 
 

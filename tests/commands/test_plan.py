@@ -285,12 +285,12 @@ def test_activations_of_a_dense_model():
 
 def test_activations_of_experts():
     arch = parse_architecture(ARCH)  # hidden 32, 4 experts of 32, 2 of them per token
-    by_name = {k.name: k.numbers for k in layer(arch, 0, parallel()) if k.block == "mlp"}
+    by_name = {k.name: k.numbers for k in layer(arch, 0, parallel()).mlp}
     assert by_name == {
         **{"input": 32, "normed": 32, "router": 16},
         **{"dispatched tokens": 2 * 32, "gate and up": 2 * 64, "activation": 2 * 32},
     }
-    spread = layer(arch, 0, parallel(expert_model_parallel_size=2))
+    spread = layer(arch, 0, parallel(expert_model_parallel_size=2)).mlp
     assert sum(k.numbers for k in spread if k.name == "dispatched tokens") == 1.5 * 2 * 32
 
 

@@ -203,7 +203,8 @@ def test_every_check_that_runs_here_has_a_fault():
 def test_layouts_of_two_ranks(worlds):
     _, two, wrong, one = worlds
     check = BY_NAME["C1 layouts, torch"]
-    assert judged(check, {"torch pair": two, "reference": one})[1] is True
+    text, ok = judged(check, {"torch pair": two, "reference": one})
+    assert ok is True, text
     assert judged(check, {"torch pair": wrong, "reference": one})[1] is False
 
 

@@ -5,12 +5,8 @@ import math
 import pytest
 import torch
 
-from sapo_megatron.objective.baselines import (
-    cispo_token_loss,
-    grpo_token_loss,
-    gspo_token_loss,
-    outside_clip,
-)
+from sapo_megatron.objective.baselines import cispo_loss, clipped_loss, outside_clip
+from sapo_megatron.objective.ratio import Ratio
 from sapo_megatron.objective.reduce import sequence_mean
 
 
@@ -20,6 +16,15 @@ def f64(*values):
 
 def grad_of(loss, x):
     return torch.autograd.grad(loss.sum(), x)[0]
+
+
+def gspo(log_ratio, sequence_log_ratio, advantages, mask=None):
+    r = Ratio.of(log_ratio, advantages, mask).of_sequences(sequence_log_ratio)
+    return clipped_loss(r, 3e-4, 4e-4)
+
+
+def cispo(log_ratio, logprob, advantages, mask=None):
+    return cispo_loss(Ratio.of(log_ratio, advantages, mask, logprob), 1.0, 0.28)
 
 
 @pytest.mark.parametrize(
@@ -35,15 +40,13 @@ def grad_of(loss, x):
 )
 def test_grpo_clip_higher_and_dual_clip(ratio, advantage, objective, slope):
     log_ratio = f64(math.log(ratio)).requires_grad_()
-    loss = grpo_token_loss(
-        log_ratio, f64(advantage), clip_ratio_low=0.2, clip_ratio_high=0.3, clip_ratio_c=3.0
-    )
+    loss = clipped_loss(Ratio.of(log_ratio, f64(advantage)), 0.2, 0.3, 3.0)
     assert loss.item() == pytest.approx(-objective)
     assert grad_of(loss, log_ratio).item() == pytest.approx(-slope)
 
 
 def test_without_dual_clip_the_negative_side_is_unbounded():
-    loss = grpo_token_loss(f64(math.log(4.0)), f64(-2.0))
+    loss = clipped_loss(Ratio.of(f64(math.log(4.0)), f64(-2.0)), 0.2, 0.2)
     assert loss.item() == pytest.approx(8.0)
 
 
@@ -51,7 +54,7 @@ def test_outside_clip_is_where_the_gradient_vanishes():
     torch.manual_seed(0)
     log_ratio = torch.randn(200, dtype=torch.float64, requires_grad=True)
     advantages = torch.randn(200, dtype=torch.float64)
-    loss = grpo_token_loss(log_ratio, advantages, clip_ratio_low=0.2, clip_ratio_high=0.3)
+    loss = clipped_loss(Ratio.of(log_ratio, advantages), 0.2, 0.3)
     outside = outside_clip(log_ratio.detach().exp(), advantages, 0.2, 0.3)
     assert torch.equal(grad_of(loss, log_ratio) == 0, outside)
     assert outside.any()
@@ -65,7 +68,7 @@ def test_gspo_has_the_gradient_of_the_sequence_ratio():
     advantages = f64(2.0, 2.0, 2.0, -1.0, -1.0)
     log_ratio = f64(1e-4, -3e-4, 2e-4, 3e-4, math.nan).requires_grad_()
     mean = sequence_mean(log_ratio, mask, sequence_ids, lengths)
-    loss = gspo_token_loss(log_ratio, mean[sequence_ids], advantages, mask=mask)
+    loss = gspo(log_ratio, mean[sequence_ids], advantages, mask)
     weights = f64(1 / 3, 1 / 3, 1 / 3, 1.0, 0.0)
     got = grad_of(weights * loss, log_ratio)
 
@@ -80,7 +83,7 @@ def test_gspo_has_the_gradient_of_the_sequence_ratio():
 def test_gspo_clips_the_whole_sequence():
     log_ratio = f64(0.01, -0.005).requires_grad_()
     mean = log_ratio.detach().mean().expand(2)
-    loss = gspo_token_loss(log_ratio, mean, f64(1.0, 1.0))
+    loss = gspo(log_ratio, mean, f64(1.0, 1.0))
     assert grad_of(loss, log_ratio).tolist() == [0.0, 0.0]
     assert loss.tolist() == pytest.approx([-1.0004, -1.0004])
 
@@ -88,16 +91,16 @@ def test_gspo_clips_the_whole_sequence():
 def test_cispo_bounds_the_weight_and_keeps_the_gradient():
     log_ratio = f64(math.log(3.0), math.log(0.5)).requires_grad_()
     logprob = f64(-1.0, -2.0).requires_grad_()
-    loss = cispo_token_loss(log_ratio, logprob, f64(2.0, -1.0))
+    loss = cispo(log_ratio, logprob, f64(2.0, -1.0))
     assert loss.tolist() == pytest.approx([1.28 * 2.0 * 1.0, -0.5 * 2.0])
     assert grad_of(loss, logprob).tolist() == pytest.approx([-1.28 * 2.0, 0.5])
-    assert not cispo_token_loss(log_ratio, logprob.detach(), f64(2.0, -1.0)).requires_grad
+    assert not cispo(log_ratio, logprob.detach(), f64(2.0, -1.0)).requires_grad
 
 
 def every_loss(log_ratio, advantages, mask):
-    yield grpo_token_loss(log_ratio, advantages, clip_ratio_c=3.0, mask=mask)
-    yield gspo_token_loss(log_ratio, log_ratio.detach(), advantages, mask=mask)
-    yield cispo_token_loss(log_ratio, log_ratio, advantages, mask=mask)
+    yield clipped_loss(Ratio.of(log_ratio, advantages, mask), 0.2, 0.2, 3.0)
+    yield gspo(log_ratio, log_ratio.detach(), advantages, mask)
+    yield cispo(log_ratio, log_ratio, advantages, mask)
 
 
 @pytest.mark.parametrize("garbage", [math.nan, math.inf, -math.inf, 200.0])

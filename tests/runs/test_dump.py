@@ -32,7 +32,7 @@ INFO = DumpInfo(
 )
 
 
-def rows(n=8, layers_changed=None, **columns):
+def rows(n=8, **columns):
     """Sequences of 4 tokens, all valid."""
     generator = torch.Generator().manual_seed(n)
     held = {
@@ -42,18 +42,13 @@ def rows(n=8, layers_changed=None, **columns):
         "logprob": -torch.rand(n, generator=generator),
         "advantage": torch.randn(n, generator=generator),
         "mask": torch.ones(n, dtype=torch.bool),
-        "layers_changed": layers_changed,
+        "layers_changed": torch.full((n,), UNKNOWN),
     }
     return DumpRows(**held | columns)
 
 
 def take(dumped, where):
-    return DumpRows(
-        **{
-            name: None if x is None else x[where]
-            for name, x in ((f.name, getattr(dumped, f.name)) for f in dataclasses.fields(DumpRows))
-        }
-    )
+    return DumpRows(**{name: x[where] for name, x in vars(dumped).items()})
 
 
 def rewrite(path, change=lambda table: table, metadata=None):
@@ -108,7 +103,7 @@ def test_the_file_is_what_the_format_says(path):
 
 def test_a_dense_model_has_no_layers(path):
     write_dump(path, rows(), INFO)
-    assert read_dumps([path]).rows.layers_changed is None
+    assert read_dumps([path]).rows.layers_changed.tolist() == [UNKNOWN] * 8
 
 
 def test_what_a_file_does_not_know_stays_unknown_beside_one_that_does(path):
@@ -206,7 +201,7 @@ def test_rows_of_a_micro_batch(path):
     assert read.advantage.tolist() == [0.5, 0.5, -1]
     assert read.mask.all()
     assert read.layers_changed.tolist() == [1, 2, 3]
-    assert DumpRows.of(batch, logprob).layers_changed is None
+    assert DumpRows.of(batch, logprob).layers_changed.tolist() == [UNKNOWN] * 3
 
 
 # What is wrong with files

@@ -53,13 +53,8 @@ def read_driver() -> Driver | None:
 
 def gpus(driver: Driver | None) -> Finding:
     if driver is None:
-        return Finding(
-            "gpus",
-            "warn",
-            "none",
-            "Recipes for GPUs will not run here; those for the CPU do, such as "
-            "recipes/tiny-moe-cpu.yaml.",
-        )
+        todo = "Recipes for GPUs will not run here; those for the CPU do, such as "
+        return Finding("gpus", "warn", "none", todo + "recipes/tiny-moe-cpu.yaml.")
     names = sorted({f"{name}, {memory / 1024:.0f} GiB" for name, memory in driver.gpus})
     found = f"{len(driver.gpus)} x {' and '.join(names)}; driver {driver.version}"
     if len(names) > 1:
@@ -76,16 +71,15 @@ def links(driver: Driver | None) -> Finding:
     if not pairs:
         return Finding(name, "warn", "nvidia-smi shows none", "See: nvidia-smi topo --matrix")
     kinds = ", ".join(sorted(set(pairs)))
-    if all(kind.startswith("NV") for kind in pairs):
+    linked = [kind.startswith("NV") for kind in pairs]
+    if all(linked):
         return Finding(name, "ok", f"NVLink between all {len(driver.gpus)} ({kinds})")
-    some = any(kind.startswith("NV") for kind in pairs)
-    return Finding(
-        name,
-        "warn",
-        f"{'NVLink between some only' if some else 'no NVLink'} ({kinds})",
+    todo = (
         "Tensor and expert parallelism are slow across PCIe: keep tensor_model_parallel_size "
-        "within linked GPUs (nvidia-smi topo --matrix), and prefer pipeline parallelism beyond.",
+        "within linked GPUs (nvidia-smi topo --matrix), and prefer pipeline parallelism beyond."
     )
+    found = "NVLink between some only" if any(linked) else "no NVLink"
+    return Finding(name, "warn", f"{found} ({kinds})", todo)
 
 
 def shared_memory(driver: Driver | None) -> Finding:
@@ -145,8 +139,8 @@ def rendezvous() -> Finding:
     except OSError:
         todo = "Add it to /etc/hosts, or set PET_LOCAL_ADDR to this machine's address."
         return Finding(name, "warn", f"the name of this machine, {host}, has no address", todo)
-    if not _is_free(int(text)):
-        todo = f"Set MASTER_PORT to a free one, such as {_any_port()}."
+    if not _free_port(int(text)):
+        todo = f"Set MASTER_PORT to a free one, such as {_free_port(0)}."
         return Finding(name, "warn", f"port {text} is taken", todo)
     found, todo = f"port {text} is free on {host}", ""
     if all(ipaddress.ip_address(address).is_loopback for address in addresses):
@@ -196,17 +190,12 @@ def _file_system(path: Path) -> str:
     return best[2]
 
 
-def _is_free(port: int) -> bool:
+def _free_port(wanted: int) -> int | None:
+    """``wanted``, or None where it is taken; of 0, any that is free."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind(("", port))
+            probe.bind(("", wanted))
         except OSError:
-            return False
-    return True
-
-
-def _any_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("", 0))
+            return None
         return probe.getsockname()[1]

@@ -91,25 +91,19 @@ def torch(module: ModuleType | Exception | None, driver: Driver | None) -> Findi
         return Finding("torch", "ok", found)
     found += f"; the driver runs CUDA up to {driver.cuda}"
     if cuda is None:
-        return Finding(
-            "torch",
-            "fail",
-            found,
-            f"Install a CUDA build for CUDA {driver.cuda} or older (see docs/install.md).",
-        )
+        todo = f"Install a CUDA build for CUDA {driver.cuda} or older (see docs/install.md)."
+        return Finding("torch", "fail", found, todo)
     if module.cuda.is_available():
         return Finding("torch", "ok", found)
     found += "; it reaches no GPU"
     if Version(cuda).major > Version(driver.cuda).major:
         todo = f"Update the driver, or install a build of torch for CUDA {driver.cuda} or older."
         return Finding("torch", "fail", found, todo)
-    return Finding(
-        "torch",
-        "fail",
-        found,
+    todo = (
         "Look at CUDA_VISIBLE_DEVICES and, in a container, at --gpus; `python -c 'import torch; "
-        "torch.cuda.init()'` says why.",
+        "torch.cuda.init()'` says why."
     )
+    return Finding("torch", "fail", found, todo)
 
 
 def nccl(module: ModuleType | Exception | None) -> Finding:

@@ -214,8 +214,6 @@ def _variance(log_ratio: Tensor) -> float:
 
 def _buckets(dump: Dump, log_ratio: Tensor, effects: Sequence[Effect]) -> tuple[Bucket, ...]:
     """0, 1, 2, 3 to 4, 5 to 8, ... layers."""
-    if dump.rows.layers_changed is None:
-        return ()
     changed = dump.rows.layers_changed[dump.rows.mask]
     tops = [0, *(2**i for i in range(16))]
     buckets = []

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from sapo_megatron.errors import UserError
 from sapo_megatron.objective.loss import LOSSES
-from sapo_megatron.objective.ratio import Ratio, safe_log_ratio
+from sapo_megatron.objective.ratio import Ratio
 from sapo_megatron.objective.reduce import sequence_mean
 from sapo_megatron.recipe.schema import CLIP_DEFAULTS, AlgorithmConfig, LossType
 from sapo_megatron.runs.dump import DumpInfo
@@ -54,33 +54,17 @@ class Gate:
     ) -> Tensor:
         """w of each of N valid tokens, whose loss has the gradient ``-w r A`` to its log-prob.
 
-        By autograd through :meth:`token_loss`, whose arguments it takes. NaN where A = 0.
+        By autograd; NaN where A = 0. All are [N] but ``lengths`` [S], the tokens of each whole
+        sequence, into which ``sequence_ids`` points.
         """
         leaf = logprob.detach().clone().requires_grad_()
-        loss = self.token_loss(leaf, old_logprob, advantages, sequence_ids, lengths)
-        (gradient,) = torch.autograd.grad(loss.sum(), leaf)
-        ratio = safe_log_ratio(logprob - old_logprob, None).exp()
-        return torch.where(advantages != 0, gradient / (-ratio * advantages), math.nan)
-
-    def token_loss(
-        self,
-        logprob: Tensor,
-        old_logprob: Tensor,
-        advantages: Tensor,
-        sequence_ids: Tensor,
-        lengths: Tensor,
-    ) -> Tensor:
-        """The loss of each of N valid tokens: [N], differentiable with respect to ``logprob``.
-
-        All are [N] but ``lengths`` [S], the tokens of each whole sequence, into which
-        ``sequence_ids`` points.
-        """
         kind = LOSSES[self.name]
-        r = Ratio.of(logprob - old_logprob, advantages, logprob=logprob)
+        own = r = Ratio.of(leaf - old_logprob, advantages, logprob=leaf)
         if kind.of_sequences:
-            means = sequence_mean(logprob - old_logprob, r.mask, sequence_ids, lengths)
-            r = r.of_sequences(means[sequence_ids])
-        return kind.of_tokens(r, self.algorithm)
+            means = sequence_mean(leaf - old_logprob, r.mask, sequence_ids, lengths)
+            own = r.of_sequences(means[sequence_ids])
+        (gradient,) = torch.autograd.grad(kind.of_tokens(own, self.algorithm).sum(), leaf)
+        return torch.where(advantages != 0, gradient / (-r.ratio.detach() * advantages), math.nan)
 
 
 def parse_gate(text: str) -> Gate:

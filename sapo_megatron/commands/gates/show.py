@@ -1,12 +1,11 @@
 """A comparison in words and numbers: tables for a terminal, JSON for programs."""
 
-import dataclasses
-import json
 import math
 from collections.abc import Sequence
-from typing import Any
 
-from sapo_megatron.commands.gates.compare import Bucket, BySign, Comparison
+from pydantic_core import to_json
+
+from sapo_megatron.commands.gates.compare import BySign, Comparison
 from sapo_megatron.runs.dump import DumpInfo
 
 Row = Sequence[str]
@@ -25,13 +24,8 @@ def as_text(comparison: Comparison) -> str:
 def as_json(comparison: Comparison) -> str:
     """All numbers as JSON; null where there is none."""
     gates = [
-        {
-            "gate": str(effect.gate),
-            "weight": dataclasses.asdict(effect.weight),
-            "mass_kept": dataclasses.asdict(effect.mass_kept),
-            "ess": effect.ess,
-        }
-        for effect in comparison.effects
+        {"gate": str(e.gate), "weight": e.weight, "mass_kept": e.mass_kept, "ess": e.ess}
+        for e in comparison.effects
     ]
     whole = {
         "files": comparison.dump.files,
@@ -41,69 +35,43 @@ def as_json(comparison: Comparison) -> str:
         "objective": comparison.dump.settings.settings,
         "tokens": len(comparison.ratio),
         "sequences": int((comparison.dump.lengths > 0).sum()),
-        "log_ratio_var": dataclasses.asdict(comparison.log_ratio_var),
+        "log_ratio_var": comparison.log_ratio_var,
         "gates": gates,
         "cosine": comparison.cosine.tolist(),
-        "layers_changed": [dataclasses.asdict(bucket) for bucket in comparison.buckets],
-        "suggestion": dataclasses.asdict(comparison.suggestion),
+        "layers_changed": comparison.buckets,
+        "suggestion": comparison.suggestion,
     }
-    return json.dumps(_without_nan(whole), indent=2) + "\n"
-
-
-def _without_nan(value: Any) -> Any:
-    match value:
-        case dict():
-            return {key: _without_nan(inner) for key, inner in value.items()}
-        case list() | tuple():
-            return [_without_nan(inner) for inner in value]
-        case float() if not math.isfinite(value):
-            return None
-        case _:
-            return value
+    return to_json(whole, indent=2, inf_nan_mode="null").decode() + "\n"
 
 
 def _head(comparison: Comparison) -> str:
     dump, advantages = comparison.dump, comparison.advantages
     settings, variance = dump.settings, comparison.log_ratio_var
+    signs = {">": advantages > 0, "<": advantages < 0, "=": advantages == 0}
     shares = [
-        f"{share:.1%} with A {sign} 0"
-        for sign, share in (
-            (">", (advantages > 0).double().mean().item()),
-            ("<", (advantages < 0).double().mean().item()),
-            ("=", (advantages == 0).double().mean().item()),
-        )
-        if share
+        f"{where.double().mean():.1%} with A {sign} 0"
+        for sign, where in signs.items()
+        if where.any()
     ]
     sequences = int((dump.lengths > 0).sum())
     taus = f", tau_pos {settings.tau_pos:g}, tau_neg {settings.tau_neg:g}"
-    rows = [
-        ("dumps", f"{_count(dump.files, 'file')}, {_mini_batches(dump.mini_batches)}"),
-        (
-            "objective",
-            f"{settings.loss_type}{taus if settings.loss_type == 'sapo' else ''}, "
-            f"{settings.loss_agg_mode}",
-        ),
-        (
-            "tokens",
-            f"{_count(len(advantages), 'token')} of {_count(sequences, 'sequence')}: "
-            f"{', '.join(shares)}",
-        ),
-        (
-            "Var[log r]",
-            f"{_number(variance.all)} (A > 0: {_number(variance.pos)}, "
-            f"A < 0: {_number(variance.neg)})",
-        ),
-    ]
-    return "\n".join(f"{name:<12}{value}" for name, value in rows)
+    rows = {
+        "dumps": f"{_count(dump.files, 'file')}, {_mini_batches(dump.mini_batches)}",
+        "objective": f"{settings.loss_type}{taus if settings.loss_type == 'sapo' else ''}, "
+        f"{settings.loss_agg_mode}",
+        "tokens": f"{_count(len(advantages), 'token')} of {_count(sequences, 'sequence')}: "
+        f"{', '.join(shares)}",
+        "Var[log r]": f"{_number(variance.all)} (A > 0: {_number(variance.pos)}, "
+        f"A < 0: {_number(variance.neg)})",
+    }
+    return "\n".join(f"{name:<12}{value}" for name, value in rows.items())
 
 
 def _effects(comparison: Comparison) -> str:
     def by_sign(numbers: BySign, form: str) -> Row:
         return [_number(x, form) for x in (numbers.all, numbers.pos, numbers.neg)]
 
-    rows: list[Row] = [
-        ("", "gate", "w", "A > 0", "A < 0", "mass", "A > 0", "A < 0", "ess"),
-    ]
+    rows: list[Row] = [("", "gate", "w", "A > 0", "A < 0", "mass", "A > 0", "A < 0", "ess")]
     for i, effect in enumerate(comparison.effects, 1):
         numbers = [*by_sign(effect.weight, ".4f"), *by_sign(effect.mass_kept, ".1%")]
         rows.append((f"{i}", f"{effect.gate}", *numbers, _number(effect.ess, ".1%")))
@@ -128,7 +96,9 @@ def _buckets(comparison: Comparison) -> str:
     for bucket in comparison.buckets:
         weights = (_number(x, ".4f") for x in bucket.weight)
         variance = _number(bucket.log_ratio_var)
-        rows.append((_range(bucket), f"{bucket.tokens:,}", variance, *weights))
+        low, high = f"{bucket.low}", f"{bucket.high}"
+        layers = low if low == high else f"{low} to {high}"
+        rows.append((layers, f"{bucket.tokens:,}", variance, *weights))
     return _table(rows, left=1)
 
 
@@ -152,10 +122,6 @@ def _mini_batches(infos: Sequence[DumpInfo]) -> str:
     steps = sorted({info.step for info in infos})
     span = f"step {steps[0]}" if len(steps) == 1 else f"steps {steps[0]} to {steps[-1]}"
     return f"{len(infos)} mini-batches of {span}"
-
-
-def _range(bucket: Bucket) -> str:
-    return f"{bucket.low}" if bucket.low == bucket.high else f"{bucket.low} to {bucket.high}"
 
 
 def _count(n: int, what: str) -> str:

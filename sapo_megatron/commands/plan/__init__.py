@@ -73,7 +73,14 @@ def plan(recipe: Recipe) -> Plan:
     they are. Raises UserError for what training would refuse as well.
     """
     arch = find_architecture(recipe.model.path, recipe.model.architecture)
-    build = _Builder(arch)
+    built: dict[tuple[ParallelConfig, int], list[Stage]] = {}
+
+    def build(recipe: Recipe, world: int) -> list[Stage]:
+        layout = recipe.parallel, world
+        if layout not in built:
+            built[layout] = blueprint.stages(recipe, arch, world)
+        return built[layout]
+
     made = _plan(recipe, arch, build)
     if made.total_gib <= made.gpu.memory_gib:
         return made
@@ -92,20 +99,6 @@ def world_size(recipe: Recipe) -> int:
     if cluster.nodes is None:
         return smallest_world(recipe.parallel)
     return cluster.nodes * cluster.gpus_per_node
-
-
-class _Builder:
-    """The stages of a layout, each built once."""
-
-    def __init__(self, arch: Architecture) -> None:
-        self.arch = arch
-        self._built: dict[tuple[ParallelConfig, int], list[Stage]] = {}
-
-    def __call__(self, recipe: Recipe, world: int) -> list[Stage]:
-        key = recipe.parallel, world
-        if key not in self._built:
-            self._built[key] = blueprint.stages(recipe, self.arch, world)
-        return self._built[key]
 
 
 def _plan(recipe: Recipe, arch: Architecture, build: Callable[[Recipe, int], list[Stage]]) -> Plan:

@@ -9,6 +9,7 @@ per token.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from sapo_megatron.hf.architecture import Architecture, Experts, GroupedQueryAttention
 from sapo_megatron.recipe.schema import ParallelConfig
@@ -18,26 +19,30 @@ IMBALANCE = 1.5
 Assumed."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Kept:
+class Kept(NamedTuple):
     """Numbers per token that one operation keeps."""
 
     name: str
     numbers: float
-    block: str
-    """attention or mlp: what is recomputed, and differentiated, together."""
-    spared_by: frozenset[str] = frozenset()
+    spared_by: str = ""
     """Modules of ``recompute_modules`` under which it is computed again instead."""
 
 
-def layer(arch: Architecture, number: int, parallel: ParallelConfig) -> list[Kept]:
+class Layer(NamedTuple):
+    """What a layer keeps, by block: what is recomputed, and differentiated, together."""
+
+    attention: list[Kept]
+    mlp: list[Kept]
+
+
+def layer(arch: Architecture, number: int, parallel: ParallelConfig) -> Layer:
     """What layer ``number`` (from 0) keeps."""
     attention = _attention(arch, parallel.tensor_model_parallel_size)
     experts = _experts(arch, number)
     if experts is None:
-        return [*attention, *_dense(arch)]
+        return Layer(attention, _dense(arch))
     imbalance = IMBALANCE if parallel.expert_model_parallel_size > 1 else 1.0
-    return [*attention, *_moe(arch, experts, imbalance)]
+    return Layer(attention, _moe(arch, experts, imbalance))
 
 
 def _experts(arch: Architecture, number: int) -> Experts | None:
@@ -47,62 +52,56 @@ def _experts(arch: Architecture, number: int) -> Experts | None:
 
 def _attention(arch: Architecture, tp: int) -> list[Kept]:
     a, hidden = arch.attention, arch.hidden_size
-    kept: list[tuple[str, float, str]] = [("input", hidden, "")]
+    kept = [Kept("input", hidden)]
     if isinstance(a, GroupedQueryAttention):
         queries = a.num_heads * a.head_dim
         # Fewer key heads than ranks: each rank has one of its own.
         keys = max(a.num_kv_heads, tp) * a.head_dim
-        kept += [("normed", hidden, "")]
-        kept += [("q and k before their norms", queries + keys, "")] if a.qk_norm else []
-        kept += [("q, k and v", queries + 2 * keys, ""), ("output", queries, "")]
+        kept += [Kept("normed", hidden)]
+        kept += [Kept("q and k before their norms", queries + keys)] if a.qk_norm else []
+        kept += [Kept("q, k and v", queries + 2 * keys), Kept("output", queries)]
     else:
         queries = a.num_heads * (a.qk_nope_head_dim + a.qk_rope_head_dim)
         values = a.num_heads * a.v_head_dim
         latent = 2 * a.kv_lora_rank + a.qk_rope_head_dim + 2 * (a.q_lora_rank or 0)
         kept += [
-            ("normed", hidden, "layernorm"),
-            ("latents, before and after their norms", latent, ""),
-            ("q, k and v", 2 * queries + values, "mla_up_proj"),
-            ("output", values, ""),
+            Kept("normed", hidden, "layernorm"),
+            Kept("latents, before and after their norms", latent),
+            Kept("q, k and v", 2 * queries + values, "mla_up_proj"),
+            Kept("output", values),
         ]
-    return _kept("attention", kept)
+    return kept
 
 
 def _dense(arch: Architecture) -> list[Kept]:
     inner = arch.ffn_hidden_size
-    return _kept(
-        "mlp",
-        [
-            ("input", arch.hidden_size, ""),
-            ("normed", arch.hidden_size, "mlp"),
-            ("gate and up", 2 * inner, "mlp"),
-            ("activation", inner, "mlp"),
-        ],
-    )
+    return [
+        Kept("input", arch.hidden_size),
+        Kept("normed", arch.hidden_size, "mlp"),
+        Kept("gate and up", 2 * inner, "mlp"),
+        Kept("activation", inner, "mlp"),
+    ]
 
 
 def _moe(arch: Architecture, experts: Experts, imbalance: float) -> list[Kept]:
     copies = experts.topk * imbalance
     inner, shared = experts.hidden_size, experts.shared_hidden_size
     kept = [
-        ("input", arch.hidden_size, ""),
-        ("normed", arch.hidden_size, "layernorm"),
+        Kept("input", arch.hidden_size),
+        Kept("normed", arch.hidden_size, "layernorm"),
         # fp32 logits and probabilities, in numbers of two bytes.
-        ("router", 4 * experts.number, "moe"),
-        ("dispatched tokens", copies * arch.hidden_size, "moe"),
-        ("gate and up", copies * 2 * inner, "moe"),
-        ("activation", copies * inner, "moe moe_act"),
+        Kept("router", 4 * experts.number, "moe"),
+        Kept("dispatched tokens", copies * arch.hidden_size, "moe"),
+        Kept("gate and up", copies * 2 * inner, "moe"),
+        Kept("activation", copies * inner, "moe moe_act"),
     ]
     if shared:
-        kept.append(("shared experts", 3 * shared, "moe shared_experts"))
-    return _kept("mlp", kept)
+        kept.append(Kept("shared experts", 3 * shared, "moe shared_experts"))
+    return kept
 
 
-def _kept(block: str, rows: list[tuple[str, float, str]]) -> list[Kept]:
-    return [
-        Kept(name=name, numbers=numbers, block=block, spared_by=frozenset(modules.split()))
-        for name, numbers, modules in rows
-    ]
+def _sum(kept: list[Kept]) -> float:
+    return sum(k.numbers for k in kept)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,9 +118,9 @@ def chunk(
     arch: Architecture, layers: tuple[int, ...], parallel: ParallelConfig
 ) -> ChunkActivations:
     """Activations of a virtual stage's ``layers`` under the recipe's recomputation."""
-    rows = [layer(arch, number, parallel) for number in layers]
-    whole = [sum(k.numbers for k in kept) for kept in rows]
-    gradients = max((_largest_block(kept) for kept in rows), default=0.0)
+    kept = [layer(arch, number, parallel) for number in layers]
+    whole = [_sum(attention + mlp) for attention, mlp in kept]
+    gradients = max((_sum(block) for blocks in kept for block in blocks), default=0.0)
     if parallel.recompute_granularity == "full":
         n = min(parallel.recompute_num_layers or 1, len(layers))
         if parallel.recompute_method == "uniform":
@@ -132,18 +131,13 @@ def chunk(
             stored = n * arch.hidden_size + sum(whole[n:])
             again = max(whole[:n], default=0.0)
         return ChunkActivations(stored=stored, working=again + gradients)
-    spared: list[float] = [0.0] * len(rows)
+    modules: set[str] = set()
     if parallel.recompute_granularity == "selective":
         modules = set(parallel.recompute_modules or ())
-        spared = [sum(k.numbers for k in kept if k.spared_by & modules) for kept in rows]
+    spared = [_sum([k for k in a + m if modules & set(k.spared_by.split())]) for a, m in kept]
     return ChunkActivations(
         stored=sum(whole) - sum(spared), working=max(spared, default=0.0) + gradients
     )
-
-
-def _largest_block(kept: list[Kept]) -> float:
-    blocks = {k.block for k in kept}
-    return max(sum(k.numbers for k in kept if k.block == block) for block in blocks)
 
 
 def forward_block(arch: Architecture, number: int, parallel: ParallelConfig) -> float:
@@ -153,8 +147,6 @@ def forward_block(arch: Architecture, number: int, parallel: ParallelConfig) -> 
     not.
     """
     tp = parallel.tensor_model_parallel_size
-    kept = layer(arch, number, parallel)
-    attention = sum(k.numbers for k in kept if k.block == "attention") / tp
-    mlp = sum(k.numbers for k in kept if k.block == "mlp")
+    attention, mlp = map(_sum, layer(arch, number, parallel))
     routed = _experts(arch, number) is not None
-    return 2 * arch.hidden_size + max(attention, mlp if routed else mlp / tp)
+    return 2 * arch.hidden_size + max(attention / tp, mlp if routed else mlp / tp)

@@ -29,7 +29,8 @@ class Suggestion:
     @property
     def words(self) -> str:
         """The settings as they stand on a command line."""
-        return " ".join(f"{key}={_yaml(value)}" for key, value in self.settings.items())
+        yaml = {key: "null" if v is None else v for key, v in self.settings.items()}
+        return " ".join(f"{key}={value}" for key, value in yaml.items())
 
 
 def suggestions(
@@ -50,7 +51,8 @@ def suggestions(
 
     limit = ROOM * memory_gib
     kinds = sorted(_kinds(recipe), key=lambda kind: largest not in kind[0])
-    ladders = [steps for _, steps in kinds if steps]
+    others = [[step for step in steps if changed(recipe, step) != recipe] for _, steps in kinds]
+    ladders = [steps for steps in others if steps]
     found = list(itertools.islice(_few(ladders, total, limit), WANTED))
     if not found:
         here = [steps for steps in ladders if "cluster.nodes" not in steps[0]]
@@ -111,20 +113,17 @@ def changed(recipe: Recipe, settings: Settings) -> Recipe:
 
 def _kinds(recipe: Recipe) -> list[tuple[tuple[str, ...], list[Settings]]]:
     """(parts it makes smaller, steps from the smallest change on) of each kind of change."""
-    model = ("weights", "gradients")
+    model, nodes = ("weights", "gradients"), recipe.cluster.nodes
     return [
         (("optimizer",), _offload(recipe)),
         (("activations",), _recompute(recipe)),
         (("activations", "logprobs"), _micro_batch(recipe)),
-        (("logprobs",), _fused(recipe)),
+        (("logprobs",), [{"train.logprob": "fused"}]),
         (("kv_cache", "generation"), _generation(recipe)),
-        (model, _doubled(recipe, "parallel.expert_model_parallel_size")),
-        ((*model, "kv_cache"), _doubled(recipe, "parallel.pipeline_model_parallel_size")),
-        (
-            (*model, "activations", "logprobs"),
-            _doubled(recipe, "parallel.tensor_model_parallel_size"),
-        ),
-        (("batches", "optimizer"), _nodes(recipe)),
+        (model, _doubled(recipe, "expert_model_parallel_size")),
+        ((*model, "kv_cache"), _doubled(recipe, "pipeline_model_parallel_size")),
+        ((*model, "activations", "logprobs"), _doubled(recipe, "tensor_model_parallel_size")),
+        (("batches", "optimizer"), [{"cluster.nodes": nodes * n} for n in (2, 4) if nodes]),
     ]
 
 
@@ -134,18 +133,13 @@ def _offload(recipe: Recipe) -> list[Settings]:
 
 
 def _recompute(recipe: Recipe) -> list[Settings]:
-    p = recipe.parallel
-    if p.recompute_granularity == "full" and (p.recompute_method, p.recompute_num_layers) == (
-        "uniform",
-        1,
-    ):
-        return []
     full: Settings = {
         "parallel.recompute_granularity": "full",
         "parallel.recompute_method": "uniform",
         "parallel.recompute_num_layers": 1,
     }
-    return [full | ({"parallel.recompute_modules": None} if p.recompute_modules else {})]
+    modules = recipe.parallel.recompute_modules
+    return [full | ({"parallel.recompute_modules": None} if modules else {})]
 
 
 def _micro_batch(recipe: Recipe) -> list[Settings]:
@@ -153,10 +147,6 @@ def _micro_batch(recipe: Recipe) -> list[Settings]:
     longest = recipe.rollout.max_prompt_length + recipe.rollout.max_response_length
     least = -(-longest // (2 * cp)) * 2
     return [{"train.max_tokens_per_gpu": least}] if least < recipe.train.max_tokens_per_gpu else []
-
-
-def _fused(recipe: Recipe) -> list[Settings]:
-    return [{"train.logprob": "fused"}] if recipe.train.logprob != "fused" else []
 
 
 def _generation(recipe: Recipe) -> list[Settings]:
@@ -167,15 +157,6 @@ def _generation(recipe: Recipe) -> list[Settings]:
     return sizes
 
 
-def _doubled(recipe: Recipe, key: str) -> list[Settings]:
-    now = vars(recipe.parallel)[key.split(".")[1]]
-    return [{key: now * factor} for factor in (2, 4, 8)]
-
-
-def _nodes(recipe: Recipe) -> list[Settings]:
-    nodes = recipe.cluster.nodes
-    return [{"cluster.nodes": nodes * factor} for factor in (2, 4)] if nodes else []
-
-
-def _yaml(value: Any) -> str:
-    return "null" if value is None else str(value)
+def _doubled(recipe: Recipe, size: str) -> list[Settings]:
+    now = vars(recipe.parallel)[size]
+    return [{f"parallel.{size}": now * factor} for factor in (2, 4, 8)]

@@ -97,7 +97,7 @@ def memory(
         * batches.longest
         * stage.cached_per_token
         * BYTES[dtype],
-        generation=_generation(recipe, arch, layout, stage, batches, last=last),
+        generation=_generation(recipe, arch, stage, batches, last=last),
     )
 
 
@@ -162,13 +162,7 @@ def route_bytes(
 
 
 def _generation(
-    recipe: Recipe,
-    arch: Architecture,
-    layout: Layout,
-    stage: Stage,
-    batches: Batches,
-    *,
-    last: bool,
+    recipe: Recipe, arch: Architecture, stage: Stage, batches: Batches, *, last: bool
 ) -> float:
     """Bytes of prefill, sampling or gathered routes, whichever takes most."""
     dtype, rows = BYTES[recipe.model.params_dtype], batches.generated_at_once

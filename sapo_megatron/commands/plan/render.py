@@ -54,12 +54,8 @@ def as_json(plan: Plan) -> dict[str, Any]:
             "tokens": step.tokens,
             "micro_batches": plan.batches.micro_batches,
             "bubble": round(_bubble(plan), 4),
-            "flops": {
-                "rollout": step.rollout_flops,
-                "logprob": step.logprob_flops,
-                "update": step.update_flops,
-            },
-            "seconds_at_peak": _seconds(plan, step.flops),
+            "flops": step.flops,
+            "seconds_at_peak": _seconds(plan, sum(step.flops.values())),
             "gib_sent": {name: round(size / GIB, 2) for name, size in step.bytes_sent.items()},
         },
         "suggestions": [
@@ -144,19 +140,15 @@ def _step_table(plan: Plan) -> str:
     waits = f"; pipeline bubble {_bubble(plan):.0%}" if plan.layout.pp > 1 else ""
     idle = plan.layout.dp - batches.mini_batch
     waits += f"; {idle} of {plan.layout.dp} data-parallel ranks get none" if idle > 0 else ""
-    passes = {
-        "rollout": step.rollout_flops,
-        "old log-probs": step.logprob_flops,
-        "update": step.update_flops,
-    }
+    labels = {"rollout": "rollout", "logprob": "old log-probs", "update": "update"}
     rows = {
         "sequences": f"{batches.sequences} of {batches.longest} tokens, {_short(step.tokens)} "
         f"tokens in all",
         "updates": f"{train.num_mini_batches} of {batches.mini_batch} sequences, "
         f"{batches.micro_batches} micro-batches per rank{waits}",
         **{
-            name: f"{_short(flops)}FLOP, {_seconds(plan, flops):.3g} s at the GPUs' peak"
-            for name, flops in passes.items()
+            labels[name]: f"{_short(flops)}FLOP, {_seconds(plan, flops):.3g} s at the GPUs' peak"
+            for name, flops in step.flops.items()
         },
         "GiB sent per GPU": f"{sent or 'nothing'} (log-probs and updates)",
     }

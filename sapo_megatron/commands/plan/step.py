@@ -34,15 +34,10 @@ class Step:
     """One step (rollout, old log-probs, updates) where every sequence is of the greatest length."""
 
     tokens: int
-    rollout_flops: float
-    logprob_flops: float
-    update_flops: float
+    flops: dict[str, float]
+    """Of ``rollout``, ``logprob`` and ``update``."""
     bytes_sent: dict[str, float]
     """By group, what the busiest GPU sends in log-prob and update passes, not in generation."""
-
-    @property
-    def flops(self) -> float:
-        return self.rollout_flops + self.logprob_flops + self.update_flops
 
 
 def step(recipe: Recipe, arch: Architecture, layout: Layout, stages: list[Stage]) -> Step:
@@ -53,9 +48,7 @@ def step(recipe: Recipe, arch: Architecture, layout: Layout, stages: list[Stage]
     again = 1 if recipe.parallel.recompute_granularity == "full" else 0
     return Step(
         tokens=batches.tokens,
-        rollout_flops=forward,
-        logprob_flops=models * forward,
-        update_flops=(3 + again) * forward,
+        flops={"rollout": forward, "logprob": models * forward, "update": (3 + again) * forward},
         bytes_sent=_bytes_sent(recipe, arch, layout, stages, batches),
     )
 

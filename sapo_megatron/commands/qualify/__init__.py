@@ -94,16 +94,9 @@ def qualify(section: str | None, machine: Machine) -> list[Outcome]:
     outcomes = []
     for check in checks:
         reason = reasons[check.name]
-        verdict = (NOT_RUN + reason, None) if reason else judged(check, found)
-        outcomes.append(
-            Outcome(
-                check=check.name,
-                section=check.section,
-                expected=check.expected,
-                got=verdict[0],
-                ok=verdict[1],
-            )
-        )
+        got, ok = (NOT_RUN + reason, None) if reason else judged(check, found)
+        name, section, expected = check.name, check.section, check.expected
+        outcomes.append(Outcome(check=name, section=section, expected=expected, got=got, ok=ok))
     return outcomes
 
 

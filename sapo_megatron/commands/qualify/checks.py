@@ -76,11 +76,10 @@ def _sampled(got: Result, reference: Result) -> Verdict:
     return _equal(got, {k: v for k, v in reference.items() if k not in logprobs})
 
 
-def _node(got: Result, reference: Result) -> Verdict:
-    """Shares of 2e-6 for values, which are fp32 arithmetic on exact logits also in bf16, and for
-    gradients of 1e-5, in bf16 1e-2."""
+def _of_node(limits: dict[str, tuple[float, float]], got: Result, reference: Result) -> Verdict:
+    """``limits``, by dtype: what values and gradients may be apart; what is found, as shares."""
     found = {}
-    for dtype, values, gradient in (("float32", 2e-6, 1e-5), ("bfloat16", 2e-6, 1e-2)):
+    for dtype, (values, gradient) in limits.items():
         for name, limit in (("values", values), ("gradient", gradient)):
             key = f"{dtype} {name}"
             found[key] = _distance(got[key], reference[key]) / limit
@@ -88,14 +87,10 @@ def _node(got: Result, reference: Result) -> Verdict:
     return _below(1.0, found)
 
 
-def _fused(got: Result, reference: Result) -> Verdict:
-    """As :func:`_node`; in bf16 the logits are rounded by the product that makes them."""
-    found = {}
-    for dtype, limit in (("float32", 1e-5), ("bfloat16", 1e-2)):
-        for name in ("values", "gradient"):
-            key = f"{dtype} {name}"
-            found[key] = _distance(got[key], reference[key]) / limit
-    return _below(1.0, found)
+# The values of a node are fp32 arithmetic on exact logits, also in bf16; of the fused one the
+# product that makes the logits rounds them.
+_node = functools.partial(_of_node, {"float32": (2e-6, 1e-5), "bfloat16": (2e-6, 1e-2)})
+_fused = functools.partial(_of_node, {"float32": (1e-5, 1e-5), "bfloat16": (1e-2, 1e-2)})
 
 
 def _exact_families(got: Result, reference: Result) -> Verdict:
@@ -177,16 +172,12 @@ def _waits(got: Result, reference: Result) -> Verdict:
     return f"{got['waits']} of {got['at most']}", got["waits"] <= got["at most"]
 
 
-def _apart(got: Result, reference: Result) -> Verdict:
-    return _below(1e-6, got)
+def _within(limit: float) -> Judge:
+    """Every number that was found is at most ``limit``."""
+    return lambda got, reference: _below(limit, got)
 
 
-def _each(got: Result, reference: Result) -> Verdict:
-    return _below(1e-4, got)
-
-
-def _ulp(got: Result, reference: Result) -> Verdict:
-    return _below(1.0, got)
+_each = _within(1e-4)
 
 
 def _told(got: Result, reference: Result) -> Verdict:
@@ -204,7 +195,7 @@ def _same(where: Where, prefix: str) -> list[Check]:
         ("2 families, bf16", families, bf16, near, families),
         ("3 neighbours in a row", "measure.neighbours", _neighbours, "own bits kept", ""),
         ("4 replayed experts", "measure.replay", _replayed, "<= 1e-5; others differ", ""),
-        ("5 recomputed layers", "measure.recompute", _apart, "gradients <= 1e-6 apart", ""),
+        ("5 recomputed layers", "measure.recompute", _within(1e-6), "gradients <= 1e-6 apart", ""),
         ("6 whole runs", "whole_run.whole_runs", runs, "<= 1 of its limits", ""),
         ("7 resume", "measure.resume", _resumed, "the same weights", ""),
         ("8 host waits", "gpu.waits", _waits, "25 a layer and 9, a micro-batch", ""),
@@ -216,6 +207,11 @@ def _same(where: Where, prefix: str) -> list[Check]:
 def _alone(name: str, measurement: str, judge: Judge, expected: str) -> Check:
     """A check of torch's layers against the same measurement of the reference."""
     return Check(name, "torch", measurement, judge, expected, measurement)
+
+
+def _two_ranks(name: str, where: Where, dtype: str, expected: str) -> Check:
+    judge = functools.partial(_layouts, dtype)
+    return Check(name, where, "measure.layouts", judge, expected, "measure.one_rank")
 
 
 CHECKS: tuple[Check, ...] = (
@@ -233,21 +229,7 @@ CHECKS: tuple[Check, ...] = (
     Check(
         "B10 resume, Adam on the host", "te", "measure.resume_offloaded", _resumed, "same weights"
     ),
-    Check("B11 Adam on the host", "te", "measure.offloaded", _ulp, "<= 1 ulp of bf16"),
-    Check(
-        "C1 layouts, torch",
-        "torch pair",
-        "measure.layouts",
-        functools.partial(_layouts, "float32"),
-        "<= 1e-4 from one rank",
-        "measure.one_rank",
-    ),
-    Check(
-        "C2 layouts, Transformer Engine",
-        "te pair",
-        "measure.layouts",
-        functools.partial(_layouts, "bfloat16"),
-        "as B2, from one rank",
-        "measure.one_rank",
-    ),
+    Check("B11 Adam on the host", "te", "measure.offloaded", _within(1.0), "<= 1 ulp of bf16"),
+    _two_ranks("C1 layouts, torch", "torch pair", "float32", "<= 1e-4 from one rank"),
+    _two_ranks("C2 layouts, Transformer Engine", "te pair", "bfloat16", "as B2, from one rank"),
 )

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from sapo_megatron.commands.plan.memory import BYTES, GRADIENT_BYTES, OPTIMIZER_BYTES
 from sapo_megatron.commands.qualify.models import make_model
@@ -118,20 +119,16 @@ def logprob_speed(setting: Setting) -> Result:
     """Milliseconds of log-probs and entropies there and back, 20480 x 37984 in bf16."""
     targets = torch.zeros(20480, dtype=torch.long, device="cuda")
 
-    def once() -> None:
-        x = torch.randn(20480, 37984, device="cuda", dtype=torch.bfloat16).requires_grad_()
-        torch.cuda.synchronize()
-        began = time.perf_counter()
+    def both_ways(x: Tensor) -> None:
         logprob, entropy = vocab_parallel_logprobs(x, targets, with_entropy=True)
         assert entropy is not None
         (logprob.sum() + entropy.sum()).backward()
-        torch.cuda.synchronize()
-        found.append(1e3 * (time.perf_counter() - began))
 
-    found: list[float] = []
-    for _ in range(4):
-        once()
-    return {"ms": min(found)}
+    def once() -> float:
+        x = torch.randn(20480, 37984, device="cuda", dtype=torch.bfloat16).requires_grad_()
+        return 1e3 * _seconds(lambda: both_ways(x))
+
+    return {"ms": min(once() for _ in range(4))}
 
 
 def host_adam(setting: Setting) -> Result:

@@ -3,9 +3,9 @@
 A measurement is a function of a ``Setting`` to a ``Result``.
 """
 
+import dataclasses
 import platform
 import tempfile
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -14,6 +14,7 @@ import torch.distributed as dist
 import transformers
 from torch import Tensor
 
+from sapo_megatron.commands.doctor.packages import version
 from sapo_megatron.commands.qualify.models import FAMILIES, VOCABULARY, sequences
 from sapo_megatron.commands.qualify.policies import Dtype, Result, Setting, opened
 from sapo_megatron.objective.logprob import linear_logprobs, vocab_parallel_logprobs
@@ -22,7 +23,6 @@ from sapo_megatron.policy.decode import MegatronDecoder
 from sapo_megatron.policy.spec import FUSED_GRADIENTS
 from sapo_megatron.rollout.generate import Request, SamplingParams, generate, sample, uniform
 from sapo_megatron.runs.state import RunState
-from sapo_megatron.sample import Sample
 
 DTYPES: tuple[Dtype, ...] = ("float32", "bfloat16")
 MOE = "qwen3-moe"
@@ -38,10 +38,7 @@ def machine(setting: Setting) -> Result:
     """Versions, and what is there beside torch."""
     found: Result = {"python": platform.python_version(), "torch": str(torch.__version__)}
     for name in ("megatron-core", "transformer-engine"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "none"
+        found[name] = version(name) or "none"
     found["gradient fusion"] = "Apex's" if find_spec(FUSED_GRADIENTS) else "none"
     found["capability"] = 0.0
     found["device"] = "cpu"
@@ -231,12 +228,10 @@ def neighbours(setting: Setting) -> Result:
     for dtype in DTYPES:
         with opened(setting, "qwen3", dtype) as tiny:
             first, second = tiny.samples(given=False)[:2]
-            other = Sample(
-                uid=first.uid,
+            other = dataclasses.replace(
+                first,
                 prompt_tokens=tuple((t + 1) % VOCABULARY for t in first.prompt_tokens),
                 response_tokens=[(t + 2) % VOCABULARY for t in first.response_tokens],
-                rollout_logprobs=first.rollout_logprobs,
-                truncated=False,
             )
             length = len(first.response_tokens)
             before, after = (tiny.logprobs([x, second]) for x in (first, other))

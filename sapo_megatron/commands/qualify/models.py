@@ -29,25 +29,27 @@ _QWEN3 = _COMMON | {
     "num_attention_heads": 8,
     "num_key_value_heads": 4,
 }
-_DEEPSEEK = _COMMON | {
-    "model_type": "deepseek_v3",
+_GROUPED = _COMMON | {  # routers that choose groups of experts, then experts
     "first_k_dense_replace": 1,
-    "kv_lora_rank": 12,
     "moe_intermediate_size": 16,
     "n_group": 1,
     "n_routed_experts": 8,
+    "num_key_value_heads": 4,
+    "rms_norm_eps": 1e-5,
+    "topk_group": 1,
+}
+_DEEPSEEK = _GROUPED | {
+    "model_type": "deepseek_v3",
+    "kv_lora_rank": 12,
     "n_shared_experts": 2,
     "num_attention_heads": 4,
     "num_experts_per_tok": 3,
-    "num_key_value_heads": 4,
     "q_lora_rank": None,
     "qk_nope_head_dim": 8,
     "qk_rope_head_dim": 4,
-    "rms_norm_eps": 1e-5,
     "routed_scaling_factor": 2.446,
     "scoring_func": "sigmoid",
     "topk_method": "noaux_tc",
-    "topk_group": 1,
     "v_head_dim": 6,
 }
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -81,23 +83,16 @@ FAMILIES: dict[str, dict[str, Any]] = {
             "mscale_all_dim": 0.8,
         },
     },
-    "glm-4.5": _COMMON
+    "glm-4.5": _GROUPED
     | {
         "model_type": "glm4_moe",
         "attention_bias": True,
-        "first_k_dense_replace": 1,
         "head_dim": 8,
-        "moe_intermediate_size": 16,
-        "n_group": 1,
-        "n_routed_experts": 8,
         "n_shared_experts": 1,
         "num_attention_heads": 8,
         "num_experts_per_tok": 2,
-        "num_key_value_heads": 4,
         "partial_rotary_factor": 0.5,
-        "rms_norm_eps": 1e-5,
         "routed_scaling_factor": 1.0,
-        "topk_group": 1,
         "use_qk_norm": False,
     },
 }

@@ -32,8 +32,10 @@ def run(setting: Setting, names: list[str], results: Path | None) -> dict[str, A
     """
     found: dict[str, Any] = {}
     for name in names:
+        module, _, function = name.partition(".")
         try:
-            found[name] = _measurement(name)(setting)
+            measured = importlib.import_module(f"sapo_megatron.commands.qualify.{module}")
+            found[name] = getattr(measured, function)(setting)
         except ModuleNotFoundError as error:
             package = (error.name or "").partition(".")[0]
             absent = f"{ABSENT}{package}" if package not in OURS else traceback.format_exc()
@@ -45,26 +47,19 @@ def run(setting: Setting, names: list[str], results: Path | None) -> dict[str, A
     return found
 
 
-def _measurement(name: str) -> Any:
-    module, _, function = name.partition(".")
-    return getattr(importlib.import_module(f"sapo_megatron.commands.qualify.{module}"), function)
-
-
 def main(folder: Path) -> None:
-    """Measure what ``request.json`` asks for, in this process or in each rank of its world."""
+    """Measure what ``request.json`` asks for, in this process or in each rank of its world.
+
+    It has the ``names`` of measurements, and all of a :class:`Setting` but its folder.
+    """
     logging.basicConfig(level=logging.ERROR)
     request = json.loads((folder / "request.json").read_text())
     rank = os.environ.get("RANK", "0")
     mine = folder / f"rank-{rank}"
     mine.mkdir()
     torch.manual_seed(0)
-    setting = Setting(
-        folder=mine,
-        layers=request["layers"],
-        full=request["full"],
-        reference=request["reference"],
-    )
-    run(setting, request["names"], folder / "results.pt" if rank == "0" else None)
+    names = request.pop("names")
+    run(Setting(folder=mine, **request), names, folder / "results.pt" if rank == "0" else None)
 
 
 if __name__ == "__main__":

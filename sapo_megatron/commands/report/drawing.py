@@ -159,8 +159,8 @@ def median_curve(ax: Axes, x: Floats, y: Floats, theme: Theme) -> None:
         ax.plot(x[~above], edge, "v", color=color, label="0", transform=ax.get_xaxis_transform())
 
 
-def value_axis(ax: Axes, *, share: bool = False, log: bool = False) -> None:
-    """Limits and ticks of the y axis, for all that is drawn so far.
+def value_axis(ax: Axes, label: str, *, share: bool = False, log: bool = False) -> None:
+    """Label, limits and ticks of the y axis, for all that is drawn so far.
 
     From 0 up, unless something is negative or different values lie close together; 0 to 1 where
     all is 0. It spans enough that rounding errors do not fill the picture: a thousandth of the
@@ -182,6 +182,7 @@ def value_axis(ax: Axes, *, share: bool = False, log: bool = False) -> None:
         room = max(0.05 * (most - least), 5e-4 * max(-least, most))
         ax.set_ylim(least - room, most + room)
     ax.yaxis.set_major_formatter(percent if share else PLAIN)
+    ax.set_ylabel(label)
 
 
 def percent(value: float, _: object) -> str:
@@ -260,6 +261,5 @@ def _draw_panel(ax: Axes, panel: Panel, run: Run, theme: Theme) -> set[str]:
             median_curve(ax, *held[name], theme)
         elif name in held:
             curve(ax, *held[name], color, label)
-    value_axis(ax, share=panel.percent, log=panel.log)
-    ax.set_ylabel(panel.ylabel)
+    value_axis(ax, panel.ylabel, share=panel.percent, log=panel.log)
     return {panel.names[name] for name in held}

@@ -1,7 +1,5 @@
 """The report's figures: which series each one needs and how it is drawn."""
 
-from collections.abc import Callable
-
 import numpy as np
 import torch
 from matplotlib.figure import Figure as Canvas
@@ -22,7 +20,8 @@ from sapo_megatron.commands.report.drawing import (
     value_axis,
 )
 from sapo_megatron.commands.report.router_figures import ROUTER_FIGURES
-from sapo_megatron.objective.baselines import grpo_token_loss, outside_clip
+from sapo_megatron.objective.baselines import clipped_loss, outside_clip
+from sapo_megatron.objective.ratio import Ratio
 from sapo_megatron.objective.sapo import sapo_gate, sapo_weight
 from sapo_megatron.recipe.schema import CLIP_DEFAULTS
 from sapo_megatron.runs.read import Run
@@ -39,14 +38,13 @@ def _draw_reward(canvas: Canvas, run: Run, theme: Theme) -> None:
         x, y = run.series(name)
         size = 6 if len(x) <= 15 else 3.5
         ax.plot(x, y, color=color, marker=marker, markersize=size, label=label)
-    value_axis(ax)
-    ax.set_ylabel("reward, share correct")
+    value_axis(ax, "reward, share correct")
     step_axis(ax)
     legend(ax, columns=2)
 
 
-def _draw_histograms(stem: str, xlabel: str) -> Callable[[Canvas, Run, Theme], None]:
-    """A drawing of both signs of the advantage: share of tokens per bin, on a logarithmic axis."""
+def _histograms(name: str, title: str, caption: str, stem: str, xlabel: str) -> Figure:
+    """A figure of both signs of the advantage: share of tokens per bin, on a logarithmic axis."""
 
     def draw(canvas: Canvas, run: Run, theme: Theme) -> None:
         ax = canvas.subplots()
@@ -54,10 +52,10 @@ def _draw_histograms(stem: str, xlabel: str) -> Callable[[Canvas, Run, Theme], N
         for color, style, sign, end in zip(
             theme.series, ("-", DASHES), ("A > 0", "A < 0"), ("_pos", "_neg"), strict=False
         ):
-            held = run.histogram(stem + end)
-            if held is None:
+            found = run.histogram(stem + end)
+            if found is None:
                 continue
-            edges, counts = held
+            edges, counts = found
             share = counts / counts.sum()
             tokens = f"{int(counts.sum()):,} tokens"
             ax.stairs(share, edges, fill=True, alpha=0.1, color=color)
@@ -65,17 +63,19 @@ def _draw_histograms(stem: str, xlabel: str) -> Callable[[Canvas, Run, Theme], N
             line.set(linestyle=style, linewidth=1.6)
             full = np.flatnonzero(counts)
             reach += [edges[full[0]], edges[full[-1] + 1]]
-        value_axis(ax, log=True)
+        value_axis(ax, "share of tokens per bin", log=True)
         ax.set_ylim(top=min(ax.get_ylim()[1], 1.3))
         margin = 0.05 * (max(reach) - min(reach))
         ax.set_xlim(min(reach) - margin, max(reach) + margin)
         ax.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
         ax.xaxis.set_major_formatter(PLAIN)
         ax.set_xlabel(xlabel)
-        ax.set_ylabel("share of tokens per bin")
         legend(ax)
 
-    return draw
+    def held(run: Run) -> bool:
+        return any(run.histogram(stem + end) is not None for end in ("_pos", "_neg"))
+
+    return Figure(name, title, caption, held, draw)
 
 
 def _draw_time(canvas: Canvas, run: Run, theme: Theme) -> None:
@@ -85,8 +85,7 @@ def _draw_time(canvas: Canvas, run: Run, theme: Theme) -> None:
     steps, rows, size = grouped(steps, np.nan_to_num(rows))
     labels = [name.removeprefix("time/") for name in names]
     stacked(ax, theme, steps, dict(zip(labels, rows, strict=True)))
-    value_axis(ax)
-    ax.set_ylabel("seconds per step")
+    value_axis(ax, "seconds per step")
     step_axis(ax, size)
     legend(ax, columns=4)
 
@@ -108,7 +107,7 @@ def _draw_gate(canvas: Canvas, run: Run, theme: Theme) -> None:
         (theme.series[1], "<", a.tau_neg, "tau_neg", f"r >= {1 - low:g}"),
     ):
         advantage = one if sign == ">" else -one
-        loss = grpo_token_loss(r.log(), advantage, clip_ratio_low=low, clip_ratio_high=high)
+        loss = clipped_loss(Ratio.of(r.log(), advantage), low, high)
         kept = (~outside_clip(r, advantage, low, high)).double()
         for ax, soft, hard in (
             (top, sapo_gate(r, tau) - sapo_gate(one, tau), -loss / advantage - 1),
@@ -124,10 +123,6 @@ def _draw_gate(canvas: Canvas, run: Run, theme: Theme) -> None:
     bottom.set_ylabel("gradient weight\nw(r) = f'(r)")
     bottom.set_xlabel("importance ratio r")
     legend(top, columns=2)
-
-
-def _has_histogram(stem: str) -> Callable[[Run], bool]:
-    return lambda run: any(run.histogram(stem + end) is not None for end in ("_pos", "_neg"))
 
 
 SECTIONS: dict[str, tuple[Figure, ...]] = {
@@ -152,20 +147,20 @@ SECTIONS: dict[str, tuple[Figure, ...]] = {
         ),
     ),
     "Ratios and the gate": (
-        Figure(
+        _histograms(
             "ratio_hist",
             "Importance ratios by sign of the advantage",
             "Ratio of the current to the old policy, per token, over all updates of the run. "
             "The outermost bins also hold what lies beyond them.",
-            _has_histogram("ratio/hist"),
-            _draw_histograms("ratio/hist", "importance ratio r"),
+            "ratio/hist",
+            "importance ratio r",
         ),
-        Figure(
+        _histograms(
             "gate_hist",
             "Gate weights by sign of the advantage",
             "How much of a token's gradient the soft gate keeps: 1 on-policy, towards 0 far off.",
-            _has_histogram("sapo/hist_weight"),
-            _draw_histograms("sapo/hist_weight", "gate weight w"),
+            "sapo/hist_weight",
+            "gate weight w",
         ),
         curves(
             "ratio_var",

@@ -51,8 +51,7 @@ def _draw_split(canvas: Canvas, run: Run, theme: Theme) -> None:
         (line,) = ax.plot(x, y, ":", color=theme.ink, linewidth=1.4, label="noise floor")
         line.set(clip_on=False, zorder=3)
     ax.axhline(0, color=theme.muted, linewidth=0.8)
-    value_axis(ax)
-    ax.set_ylabel("variance (nats$^2$)")
+    value_axis(ax, "variance (nats$^2$)")
     step_axis(ax, size)
     legend(ax)
 
@@ -67,8 +66,7 @@ def _draw_share(canvas: Canvas, run: Run, theme: Theme) -> None:
     else:
         curve(ax, *run.series(name), color)
     ax.axhline(0, color=theme.muted, linewidth=0.8)
-    value_axis(ax, share=True)
-    ax.set_ylabel("share of Var[log r]")
+    value_axis(ax, "share of Var[log r]", share=True)
     step_axis(ax)
     if name == POOLED:
         legend(ax)
@@ -149,8 +147,7 @@ def _draw_by_layers(canvas: Canvas, run: Run, theme: Theme) -> None:
     buckets, variances, shares = zip(*by_layers(run), strict=True)
     top, bottom = canvas.subplots(2, sharex=True, height_ratios=(3, 2))
     top.bar(buckets, variances, 0.7, color=theme.series[0])
-    value_axis(top)
-    top.set_ylabel("Var[log r]\n(nats$^2$)")
+    value_axis(top, "Var[log r]\n(nats$^2$)")
     bars = bottom.bar(buckets, shares, 0.7, color=theme.series[4])
     bottom.bar_label(bars, [f"{100 * share:.3g}%" for share in shares], padding=2, fontsize=9.5)
     bottom.margins(y=0.25)
