@@ -5,14 +5,17 @@ multiplied (arXiv 2412.19437, section 3.3). Blocks begin at the first row and co
 are cut off where a size is no multiple of 128.
 """
 
+from __future__ import annotations
+
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from sapo_megatron.errors import UserError
+
+if TYPE_CHECKING:  # a config.json is read without torch
+    from torch import Tensor
 
 BLOCK = 128
 DTYPE = "F8_E4M3"
