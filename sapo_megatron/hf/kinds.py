@@ -1,5 +1,6 @@
 """Which ``model_type`` is one of ours: text models inside others, and what is said of the rest."""
 
+import re
 from typing import Any
 
 from sapo_megatron.errors import UserError, nearest
@@ -60,6 +61,11 @@ def text_model(config: dict[str, Any]) -> dict[str, Any]:
         if isinstance(text.get(key), dict):  # positions in an image; those of text are all one
             text[key] = {k: x for k, x in text[key].items() if not k.startswith("mrope_")}
     return text
+
+
+def text_name(name: str) -> str:
+    """What a tensor of such a model is called in its text model alone."""
+    return re.sub(r"^(model\.)?language_model\.", lambda match: match[1] or "", name)
 
 
 def not_ours(kind: Any, path: Any) -> UserError:

@@ -125,13 +125,22 @@ def make_model(
     shard: str = "50KB",
     **changes: Any,
 ) -> Any:
-    """A model of the family that transformers makes and saves, in files of ``shard``.
-
-    Its weights are larger than at initialisation, so that attention and routing are far from
-    uniform; biases and norms are random as well.
-    """
+    """A model of the family that transformers makes and saves, in files of ``shard``."""
     config = transformers.AutoConfig.for_model(**FAMILIES[family] | changes)
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    fill(model)
+    # transformers 5 has the first rank of a world save alone; these folders are each rank's own.
+    model.should_save_on_this_rank = lambda is_main_process: True
+    model.to(dtype).save_pretrained(folder, max_shard_size=shard)
+    return model
+
+
+def fill(model: Any) -> None:
+    """Draw the weights of a model of transformers.
+
+    They are larger than at initialisation, so that attention and routing are far from uniform;
+    biases and norms are random as well.
+    """
     generator = torch.Generator().manual_seed(3)
 
     def noise(tensor: torch.Tensor) -> torch.Tensor:
@@ -150,10 +159,6 @@ def make_model(
             if name.endswith("e_score_correction_bias"):
                 # Above 0: below it transformers may choose from a group that is ruled out.
                 bias.copy_(0.1 * noise(bias).abs())
-    # transformers 5 has the first rank of a world save alone; these folders are each rank's own.
-    model.should_save_on_this_rank = lambda is_main_process: True
-    model.to(dtype).save_pretrained(folder, max_shard_size=shard)
-    return model
 
 
 def sequences() -> list[Sample]:
