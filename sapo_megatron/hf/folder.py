@@ -319,7 +319,7 @@ class WeightFiles:
         return self._slice(name).get_dtype()
 
     def left_out(self, arch: Architecture) -> str:
-        """The parts that the files have beside the text model ``arch``, and how large they are."""
+        """The parts that the files have beside the text model ``arch``, with how many tensors."""
         counts: Counter[str] = Counter()
         for name in self._files:
             text = re.match(
@@ -328,8 +328,8 @@ class WeightFiles:
             if text is None:
                 counts[".".join(name.split(".")[: 1 + name.startswith("model.")])] += 1
             elif text[1] and int(text[1]) >= arch.num_layers:
-                counts[f"layer {text[1]} (multi-token prediction)"] += 1
-        return ", ".join(f"{part}: {number} tensors" for part, number in sorted(counts.items()))
+                counts[f"layer {text[1]}, behind the last"] += 1  # for multi-token prediction
+        return "; ".join(f"{part} ({number} tensors)" for part, number in sorted(counts.items()))
 
     def read(self, name: str, shape: Sequence[int], *index: slice) -> Tensor:
         """``tensor[index]`` of the tensor ``name``, on the CPU, in the dtype that it is stored in.

@@ -72,6 +72,6 @@ def test_the_text_model_is_trained_and_exported_alone(wrapped, tmp_path):
         .keys()
         .isdisjoint({"vision_config", "text_config"})
     )
-    left_out = WeightFiles(folder).left_out(arch).split(", ")
-    assert {part.split(":")[0] for part in left_out} == VISIBLE[model.config.model_type]
+    left_out = WeightFiles(folder).left_out(arch).split("; ")
+    assert {part.split(" ")[0] for part in left_out} == VISIBLE[model.config.model_type]
     assert WeightFiles(tmp_path / "weights").left_out(arch) == ""
