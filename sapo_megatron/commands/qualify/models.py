@@ -106,6 +106,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "minimax-m2": _COMMON
     | {
         "model_type": "minimax_m2",
+        "bos_token_id": 0,
+        "eos_token_id": 1,
         "head_dim": 8,
         "intermediate_size": 16,
         "num_attention_heads": 8,
