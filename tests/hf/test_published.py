@@ -57,7 +57,9 @@ def test_the_text_of_a_model_that_also_sees():
     assert (arch.model_type, arch.num_layers, arch.rope.theta) == ("qwen3", 36, 5e6)
     assert arch.config["architectures"] == ["Qwen3ForCausalLM"]
     assert "vision_config" not in arch.config
-    assert in_both_spellings(arch.config)["rope_scaling"] is None
+    exported = in_both_spellings(arch.config)
+    assert exported["rope_scaling"] is None
+    assert exported["rope_parameters"].keys() == {"rope_type", "rope_theta"}
     assert read("qwen3-vl-8b", tie_word_embeddings=True).tied_embeddings
 
 
