@@ -7,6 +7,7 @@ import pytest
 from sapo_megatron.errors import UserError
 from sapo_megatron.hf.architecture import LatentAttention, parse_architecture
 from sapo_megatron.hf.config import in_both_spellings
+from sapo_megatron.hf.folder import end_tokens
 from tests.support.tiny import ROOT
 
 FILES = {
@@ -73,3 +74,14 @@ def test_layers_and_rotary_positions_have_both_names_in_an_export():
     assert minimax["rope_parameters"]["partial_rotary_factor"] == 0.5
     del minimax["rotary_dim"]
     assert in_both_spellings(minimax)["rotary_dim"] == 64
+
+
+@pytest.mark.parametrize(
+    ("name", "model", "expected"),
+    [
+        ("qwen3-30b-a3b", "qwen3-30b-a3b", {151643, 151645}),
+        ("glm-4.7", "glm-4.7-355b-a32b", {151329, 151336, 151338}),
+    ],
+)
+def test_every_token_that_ends_a_response(name, model, expected):
+    assert {*end_tokens(ROOT / "tests" / "data" / "configs" / name, read(model))} == expected
