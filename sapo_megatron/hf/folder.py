@@ -170,10 +170,7 @@ def end_tokens(folder: Path, arch: Architecture) -> set[int]:
     Raises UserError, naming file and key.
     """
     config, generation = folder / "config.json", folder / "generation_config.json"
-    text = arch.config.get("text_config")
     given = [(config, "eos_token_id", arch.config.get("eos_token_id"))]
-    if isinstance(text, dict):
-        given.append((config, "text_config.eos_token_id", text.get("eos_token_id")))
     if generation.exists():
         given.append((generation, "eos_token_id", _generation(generation).get("eos_token_id")))
     found: set[int] = set()

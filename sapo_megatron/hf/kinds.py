@@ -53,6 +53,13 @@ def text_model(config: dict[str, Any]) -> dict[str, Any]:
     for key in ("tie_word_embeddings", "dtype", "torch_dtype", "quantization_config"):
         if config.get(key) is not None:
             text[key] = config[key]
+    ends = [config.get("eos_token_id"), inside.get("eos_token_id")]  # all of which end a response
+    text["eos_token_id"] = [
+        token
+        for end in ends
+        if end is not None
+        for token in (end if isinstance(end, list) else [end])
+    ]
     kind = text.get("model_type")
     text["model_type"] = kind = _TEXT.get(kind, kind) if isinstance(kind, str) else kind
     if kind in CLASSES:
@@ -70,9 +77,11 @@ def text_name(name: str) -> str:
 
 def not_ours(kind: Any, path: Any) -> UserError:
     """What to say of a model of another family; ``path`` is the file that names it."""
-    why, family = _OTHERS.get(str(kind), ("", nearest(str(kind), CLASSES)))
+    named = kind if isinstance(kind, str) else ""
+    why, family = _OTHERS.get(named, ("", nearest(named, CLASSES)))
     reason = f" ({why})" if why else ""
+    closest = f", the nearest of which is {family}" if named else ""
     return UserError(
         f"{path}: model_type: expected {' or '.join(CLASSES)}, got {kind!r}{reason}; use a model "
-        f"of such a family, the nearest of which is {family}"
+        f"of such a family{closest}"
     )
