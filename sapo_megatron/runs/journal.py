@@ -11,7 +11,7 @@ from sapo_megatron.runs.state import RunState
 ROUTER: dict[str, type[Metric]] = {
     "variance/total": Variance,
     "variance/router_share": Share,
-    "routing/flip_fraction": Mean,
+    "routing/slot_flip": Mean,
 }
 """What the summary says of the router, and the moments behind it."""
 WINDOW = 8

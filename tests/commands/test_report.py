@@ -194,7 +194,7 @@ def test_variance_by_layers_weighs_the_last_third_by_tokens(tmp_path):
 
 
 def test_router_figures_stand_a_run_with_next_to_nothing(tmp_path):
-    layer = "routing/flip_fraction/layer_"
+    layer = "routing/slot_flip/layer_"
     run = _steps(
         write_run(tmp_path / "run", steps=1),
         **{name: [0.0] for panel in (*FLIPS, *SHIFT, *ENGINES) for name in panel.names},

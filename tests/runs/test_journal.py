@@ -30,7 +30,7 @@ def measured(a, b):
     metrics = Metrics()
     metrics.add("variance/total", Variance.of(a + b))
     metrics.add("variance/router_share", Share.of(a, b))
-    metrics.add("routing/flip_fraction", Mean.of(b > 0))
+    metrics.add("routing/slot_flip", Mean.of(b > 0))
     return metrics.to_host()
 
 

@@ -132,8 +132,8 @@ def router_metrics(step: int, steps: int, generator: torch.Generator) -> Metrics
     mismatched = torch.rand(LAYERS, 3000, generator=generator) < 0.008
     for prefix, part in (("routing", flipped), ("rollout_train", mismatched)):
         for layer, changed in enumerate(part):
-            metrics.add(f"{prefix}/flip_fraction", Mean.of(changed / 2))
-            metrics.add(f"{prefix}/flip_fraction/layer_{layer}", Mean.of(changed / 2))
+            metrics.add(f"{prefix}/slot_flip", Mean.of(changed / 2))
+            metrics.add(f"{prefix}/slot_flip/layer_{layer}", Mean.of(changed / 2))
             metrics.add(f"{prefix}/tv", Mean.of(0.2 * changed + 0.01))
         metrics.add(f"{prefix}/token_flip_share", Mean.of(part.any(0)))
         metrics.add(f"{prefix}/layers_flipped", Mean.of(part.sum(0)))

@@ -32,14 +32,14 @@ METRICS = {
     "reward/timeouts",
     "response/length_mean",
     "response/truncated",
-    "routing/flip_fraction",
-    "routing/flip_fraction/layer_2",
+    "routing/slot_flip",
+    "routing/slot_flip/layer_2",
     "routing/token_flip_share",
     "routing/layers_flipped",
     "routing/tv",
     "routing/shift_factor",
     "routing/max_violation",
-    "rollout_train/flip_fraction",
+    "rollout_train/slot_flip",
     "rollout_train/tv",
     "rollout_train/kl",
     "rollout_train/k3_kl",
@@ -116,7 +116,7 @@ def test_the_summary(run):
     assert set(summary["router"]) == {
         "variance/total",
         "variance/router_share",
-        "routing/flip_fraction",
+        "routing/slot_flip",
     }
 
 

@@ -88,7 +88,7 @@ def _router_numbers(run: Run) -> list[tuple[str, str, str]]:
     numbers = []
     for name, label in (
         (share_name(run), "router's share of the variance"),
-        ("routing/flip_fraction", "experts that changed"),
+        ("routing/slot_flip", "experts that changed"),
     ):
         if run.has(name):
             steps, values = run.series(name)

@@ -161,7 +161,7 @@ def _draw_by_layers(canvas: Canvas, run: Run, theme: Theme) -> None:
 
 def _layers(run: Run) -> list[int]:
     """Numbers of the layers whose flip fraction was logged."""
-    stem = "routing/flip_fraction/layer_"
+    stem = "routing/slot_flip/layer_"
     return sorted(int(name.removeprefix(stem)) for name in run.names(stem) if run.has(name))
 
 
@@ -169,7 +169,7 @@ def _draw_heat(canvas: Canvas, run: Run, theme: Theme) -> None:
     ax = canvas.subplots()
     numbers = _layers(run)
     layers = range(numbers[0], numbers[-1] + 1)
-    steps, heat, _ = grouped(*run.table([f"routing/flip_fraction/layer_{n}" for n in layers]))
+    steps, heat, _ = grouped(*run.table([f"routing/slot_flip/layer_{n}" for n in layers]))
     rows = _edges(np.array(layers, dtype=np.float64))
     mesh = ax.pcolormesh(_edges(steps), rows, heat, cmap="cividis")
     mesh.set_clim(0, np.nanmax(heat) or 1)
@@ -197,7 +197,7 @@ def _both(name: str) -> dict[str, str]:
 
 
 FLIPS = (
-    Panel("experts\nchanged", _both("flip_fraction"), percent=True),
+    Panel("experts\nchanged", _both("slot_flip"), percent=True),
     Panel("tokens\nwith a change", _both("token_flip_share"), percent=True),
     Panel("layers changed\nper token", _both("layers_flipped")),
 )
