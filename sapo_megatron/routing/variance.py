@@ -22,6 +22,7 @@ All logarithms are natural, so variances are in nats^2; all variances are popula
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -183,19 +184,29 @@ class Swaps(Metric):
         sums[:, 0] = (sums[:, 0] > 0).double()
         return cls(sums.T @ sums)
 
+    @classmethod
+    def of_numbers(cls, numbers: Sequence[float]) -> "Swaps":
+        """The inverse of ``products.flatten().tolist()``."""
+        return cls(torch.tensor(numbers, dtype=torch.float64).view(8, 8))
+
     def value(self) -> float:
         """The number of swaps; NaN where a log-prob was not finite."""
         return float(self.products[0, 1]) if bool(self.products.isfinite().all()) else math.nan
 
-    def router_share(self) -> Estimate:
-        """Cov(b, z) / Var z."""
-        return self._estimate(0.0, 1.0)
+    def shares(self) -> dict[str, Estimate]:
+        """``router_share``, Cov(b, z) / Var z, and ``replay_removes``, 1 - Var a / Var z.
 
-    def replay_removes(self) -> Estimate:
-        """1 - Var a / Var z."""
-        return self._estimate(-1.0, 2.0)
+        None below ``LEAST_SWAPS``, nor where it cannot be told that z varies at all.
+        """
+        if not self.value() >= LEAST_SWAPS or self.products[0, 0] < 2:
+            return {}
+        found = {
+            "router_share": self._estimate(0.0, 1.0),
+            "replay_removes": self._estimate(-1.0, 2.0),
+        }
+        return {name: estimate for name, estimate in found.items() if estimate is not None}
 
-    def _estimate(self, of_var_b: float, of_cov: float) -> Estimate:
+    def _estimate(self, of_var_b: float, of_cov: float) -> Estimate | None:
         """A multiple of Var b and one of Cov(b, z), added up and divided by Var z.
 
         With Fieller's interval: the shares s at which the sum over sequences of their parts of
@@ -219,7 +230,7 @@ class Swaps(Metric):
         square = bottom**2 - float(spread[2, 2])
         middle = top * bottom - float((spread @ numerator)[2])
         rest = top**2 - float(numerator @ spread @ numerator)
-        if square <= 0:
-            return Estimate(top / bottom, -math.inf, math.inf)
+        if square <= 0:  # any share would do
+            return None
         half = math.sqrt(max(middle**2 - square * rest, 0.0))
         return Estimate(top / bottom, (middle - half) / square, (middle + half) / square)

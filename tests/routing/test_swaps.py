@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from sapo_megatron.routing.variance import (
+    LEAST_SWAPS,
     Estimate,
     Swaps,
     context_flipped,
@@ -100,9 +101,11 @@ def test_the_shares_are_those_of_the_tokens():
     found = swaps(z, a, flipped, ids)
     assert found.value() == flipped.sum()
     share = np.cov(z - a, z, bias=True)
-    assert found.router_share().value == pytest.approx(share[0, 1] / share[1, 1], rel=1e-12)
+    assert found.shares()["router_share"].value == pytest.approx(
+        share[0, 1] / share[1, 1], rel=1e-12
+    )
     removed = 1 - a.var(correction=0) / z.var(correction=0)
-    assert found.replay_removes().value == pytest.approx(removed.item(), rel=1e-12)
+    assert found.shares()["replay_removes"].value == pytest.approx(removed.item(), rel=1e-12)
 
 
 def test_what_is_masked_is_no_swap_and_fillers_are_no_sequence():
@@ -141,19 +144,19 @@ def test_the_interval_is_that_of_drawing_whole_sequences(seed):
     z, a, flipped, ids = drawn(seed, sequences=4000)
     found = swaps(z, a, flipped, ids)
     for estimate, share in (
-        (found.router_share(), lambda var_b, cov, var_z: cov / var_z),
-        (found.replay_removes(), lambda var_b, cov, var_z: (2 * cov - var_b) / var_z),
+        (found.shares()["router_share"], lambda var_b, cov, var_z: cov / var_z),
+        (found.shares()["replay_removes"], lambda var_b, cov, var_z: (2 * cov - var_b) / var_z),
     ):
         low, high = resampled(z, a, ids, share)
         width = high - low
         assert abs(estimate.low - low) + abs(estimate.high - high) < 0.15 * width
-        alone = swaps(z, a, flipped, torch.arange(len(z))).router_share()
+        alone = swaps(z, a, flipped, torch.arange(len(z))).shares()["router_share"]
         assert alone.high - alone.low < 0.8 * width, "tokens of a sequence are not independent"
 
 
 def test_an_interval_holds_what_is_true_as_often_as_it_says():
-    truth = swaps(*drawn(99, sequences=200_000)).router_share().value
-    held = [swaps(*drawn(seed)).router_share() for seed in range(300)]
+    truth = swaps(*drawn(99, sequences=200_000)).shares()["router_share"].value
+    held = [swaps(*drawn(seed)).shares()["router_share"] for seed in range(300)]
     share = sum(found.low <= truth <= found.high for found in held) / len(held)
     assert 0.91 < share < 0.99
 
@@ -161,8 +164,19 @@ def test_an_interval_holds_what_is_true_as_often_as_it_says():
 def test_a_share_of_next_to_nothing_may_be_anything():
     """One sequence has all of the variance: whether there is any cannot be told."""
     z, a = tensor(0, 0, 0, 2), tensor(0, 0, 0, 1)
-    found = swaps(z, a, torch.tensor([0, 0, 0, 1]), torch.arange(4)).router_share()
-    assert found == Estimate(0.5, -math.inf, math.inf)
+    many = torch.tensor([0, 0, 0, LEAST_SWAPS])
+    assert swaps(z, a, many, torch.arange(4)).shares() == {}
+    assert swaps(z, a, many, torch.zeros(4, dtype=torch.int64)).shares() == {}, "one sequence"
+    assert swaps(0 * z, 0 * a, many, torch.arange(4)).shares() == {}
+
+
+def test_no_share_of_few_swaps():
+    z, a, flipped, ids = drawn(5)
+    few = flipped * (flipped.cumsum(0) < LEAST_SWAPS)
+    assert swaps(z, a, few, ids).value() == LEAST_SWAPS - 1
+    assert swaps(z, a, few, ids).shares() == {}
+    few[0] += 1
+    assert len(swaps(z, a, few, ids).shares()) == 2
 
 
 def test_an_estimate_in_words():

@@ -34,6 +34,7 @@ METRICS = {
     "response/truncated",
     "routing/slot_flip",
     "routing/slot_flip/layer_2",
+    "routing/router_flip",
     "routing/token_flip_share",
     "routing/layers_flipped",
     "routing/tv",
@@ -50,6 +51,10 @@ METRICS = {
     "variance/router",
     "variance/cov",
     "variance/router_share",
+    "variance/router_share_own",
+    "variance/router_share_inherited",
+    "variance/replay_removes",
+    "variance/swaps",
     "variance/noise",
     "sapo/bound_lhs",
     "sapo/bound_rhs",
@@ -98,7 +103,7 @@ def test_it_ends_well_and_says_where_things_are(done, run):
     assert done.left == []
     assert "Traceback" not in done.stderr
     shown = ("before: avg@4", "after:  avg@4", "step 3/3", "run-001/report/index.html")
-    for text in (*shown, "router: ", "variance/router_share"):
+    for text in (*shown, "router: router share unknown (", " of 400 swaps)"):
         assert text in done.stderr
     assert done.stderr.count("step 1/3") == 1  # of two ranks, one speaks
 
@@ -115,7 +120,7 @@ def test_the_summary(run):
     assert (run.parents[2] / summary["report"]).exists()
     assert set(summary["router"]) == {
         "variance/total",
-        "variance/router_share",
+        "variance/swaps",
         "routing/slot_flip",
     }
 
