@@ -126,7 +126,7 @@ def _violations(run: Run) -> str:
 
 
 def buckets_of(run: Run, what: str) -> list[tuple[str, float, float]]:
-    """(bucket by ``what``, variance, share of tokens), over the last third of the steps that say."""
+    """(bucket, variance, share of tokens), over the last third of the steps that say."""
     stem = f"variance/by_{what}/"
     buckets = sorted(
         (name.removeprefix(stem) for name in run.names(stem) if run.has(name)),
