@@ -174,7 +174,8 @@ class RoutingConfig:
     ``routing/*``, ``variance/*``, ``sapo/bound_*``; the rest of this section says how much."""
     decompose_every: Whole = 16
     """Updates between splits of Var[log r] into weights, router and covariance (two more forward
-    passes of one mini-batch); 0: never."""
+    passes of one mini-batch), and rollouts between those of the difference of the engines (one more
+    pass); 0: never."""
     prob_every: Whole = 16
     """Positions between tokens whose router probabilities are kept for ``tv`` and
     ``shift_factor``; 0: none are."""

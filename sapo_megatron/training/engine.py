@@ -94,6 +94,8 @@ def _connect(stack: ExitStack, recipe: Recipe, inputs: Inputs, folder: Path) -> 
             exited=local.exited,
         )
     engine.check()
+    if recipe.routing.observe and inputs.arch.experts and not with_routes:
+        engine.take_routes()
     return engine
 
 

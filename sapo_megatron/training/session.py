@@ -144,8 +144,8 @@ class Session:
             self.run.write_summary(summary)
             logger.info("before: %s", shown(before))
             logger.info("after:  %s", shown(after))
-            if router:
-                logger.info("router: %s (of the last measurements)", shown(router, "{} {:.2g}"))
+            if told := self.journal.told():
+                logger.info("router: %s (of the last measurements)", told)
             logger.info("took:   %s", duration(summary["wall_s"]))
         return summary
 
@@ -286,6 +286,6 @@ def timed(metrics: Metrics, name: str) -> Iterator[None]:
     metrics.add(name, Max(time.monotonic() - began))
 
 
-def shown(values: dict[str, float], form: str = "{} {:.3f}") -> str:
+def shown(values: dict[str, float]) -> str:
     """``avg@8 0.421, pass@1 0.539``."""
-    return ", ".join(form.format(*item) for item in values.items())
+    return ", ".join(f"{name} {value:.3f}" for name, value in values.items())
