@@ -159,6 +159,7 @@ def _refused(recipe: Recipe) -> Iterator[str]:
             recipe.rollout.async_steps > 0,
             "its Megatron trainer waits for the responses",
         ),
+        ("routing.replay_threshold", recipe.routing.replay_threshold > 0, "R3 replays all"),
         ("rollout.stop_token_ids", bool(recipe.rollout.stop_token_ids), "stop words only"),
         (
             "algorithm.loss_agg_mode",

@@ -67,6 +67,12 @@ def check(recipe: Recipe) -> None:
     _check_batches(recipe)
     _check_pipeline(recipe.parallel)
     _check_recompute(recipe.parallel)
+    if recipe.routing.replay_threshold and recipe.routing.router_replay != "R3":
+        raise UserError(
+            f"routing.replay_threshold: expected 0 with routing.router_replay "
+            f"{recipe.routing.router_replay} (it grades the experts that R3 replays), got "
+            f"{recipe.routing.replay_threshold:g}; remove it or set routing.router_replay=R3"
+        )
     if recipe.logging.dump_every and not recipe.routing.observe:
         raise UserError(
             f"logging.dump_every: expected 0 with routing.observe false, which looks at no token, "

@@ -11,6 +11,7 @@ Count = Annotated[int, Field(gt=0)]
 Whole = Annotated[int, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
 TopP = Annotated[float, Field(gt=0, le=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
@@ -169,6 +170,10 @@ class RoutingConfig:
     router_replay: Literal["disabled", "R2", "R3"] = "disabled"
     """Whose experts the training passes use: their own routers' (disabled), those of the old
     policy in the training engine (R2, from the first update on), or the rollout engine's (R3)."""
+    replay_threshold: Fraction = 0.0
+    """R3 replays an expert only where the router's current score for it is at least this share of
+    its score for the weakest of its own choice; the others make room for the router's own. 0: R3
+    replays all. Scores are what weighs experts: without the bias that only chooses."""
     observe: bool = True
     """Whether the routers' choices are recorded and compared, and the ratios' variance measured:
     ``routing/*``, ``variance/*``, ``sapo/bound_*``; the rest of this section says how much."""
@@ -264,7 +269,7 @@ class OptimizerConfig:
     adam_beta2: Beta = 0.98
     adam_eps: Positive = 1e-8
     clip_grad: Positive = 1.0
-    optimizer_offload_fraction: Annotated[float, Field(ge=0, le=1)] = 0.0
+    optimizer_offload_fraction: Fraction = 0.0
     """Share of Adam's state that is kept, and updated, in host memory (GPUs only)."""
 
 

@@ -74,6 +74,9 @@ def compare(
         share = Mean.of(flipped / old.experts.shape[-1], mask)
         metrics.add(f"{prefix}/flip_fraction", share)
         metrics.add(f"{prefix}/flip_fraction/layer_{layer}", share)
+        if new.replaced is not None:
+            replaced = Mean.of(new.replaced[:, i] / new.experts.shape[-1], mask)
+            metrics.add(f"{prefix}/replay_replaced", replaced)
     if old.probs is None or new.probs is None:
         return Divergence(metrics=metrics, layers_flipped=layers_flipped, shift=None)
     shift = torch.zeros(len(kept), device=mask.device)

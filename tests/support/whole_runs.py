@@ -180,6 +180,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
+REPLAYS: dict[str, dict[str, Any]] = {
+    "disabled": {},
+    "R2": {"router_replay": "R2"},
+    "R3": {"router_replay": "R3"},
+    "graded": {"router_replay": "R3", "replay_threshold": 0.9},
+}
+
+
 def variants(folder: Path) -> dict[str, Any]:
     """A step of each, one rank; and runs whose numbers are not finite."""
     without_reports_and_checkpoints()
@@ -188,14 +196,14 @@ def variants(folder: Path) -> dict[str, Any]:
     for name, algorithm in VARIANTS.items():
         changes = {f"algorithm__{key}": value for key, value in algorithm.items()}
         found[name] = run(folder, train__run_dir=folder / name, **changes)
-    for mode in ("disabled", "R2", "R3"):
+    for name, routing in REPLAYS.items():
         for observe in (True, False):
             run(
                 folder,
-                train__run_dir=folder / f"{mode} {observe}",
-                routing__router_replay=mode,
+                train__run_dir=folder / f"{name} {observe}",
                 routing__observe=observe,
                 routing__decompose_every=1,
+                **{f"routing__{key}": value for key, value in routing.items()},
             )
     found["dynamic"] = run(
         folder,

@@ -9,7 +9,7 @@ from sapo_megatron.recipe.load import load
 from sapo_megatron.runs.dump import read_dumps
 from tests.support.gloo import run_ranks
 from tests.support.tiny import ROOT, cli, read_metrics, write_recipe
-from tests.support.whole_runs import VARIANTS, command, variants
+from tests.support.whole_runs import REPLAYS, VARIANTS, command, variants
 
 METRICS = {
     "actor/pg_loss",
@@ -218,7 +218,7 @@ def test_losses_differ(one_rank):
     assert len({read_metrics(folder / name)[0]["actor/grad_norm"] for name in VARIANTS}) == 4
 
 
-@pytest.mark.parametrize("mode", ["disabled", "R2", "R3"])
+@pytest.mark.parametrize("mode", REPLAYS)
 def test_a_run_that_observes_nothing_trains_the_same(one_rank, mode):
     folder, _ = one_rank
     (seen,), (unseen,) = (read_metrics(folder / f"{mode} {observe}") for observe in (True, False))
@@ -227,6 +227,8 @@ def test_a_run_that_observes_nothing_trains_the_same(one_rank, mode):
     assert all(any(name.startswith(prefix) for name in seen) for prefix in observed)
     trained = [name for name in unseen if name.startswith(("actor/", "ratio/", "reward/"))]
     assert len(trained) > 10
+    for name in ("rollout_train/replay_replaced", "routing/replay_replaced"):
+        assert (0 <= seen[name] < 0.2) if mode == "graded" else name not in seen
     assert {name: unseen[name] for name in trained} == {name: seen[name] for name in trained}
 
 
