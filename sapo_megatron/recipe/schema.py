@@ -190,7 +190,7 @@ class RoutingConfig:
         return self.prob_every if self.observe else 0
 
 
-LossType = Literal["sapo", "grpo", "gspo", "cispo"]
+LossType = Literal["sapo", "grpo", "gspo", "cispo", "vespo"]
 
 CLIP_DEFAULTS: dict[str, tuple[float, float]] = {
     "grpo": (0.2, 0.2),
@@ -212,7 +212,7 @@ class AlgorithmConfig:
     clip_ratio_c: Annotated[float, Field(gt=1)] | None = None
     """Dual clip: bound on the ratio of negative advantages (grpo only)."""
     importance_sampling_level: Literal["token", "sequence"] | None = None
-    """None: what the loss type needs (sequence for gspo, token for the others)."""
+    """None: what the loss type needs (sequence for gspo and vespo, token for the others)."""
     loss_agg_mode: Literal["seq-mean-token-mean", "token-mean", "seq-mean-token-sum-norm"] = (
         "seq-mean-token-mean"
     )

@@ -222,6 +222,7 @@ def test_recipes_as_flags(path):
         ),
         ("rollout.stop_token_ids", ["rollout.stop_token_ids=[3]"]),
         ("algorithm.loss_agg_mode", ["algorithm.loss_agg_mode=token-mean"]),
+        ("algorithm.loss_type", ["algorithm.loss_type=vespo"]),
         ("algorithm.loss_agg_mode", ["algorithm.loss_type=cispo"]),
         (
             "algorithm.clip_ratio_low",

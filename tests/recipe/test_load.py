@@ -148,7 +148,7 @@ def test_numbers_are_numbers(write):
         ("data.train.tasks", "[{name: x, options: 3}]", "expected a mapping"),
         ("data.train.tasks", "[{nam: x}]", "tasks.0.nam: no such key"),
         ("data.train.tasks", "[{weight: 1}]", "data.train.tasks.0.name: missing"),
-        ("loss_type", "ppo", "expected 'sapo', 'grpo', 'gspo' or 'cispo', got \"ppo\""),
+        ("loss_type", "ppo", "expected 'sapo', 'grpo', 'gspo', 'cispo' or 'vespo', got \"ppo\""),
         ("replay_threshold", "-0.1", "expected a finite number >= 0 and <= 1, got -0.1"),
         ("replay_threshold", "1.5", "expected a finite number >= 0 and <= 1, got 1.5"),
         ("router_replay", "R4", "expected 'disabled', 'R2' or 'R3', got \"R4\""),
@@ -288,6 +288,18 @@ def test_every_number_has_a_lowest_value():
         (
             {"importance_sampling_level": "token", "loss_type": "gspo"},
             ["importance_sampling_level", "expected sequence", "got token"],
+        ),
+        (
+            {"importance_sampling_level": "token", "loss_type": "vespo"},
+            ["importance_sampling_level", "expected sequence", "got token", "product"],
+        ),
+        (
+            {"clip_ratio_high": "0.3", "loss_type": "vespo"},
+            ["algorithm.clip_ratio_high", "loss_type vespo", "got 0.3"],
+        ),
+        (
+            {"rollout_is": "tis", "loss_type": "vespo"},
+            ["correction.rollout_is", "disabled with loss_type vespo", "got tis"],
         ),
         ({"clip_ratio_low": "0.2"}, ["algorithm.clip_ratio_low", "sapo", "soft gate"]),
         ({"clip_ratio_high": "0.3"}, ["algorithm.clip_ratio_high", "sapo", "got 0.3"]),

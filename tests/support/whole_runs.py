@@ -176,6 +176,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "grpo": {"loss_type": "grpo", "clip_ratio_high": 0.28, "clip_ratio_c": 3, "kl_coef": 0.1},
     "gspo": {"loss_type": "gspo", "adv_estimator": "rloo", "kl_coef": 0.1, "kl_type": "k1"},
     "cispo": {"loss_type": "cispo", "adv_estimator": "dr_grpo", "kl_coef": 0.1, "kl_type": "k2"},
+    "vespo": {"loss_type": "vespo", "kl_coef": 0.1},
     "sapo": {"loss_type": "sapo", "entropy_coef": 0.01, "loss_agg_mode": "token-mean"},
 }
 
