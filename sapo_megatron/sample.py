@@ -143,6 +143,9 @@ class Routes:
     """int16 [N, M, k]."""
     probs: Tensor | None = None
     """fp32 [P, M, E]: router probabilities of the P tokens at which they are kept."""
+    replaced: Tensor | None = None
+    """uint8 [N, M]: of k replayed experts, those that the router's own took the place of; None
+    unless the replay is graded (``routing.replay_threshold``)."""
 
 
 @dataclass(frozen=True, kw_only=True)

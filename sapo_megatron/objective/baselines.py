@@ -1,4 +1,4 @@
-"""The losses SAPO is compared with: GRPO's clipping, GSPO, CISPO.
+"""The losses SAPO is compared with: GRPO's clipping, GSPO, CISPO, VESPO.
 
 They take the :class:`~sapo_megatron.objective.ratio.Ratio` of tokens and return the loss of each
 token, same shape, zero where the mask is False, not reduced. Clip ranges, ``low`` and ``high``, are
@@ -9,6 +9,9 @@ import torch
 from torch import Tensor
 
 from sapo_megatron.objective.ratio import Ratio, masked
+
+VESPO_K, VESPO_LAMBDA = (2.0, 3.0), (3.0, 2.0)
+"""Shape of :func:`vespo_weight` where A >= 0 and where A < 0, as its authors set it."""
 
 
 def clipped_loss(r: Ratio, low: float, high: float, bound: float | None = None) -> Tensor:
@@ -44,3 +47,26 @@ def cispo_loss(r: Ratio, low: float, high: float) -> Tensor:
     assert r.logprob is not None, "cispo weighs log pi"
     weight = r.ratio.detach().clamp(1 - low, 1 + high)
     return -weight * r.advantages * masked(r.logprob, r.mask)
+
+
+def vespo_loss(r: Ratio) -> Tensor:
+    """``-stop_gradient(phi(W)) A log pi`` (arXiv 2602.10693), phi being :func:`vespo_weight`.
+
+    Of ``r``, a ratio :meth:`~sapo_megatron.objective.ratio.Ratio.of_sequences`, ``logprob`` alone
+    receives gradient.
+    """
+    assert r.logprob is not None, "vespo weighs log pi"
+    return -vespo_weight(r) * r.advantages * masked(r.logprob, r.mask)
+
+
+@torch.no_grad()
+def vespo_weight(r: Ratio) -> Tensor:
+    """phi(W) = W^k exp(lambda (1 - W)) with W the product of a sequence's ratios; phi(1) = 1.
+
+    Each factor of W, and W itself, is within exp(+-``MAX_LOG_RATIO``), as in the authors' code.
+    """
+    k, rate = (
+        torch.where(r.advantages >= 0, r.ratio.new_full((), pos), neg)
+        for pos, neg in (VESPO_K, VESPO_LAMBDA)
+    )
+    return (k * r.log_ratio + rate * (1 - r.ratio)).exp()

@@ -17,11 +17,17 @@ from sapo_megatron.metrics import (
     Sum,
     Variance,
 )
-from sapo_megatron.objective.baselines import cispo_loss, clipped_loss, outside_clip
+from sapo_megatron.objective.baselines import (
+    cispo_loss,
+    clipped_loss,
+    outside_clip,
+    vespo_loss,
+    vespo_weight,
+)
 from sapo_megatron.objective.correction import correction_weights
 from sapo_megatron.objective.kl import kl_penalty
 from sapo_megatron.objective.ratio import Ratio, masked
-from sapo_megatron.objective.reduce import sequence_mean, token_weights
+from sapo_megatron.objective.reduce import sequence_mean, sequence_sum, token_weights
 from sapo_megatron.objective.sapo import sapo_gate, sapo_loss, sapo_weight, token_temperature
 from sapo_megatron.recipe.schema import AlgorithmConfig, CorrectionConfig, LossType
 from sapo_megatron.sample import Denominators, PackedBatch, Temperatures
@@ -60,7 +66,7 @@ def policy_loss(
     kind = LOSSES[algorithm.loss_type]
     own = r = Ratio.of(log_ratio, batch.advantages, mask, logprob)
     if kind.of_sequences:
-        own = r.of_sequences(sequence_mean(log_ratio, *whole, cp_group)[batch.sequence_ids])
+        own = r.of_sequences(kind.of_sequences(r.log_ratio, *whole, cp_group)[batch.sequence_ids])
 
     token_loss = kind.of_tokens(own, algorithm)
     metrics = Metrics()
@@ -141,6 +147,15 @@ def cispo_metrics(r: Ratio, algorithm: AlgorithmConfig) -> Metrics:
     return metrics
 
 
+@torch.no_grad()
+def vespo_metrics(r: Ratio) -> Metrics:
+    """Means over tokens of a sequence's W and of the weight phi(W) that it gets: ``vespo/*``."""
+    metrics = Metrics()
+    metrics.add("vespo/w_mean", Mean.of(r.ratio, r.mask))
+    metrics.add("vespo/phi_mean", Mean.of(vespo_weight(r), r.mask))
+    return metrics
+
+
 @dataclass(frozen=True)
 class PolicyLoss:
     """A policy loss: what it makes of a ratio."""
@@ -149,8 +164,9 @@ class PolicyLoss:
     """The loss of each token, of the ratio's shape, not reduced."""
     metrics: Callable[[Ratio, AlgorithmConfig], Metrics]
     """What it says of itself, beside :func:`ratio_metrics`."""
-    of_sequences: bool = False
-    """Whether the ratio is :meth:`~sapo_megatron.objective.ratio.Ratio.of_sequences`."""
+    of_sequences: Callable[..., Tensor] | None = None
+    """What makes the log-ratio of a sequence of its tokens', where the ratio is
+    :meth:`~sapo_megatron.objective.ratio.Ratio.of_sequences`."""
 
 
 LOSSES: dict[LossType, PolicyLoss] = {
@@ -159,8 +175,11 @@ LOSSES: dict[LossType, PolicyLoss] = {
     ),
     "grpo": PolicyLoss(lambda r, a: clipped_loss(r, *a.clip_range, a.clip_ratio_c), clip_metrics),
     "gspo": PolicyLoss(
-        lambda r, a: clipped_loss(r, *a.clip_range), clip_metrics, of_sequences=True
+        lambda r, a: clipped_loss(r, *a.clip_range), clip_metrics, of_sequences=sequence_mean
     ),
     "cispo": PolicyLoss(lambda r, a: cispo_loss(r, *a.clip_range), cispo_metrics),
+    "vespo": PolicyLoss(
+        lambda r, a: vespo_loss(r), lambda r, a: vespo_metrics(r), of_sequences=sequence_sum
+    ),
 }
 """Which loss goes by which name; everything else that names losses looks here."""

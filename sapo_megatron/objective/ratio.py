@@ -54,8 +54,8 @@ class Ratio:
     def of_sequences(self, sequence_log_ratio: Tensor) -> "Ratio":
         """The same tokens, each with the ratio s of its sequence and the gradient s d log pi.
 
-        ``sequence_log_ratio``: for each token, the mean log-ratio of its whole sequence; taken as
-        a constant.
+        ``sequence_log_ratio``: for each token, what its whole sequence makes of its tokens'
+        log-ratios, such as their mean; taken as a constant.
         """
         sequence = safe_log_ratio(sequence_log_ratio.detach(), self.mask)
         log_ratio = sequence + self.log_ratio - self.log_ratio.detach()

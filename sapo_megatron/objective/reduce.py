@@ -84,14 +84,14 @@ def token_weights(
 
 
 @torch.no_grad()
-def sequence_mean(
+def sequence_sum(
     x: Tensor,
     mask: Tensor,
     sequence_ids: Tensor,
     lengths: Tensor,
     cp_group: dist.ProcessGroup | None = None,
 ) -> Tensor:
-    """Mean of ``x`` [T] over the valid tokens of each whole sequence: [S], without gradient.
+    """Sum of ``x`` [T] over the valid tokens of each whole sequence: [S], without gradient.
 
     ``mask``, ``sequence_ids`` and ``lengths`` as in :func:`token_weights`; 0 for a sequence without
     a valid token. fp32, or fp64 for fp64 input. Collective over ``cp_group`` when it is given.
@@ -102,6 +102,18 @@ def sequence_mean(
         # Context-parallel group: its ranks hold slices of the same sequences of the same
         # micro-batch, so all of them are here with the same [S], valid tokens or not.
         dist.all_reduce(sums, group=cp_group)
+    return sums
+
+
+def sequence_mean(
+    x: Tensor,
+    mask: Tensor,
+    sequence_ids: Tensor,
+    lengths: Tensor,
+    cp_group: dist.ProcessGroup | None = None,
+) -> Tensor:
+    """The mean that goes with :func:`sequence_sum`."""
+    sums = sequence_sum(x, mask, sequence_ids, lengths, cp_group)
     return sums / lengths.to(sums.dtype).clamp(min=1)
 
 

@@ -159,10 +159,12 @@ def _refused(recipe: Recipe) -> Iterator[str]:
             recipe.rollout.async_steps > 0,
             "its Megatron trainer waits for the responses",
         ),
+        ("routing.replay_threshold", recipe.routing.replay_threshold > 0, "R3 replays all"),
         ("rollout.stop_token_ids", bool(recipe.rollout.stop_token_ids), "stop words only"),
+        ("algorithm.loss_type", not modes, "no such loss"),
         (
             "algorithm.loss_agg_mode",
-            algorithm.loss_agg_mode not in modes,
+            bool(modes) and algorithm.loss_agg_mode not in modes,
             f"with {loss}, {' or '.join(modes)}",
         ),
         (

@@ -45,7 +45,12 @@ class Model:
         self.chunks = build_model(arch, self.config, groups, recipe)
         self.weights = weights.HuggingFaceWeights(self.chunks, arch, groups, folder)
         self.weights.load()
-        self.routers = ModelRouters(self.chunks, self.config, moe_layers(self.config))
+        self.routers = ModelRouters(
+            self.chunks,
+            self.config,
+            moe_layers(self.config),
+            threshold=recipe.routing.replay_threshold,
+        )
         self.view = RouterView(
             routers=self.routers, groups=groups, prob_every=recipe.routing.kept_every
         )

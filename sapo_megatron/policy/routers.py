@@ -8,8 +8,9 @@ calls: the n-th forward of a pass belongs to the n-th micro-batch, and so does t
 recomputation, which is known by the autograd engine being at work.
 
 R2 replays what the routers of the training engine chose for the old policy; R3 what those of the
-rollout engine chose (arXiv 2510.11370, 2512.01374). The weights of the replayed experts are those
-of the current scores, so the router still learns.
+rollout engine chose (arXiv 2510.11370, 2512.01374), all of it or as far as the current scores bear
+it out (:func:`graded`). The weights of the replayed experts are those of the current scores, so the
+router still learns.
 
 Shape legend: M layers with experts on this rank, N tokens that its routers see, k experts a token,
 E experts.
@@ -37,10 +38,12 @@ KeptRows = Callable[[int], Tensor]
 class LayerRouter(RouterReplay):
     """What one router chooses, or is made to choose."""
 
-    def __init__(self, router: TopKRouter) -> None:
+    def __init__(self, router: TopKRouter, threshold: float = 0.0) -> None:
+        """``threshold``: that of :func:`graded`; 0 replays whatever it is told."""
         # Not upstream's: that would enter this router in the list of the process.
         self.layer = router.layer_number - 1
         self._router = router
+        self._threshold = threshold
         self._replay: Sequence[Tensor] | None
         self._keep: KeptRows | None
         self.reset()
@@ -59,6 +62,7 @@ class LayerRouter(RouterReplay):
         self._forwards = self._recomputations = 0
         self.experts: list[Tensor] = []
         self.probs: list[Tensor] = []
+        self.replaced: list[Tensor] = []
 
     def get_replay_topk(
         self,
@@ -76,25 +80,38 @@ class LayerRouter(RouterReplay):
 
         if not self._active:
             return choose(scores)
+        recording = self._recording
         if torch._C._current_graph_task_id() != -1:  # inside a backward pass: a recomputation
             batch, self._recomputations = self._recomputations, self._recomputations + 1
-            return choose(scores) if self._replay is None else self._replayed(scores, batch)
-        batch, self._forwards = self._forwards, self._forwards + 1
-        used = choose(scores) if self._replay is None else self._replayed(scores, batch)
-        if self._recording:
+            recording = False
+        else:
+            batch, self._forwards = self._forwards, self._forwards + 1
+        if self._replay is None:
+            used = choose(scores)
+            own = used[1]
+        else:
             # Outside the graph: a recomputation, which records nothing, must build the same.
-            own = used if self._replay is None else choose(scores.detach())
-            self._record(scores.detach(), own[1], batch)
+            own = choose(scores.detach())[1]
+            experts = self._told(scores, batch, own, recording)
+            used = scores.gather(1, experts), experts
+        if recording:
+            self._record(scores.detach(), own, batch)
         return used
 
-    def _replayed(self, scores: Tensor, batch: int) -> tuple[Tensor, Tensor]:
+    def _told(self, scores: Tensor, batch: int, own: Tensor, recording: bool) -> Tensor:
+        """The experts to replay; ``own`` are those that the router chooses."""
         assert self._replay is not None
         experts = self._replay[batch].to(scores.device, torch.int64)
         assert len(experts) == len(scores), (
             f"layer {self.layer}, micro-batch {batch}: routes of {len(experts)} tokens for "
             f"{len(scores)}"
         )
-        return scores.gather(1, experts), experts
+        if self._threshold:
+            probs = self._probabilities(scores.detach())
+            experts, replaced = graded(experts, own, probs, self._threshold)
+            if recording:
+                self.replaced.append(replaced)
+        return experts
 
     def _record(self, scores: Tensor, experts: Tensor, batch: int) -> None:
         self.experts.append(experts.to(torch.int16))
@@ -116,14 +133,21 @@ class ModelRouters:
     """The routers of one model on this rank, in the order of their layers."""
 
     def __init__(
-        self, chunks: Sequence[nn.Module], config: TransformerConfig, moe_layers: Sequence[int]
+        self,
+        chunks: Sequence[nn.Module],
+        config: TransformerConfig,
+        moe_layers: Sequence[int],
+        *,
+        threshold: float = 0.0,
     ) -> None:
-        """``moe_layers``: numbers, from 0, of all layers with experts, on whichever rank."""
+        """``moe_layers``: numbers, from 0, of all layers with experts, on whichever rank;
+        ``threshold``: that of :func:`graded` in every replay.
+        """
         self._routers: list[LayerRouter] = []
         for chunk in chunks:
             for module in chunk.modules():
                 if isinstance(module, TopKRouter):
-                    module.router_replay = LayerRouter(module)
+                    module.router_replay = LayerRouter(module, threshold)
                     self._routers.append(module.router_replay)
         self._routers.sort(key=lambda router: router.layer)
         self.moe_layers = tuple(moe_layers)
@@ -178,10 +202,12 @@ class ModelRouters:
         """What was chosen since :meth:`begin`, by call."""
         experts = zip(*(r.experts for r in self._routers), strict=True)
         probs = list(zip(*(r.probs for r in self._routers), strict=True))
+        replaced = list(zip(*(r.replaced for r in self._routers), strict=True))
         return [
             Routes(
                 experts=torch.stack(chosen, dim=1),
                 probs=torch.stack(probs[i], dim=1) if probs else None,
+                replaced=torch.stack(replaced[i], dim=1) if replaced else None,
             )
             for i, chosen in enumerate(experts)
         ]
@@ -250,6 +276,21 @@ class RouterView:
             assert bool((kept >= 0).all()), "both engines keep them at the same positions"
             probs = batch.rollout_probs[kept][:, routers.places]
         return Routes(experts=experts[rows][:, routers.places], probs=probs)
+
+
+def graded(told: Tensor, own: Tensor, probs: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
+    """The experts of ``told`` that the router bears out, filled up with its own: ``[N, k]``.
+
+    An expert of ``told [N, k]`` stays where its probability is at least ``threshold`` times the
+    least of ``own [N, k]``, what the router chooses, the best first; the places of the others go to
+    the best of its own that are not there. ``probs [N, E]``; where they are NaN, all stay. Also
+    returns how many went: uint8 [N].
+    """
+    gone = probs.gather(1, told) < threshold * probs.gather(1, own).amin(1, keepdim=True)
+    there = (own[:, :, None] == told[:, None, :]).any(-1)  # what is gone is none of its own
+    order = torch.cat([gone, there], dim=1).to(torch.uint8).argsort(dim=1, stable=True)
+    experts = torch.cat([told, own], dim=1).gather(1, order[:, : told.shape[1]])
+    return experts, gone.sum(1).to(torch.uint8)
 
 
 def padded_experts(experts: Tensor, fed: Tensor, num_experts: int) -> Tensor:

@@ -63,10 +63,16 @@ def check(recipe: Recipe) -> None:
     _check_data(recipe)
     _check_servers(recipe.rollout)
     _check_algorithm(recipe.algorithm)
-    _check_correction(recipe.correction)
+    _check_correction(recipe.correction, recipe.algorithm)
     _check_batches(recipe)
     _check_pipeline(recipe.parallel)
     _check_recompute(recipe.parallel)
+    if recipe.routing.replay_threshold and recipe.routing.router_replay != "R3":
+        raise UserError(
+            f"routing.replay_threshold: expected 0 with routing.router_replay "
+            f"{recipe.routing.router_replay} (it grades the experts that R3 replays), got "
+            f"{recipe.routing.replay_threshold:g}; remove it or set routing.router_replay=R3"
+        )
     if recipe.logging.dump_every and not recipe.routing.observe:
         raise UserError(
             f"logging.dump_every: expected 0 with routing.observe false, which looks at no token, "
@@ -257,25 +263,27 @@ def _check_servers(r: RolloutConfig) -> None:
 
 
 def _check_algorithm(a: AlgorithmConfig) -> None:
-    level = "sequence" if a.loss_type == "gspo" else "token"
+    level = "sequence" if a.loss_type in ("gspo", "vespo") else "token"
     if a.importance_sampling_level not in (None, level):
         reason = {
             "sapo": "SAPO gates each token by its own ratio; sequence ratios are GSPO's",
             "gspo": "GSPO's ratio is the sequence's; token ratios are those of grpo and sapo",
+            "vespo": "VESPO weighs a sequence by the product of its ratios",
         }.get(a.loss_type, f"{a.loss_type} uses token ratios")
         raise UserError(
             f"algorithm.importance_sampling_level: expected {level} with loss_type "
             f"{a.loss_type}, got {a.importance_sampling_level} ({reason}); remove it or change "
             f"loss_type"
         )
-    if a.loss_type == "sapo":
+    soft = {"sapo": "its soft gate, tau_pos and tau_neg,", "vespo": "its weight of the sequence"}
+    if a.loss_type in soft:
         for name in ("clip_ratio_low", "clip_ratio_high", "clip_ratio_c"):
             clip = dataclasses.asdict(a)[name]
             if clip is not None:
                 raise UserError(
-                    f"algorithm.{name}: expected no clip range with loss_type sapo, got {clip} "
-                    f"(its soft gate, tau_pos and tau_neg, takes the place of clipping); remove "
-                    f"it or change loss_type"
+                    f"algorithm.{name}: expected no clip range with loss_type {a.loss_type}, got "
+                    f"{clip} ({soft[a.loss_type]} takes the place of clipping); remove it or "
+                    f"change loss_type"
                 )
     if a.clip_ratio_c is not None and a.loss_type != "grpo":
         raise UserError(
@@ -284,7 +292,13 @@ def _check_algorithm(a: AlgorithmConfig) -> None:
         )
 
 
-def _check_correction(c: CorrectionConfig) -> None:
+def _check_correction(c: CorrectionConfig, a: AlgorithmConfig) -> None:
+    if c.rollout_is != "disabled" and a.loss_type == "vespo":
+        raise UserError(
+            f"correction.rollout_is: expected disabled with loss_type vespo (a factor of single "
+            f"tokens would undo its weight of the sequence), got {c.rollout_is}; remove it or "
+            f"change loss_type"
+        )
     if c.icepop_low >= c.icepop_high:
         raise UserError(
             f"correction.icepop_low: expected less than icepop_high {c.icepop_high:g}, got "

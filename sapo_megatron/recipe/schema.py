@@ -11,6 +11,7 @@ Count = Annotated[int, Field(gt=0)]
 Whole = Annotated[int, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
 TopP = Annotated[float, Field(gt=0, le=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
@@ -169,6 +170,10 @@ class RoutingConfig:
     router_replay: Literal["disabled", "R2", "R3"] = "disabled"
     """Whose experts the training passes use: their own routers' (disabled), those of the old
     policy in the training engine (R2, from the first update on), or the rollout engine's (R3)."""
+    replay_threshold: Fraction = 0.0
+    """R3 replays an expert only where the router's current score for it is at least this share of
+    its score for the weakest of its own choice; the others make room for the router's own. 0: R3
+    replays all. Scores are what weighs experts: without the bias that only chooses."""
     observe: bool = True
     """Whether the routers' choices are recorded and compared, and the ratios' variance measured:
     ``routing/*``, ``variance/*``, ``sapo/bound_*``; the rest of this section says how much."""
@@ -186,7 +191,7 @@ class RoutingConfig:
         return self.prob_every if self.observe else 0
 
 
-LossType = Literal["sapo", "grpo", "gspo", "cispo"]
+LossType = Literal["sapo", "grpo", "gspo", "cispo", "vespo"]
 
 CLIP_DEFAULTS: dict[str, tuple[float, float]] = {
     "grpo": (0.2, 0.2),
@@ -208,7 +213,7 @@ class AlgorithmConfig:
     clip_ratio_c: Annotated[float, Field(gt=1)] | None = None
     """Dual clip: bound on the ratio of negative advantages (grpo only)."""
     importance_sampling_level: Literal["token", "sequence"] | None = None
-    """None: what the loss type needs (sequence for gspo, token for the others)."""
+    """None: what the loss type needs (sequence for gspo and vespo, token for the others)."""
     loss_agg_mode: Literal["seq-mean-token-mean", "token-mean", "seq-mean-token-sum-norm"] = (
         "seq-mean-token-mean"
     )
@@ -265,7 +270,7 @@ class OptimizerConfig:
     adam_beta2: Beta = 0.98
     adam_eps: Positive = 1e-8
     clip_grad: Positive = 1.0
-    optimizer_offload_fraction: Annotated[float, Field(ge=0, le=1)] = 0.0
+    optimizer_offload_fraction: Fraction = 0.0
     """Share of Adam's state that is kept, and updated, in host memory (GPUs only)."""
 
 

@@ -77,6 +77,9 @@ def compare(
         metrics.add(f"{prefix}/router_flip", Mean.of(flipped > 0, mask))
         metrics.add(f"{prefix}/slot_flip", share)
         metrics.add(f"{prefix}/slot_flip/layer_{layer}", share)
+        if new.replaced is not None:
+            replaced = Mean.of(new.replaced[:, i] / new.experts.shape[-1], mask)
+            metrics.add(f"{prefix}/replay_replaced", replaced)
     if old.probs is None or new.probs is None:
         return Divergence(metrics=metrics, layers_flipped=layers_flipped, shift=None)
     shift = torch.zeros(len(kept), device=mask.device)

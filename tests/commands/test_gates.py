@@ -29,7 +29,8 @@ INFO = DumpInfo(
 )
 SAPO, GRPO = Gate("sapo", 1.0, 1.05), Gate("grpo", 0.2, 0.28)
 GSPO, CISPO = Gate("gspo", 3e-4, 4e-4), Gate("cispo", 1.0, 0.28)
-ALL = [SAPO, GRPO, GSPO, CISPO]
+VESPO = Gate("vespo")
+ALL = [SAPO, GRPO, GSPO, CISPO, VESPO]
 
 
 def tokens(ratios, advantages, sequences=None, layers_changed=None):
@@ -94,7 +95,7 @@ def test_on_policy_all_gates_are_the_policy_gradient(dump):
         assert dataclasses.astuple(effect.weight) == (1, 1, 1)
         assert dataclasses.astuple(effect.mass_kept) == (1, 1, 1)
         assert effect.ess == 1
-    assert torch.allclose(comparison.cosine, torch.ones(4, 4, dtype=torch.float64), atol=1e-12)
+    assert torch.allclose(comparison.cosine, torch.ones(5, 5, dtype=torch.float64), atol=1e-12)
     assert comparison.log_ratio_var.all == 0
     assert dataclasses.astuple(comparison.suggestion) == (0.9, None, None, None, None)
 
@@ -123,6 +124,13 @@ def test_gspo_gives_a_sequence_one_ratio(dump):
     assert weights(comparison) == [pytest.approx([2, 0.5, 0, 0, 1, 1], rel=1e-6)]
     # w r of a sequence's tokens is the sequence's ratio: 1, 0, 1.2, two tokens each.
     assert comparison.effects[0].ess == pytest.approx(2.2**2 / 3 / (1 + 1.44), rel=1e-6)
+
+
+def test_vespo_weighs_a_sequence_by_its_product(dump):
+    ratios = [0.5, 2.0, 1.2, 1.2, 1.2, 1.2]  # products 1, 1.44 and 1.44
+    comparison = compare(dump(ratios, [1, 1, 1, 1, -1, -1], [0, 0, 1, 1, 2, 2]), [VESPO], 0.9)
+    pos, neg = 1.44**2 * math.exp(3 * -0.44) / 1.2, 1.44**3 * math.exp(2 * -0.44) / 1.2
+    assert weights(comparison) == [pytest.approx([2, 0.5, pos, pos, neg, neg], rel=1e-6)]
 
 
 def test_mass_counts_sequences_not_tokens(dump):
@@ -274,6 +282,7 @@ def test_a_gate_is_parsed_as_it_is_shown(gate):
         "sapo:nan,1",
         "grpo:0.2,inf",
         "gspo:a,b",
+        "vespo:2,3",
         "ppo:1,1",
         "SAPO:1,1",
     ],
@@ -281,13 +290,14 @@ def test_a_gate_is_parsed_as_it_is_shown(gate):
 def test_a_gate_that_is_none(text):
     with pytest.raises(UserError) as error:
         parse_gate(text)
-    form = {"grpo": "grpo:CLIP_LOW", "gspo": "gspo:CLIP_LOW"}.get(text[:4], "sapo:TAU_POS")
-    for expected in (f"--gate: expected {form}", "such as", repr(text)):
+    forms = {"grpo": "grpo:CLIP_LOW", "gspo": "gspo:CLIP_LOW", "vesp": "vespo, which has no values"}
+    form = forms.get(text[:4], "sapo:TAU_POS")
+    for expected in (f"--gate: expected {form}", repr(text)):
         assert expected in str(error.value)
 
 
 def test_the_default_gates_have_the_temperatures_of_the_run():
-    assert default_gates(INFO) == [Gate("sapo", 2.0, 3.0), GRPO, GSPO, CISPO]
+    assert default_gates(INFO) == [Gate("sapo", 2.0, 3.0), GRPO, GSPO, CISPO, VESPO]
 
 
 # The command

@@ -216,8 +216,13 @@ def test_recipes_as_flags(path):
             "rollout.async_steps",
             ["rollout.engine=vllm", "rollout.vllm_python=python", "rollout.async_steps=1"],
         ),
+        (
+            "routing.replay_threshold",
+            ["routing.router_replay=R3", "routing.replay_threshold=0.5"],
+        ),
         ("rollout.stop_token_ids", ["rollout.stop_token_ids=[3]"]),
         ("algorithm.loss_agg_mode", ["algorithm.loss_agg_mode=token-mean"]),
+        ("algorithm.loss_type", ["algorithm.loss_type=vespo"]),
         ("algorithm.loss_agg_mode", ["algorithm.loss_type=cispo"]),
         (
             "algorithm.clip_ratio_low",

@@ -1,13 +1,19 @@
-"""GRPO's clips, GSPO and CISPO against their formulas written out by hand."""
+"""GRPO's clips, GSPO, CISPO and VESPO against their formulas written out by hand."""
 
 import math
 
 import pytest
 import torch
 
-from sapo_megatron.objective.baselines import cispo_loss, clipped_loss, outside_clip
+from sapo_megatron.objective.baselines import (
+    cispo_loss,
+    clipped_loss,
+    outside_clip,
+    vespo_loss,
+    vespo_weight,
+)
 from sapo_megatron.objective.ratio import Ratio
-from sapo_megatron.objective.reduce import sequence_mean
+from sapo_megatron.objective.reduce import sequence_mean, sequence_sum
 
 
 def f64(*values):
@@ -25,6 +31,11 @@ def gspo(log_ratio, sequence_log_ratio, advantages, mask=None):
 
 def cispo(log_ratio, logprob, advantages, mask=None):
     return cispo_loss(Ratio.of(log_ratio, advantages, mask, logprob), 1.0, 0.28)
+
+
+def vespo(log_ratio, sequence_log_ratio, logprob, advantages, mask=None):
+    r = Ratio.of(log_ratio, advantages, mask, logprob).of_sequences(sequence_log_ratio)
+    return vespo_loss(r)
 
 
 @pytest.mark.parametrize(
@@ -97,10 +108,45 @@ def test_cispo_bounds_the_weight_and_keeps_the_gradient():
     assert not cispo(log_ratio, logprob.detach(), f64(2.0, -1.0)).requires_grad
 
 
+@pytest.mark.parametrize(
+    ("w", "advantage", "phi"),
+    [
+        (1.0, 2.0, 1.0),
+        (1.0, -2.0, 1.0),
+        (2.0, 0.5, 4 * math.exp(-3)),
+        (2.0, -0.5, 8 * math.exp(-2)),
+        (0.5, 0.5, 0.25 * math.exp(1.5)),
+        (0.5, -0.5, 0.125 * math.exp(1.0)),
+        (2 / 3, 1.0, 4 / 9 * math.e),  # the largest: k / lambda
+        (1.5, -1.0, 27 / 8 / math.e),
+    ],
+)
+def test_the_weight_of_vespo(w, advantage, phi):
+    got = vespo_weight(Ratio.of(f64(math.log(w)), f64(advantage)))
+    assert got.item() == pytest.approx(phi, rel=1e-13)
+
+
+def test_vespo_weighs_log_pi_by_the_product_of_a_sequences_ratios():
+    sequence_ids = torch.tensor([0, 0, 0, 1, 1])
+    mask = torch.tensor([True, True, True, True, False])
+    log_ratio = f64(0.4, -0.9, 0.2, 0.3, math.nan)
+    logprob = f64(-1.0, -2.0, -0.5, -3.0, math.nan).requires_grad_()
+    advantages = f64(2.0, 2.0, 2.0, -1.0, math.nan)
+    sums = sequence_sum(log_ratio, mask, sequence_ids, torch.tensor([3, 1]))
+    loss = vespo(log_ratio, sums[sequence_ids], logprob, advantages, mask)
+    w = math.exp(-0.3), math.exp(0.3)
+    phi = w[0] ** 2 * math.exp(3 - 3 * w[0]), w[1] ** 3 * math.exp(2 - 2 * w[1])
+    slopes = [-2 * phi[0]] * 3 + [phi[1], 0.0]
+    expected = [slope * x for slope, x in zip(slopes[:4], (-1.0, -2.0, -0.5, -3.0), strict=True)]
+    assert loss.tolist() == pytest.approx([*expected, 0.0], rel=1e-13)
+    assert grad_of(loss, logprob).tolist() == pytest.approx(slopes, rel=1e-13)
+
+
 def every_loss(log_ratio, advantages, mask):
     yield clipped_loss(Ratio.of(log_ratio, advantages, mask), 0.2, 0.2, 3.0)
     yield gspo(log_ratio, log_ratio.detach(), advantages, mask)
     yield cispo(log_ratio, log_ratio, advantages, mask)
+    yield vespo(log_ratio, log_ratio.detach(), log_ratio, advantages, mask)
 
 
 @pytest.mark.parametrize("garbage", [math.nan, math.inf, -math.inf, 200.0])

@@ -141,6 +141,7 @@ ALGORITHMS = {
     "grpo": AlgorithmConfig(loss_type="grpo", clip_ratio_c=1.2, loss_agg_mode="token-mean"),
     "gspo": AlgorithmConfig(loss_type="gspo", clip_ratio_low=0.3, clip_ratio_high=0.3),
     "cispo": AlgorithmConfig(loss_type="cispo", loss_agg_mode="seq-mean-token-sum-norm"),
+    "vespo": AlgorithmConfig(loss_type="vespo"),
 }
 NAMES = {
     "actor/pg_loss",
@@ -158,6 +159,7 @@ OWN_NAMES = {
     "grpo": {"actor/clip_fraction", "actor/dual_clip_fraction"},
     "gspo": {"actor/clip_fraction"},
     "cispo": {"actor/clip_fraction"},
+    "vespo": {"vespo/w_mean", "vespo/phi_mean"},
 }
 
 
@@ -204,7 +206,7 @@ def _on_a_context_parallel_rank(name):
     return loss, gradients, metrics.to_host()
 
 
-@pytest.mark.parametrize("name", ["sapo", "gspo"])
+@pytest.mark.parametrize("name", ["sapo", "gspo", "vespo"])
 def test_context_parallel_ranks_add_up(name):
     sequences = make_sequences()
     whole = merge([run(ALGORITHMS[name], *pack(sequences))])
@@ -256,8 +258,8 @@ class Counting(TorchDispatchMode):
 def test_a_ratio_is_computed_once(name):
     with Counting() as counting:
         run(ALGORITHMS[name], *pack(make_sequences()))
-    # gspo takes the ratio of the sequences too.
-    assert counting.calls["exp"] == (2 if name == "gspo" else 1)
+    # gspo and vespo take the ratio of the sequences too; vespo's weight is an exp, asked for twice.
+    assert counting.calls["exp"] == {"gspo": 2, "vespo": 4}.get(name, 1)
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)
@@ -293,6 +295,33 @@ def test_fp32_stays_fp32():
         max_response_length=8,
     )
     assert loss.dtype is torch.float32
+
+
+def test_vespo_takes_the_product_over_a_whole_sequence():
+    sequences = make_sequences()
+    w, phi, expected = [], [], []
+    for s in sequences:
+        difference = (s["logprob"] - s["old_logprob"])[s["mask"]].clamp(-20, 20)
+        product, advantage = math.exp(difference.sum()), float(s["advantages"][0])
+        k, rate = (2, 3) if advantage >= 0 else (3, 2)
+        w.append(product)
+        phi.append(product**k * math.exp(rate * (1 - product)))
+        slope = -phi[-1] * advantage / max(s["length"], 1) / DENOMINATORS.sequences
+        expected += [0.0] * PROMPT + [slope] * s["length"]
+    _, (gradient, _), metrics = run(ALGORITHMS["vespo"], *pack(sequences))
+    assert gradient.tolist() == pytest.approx(expected, rel=1e-12)
+    for name, values in (("w", w), ("phi", phi)):
+        mean = sum(n * x for n, x in zip(RESPONSES, values, strict=True)) / DENOMINATORS.tokens
+        assert metrics.values()[f"vespo/{name}_mean"] == pytest.approx(mean)
+
+
+def test_each_ratio_of_a_product_is_bounded():
+    sequences = make_sequences()
+    sequences[0]["logprob"][PROMPT] = sequences[0]["old_logprob"][PROMPT] - 60
+    sequences[0]["logprob"][PROMPT + 1] = sequences[0]["old_logprob"][PROMPT + 1] + 20
+    assert run(ALGORITHMS["vespo"], *pack(sequences))[1][0][PROMPT].item() != pytest.approx(
+        0, abs=1e-6
+    )
 
 
 def test_gspo_counts_the_tokens_of_clipped_sequences():

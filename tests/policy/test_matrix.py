@@ -87,8 +87,8 @@ def results(request, tmp_path_factory):
     }
 
 
-def _key(layout: Layout) -> tuple[str, str, str, bool]:
-    return layout.model, layout.objective, layout.batch, layout.replay
+def _key(layout: Layout) -> tuple[str, str, str, bool, float]:
+    return layout.model, layout.objective, layout.batch, layout.replay, layout.replay_threshold
 
 
 def _result(measured: Measured, expected: Outcome, folder: Path) -> Result:
@@ -182,7 +182,8 @@ group whose advantages are zero, and ratios from about 0.1 to 30, so that the ga
 data-parallel ranks some have no valid token. Objectives: SAPO with the paper's settings unless it
 says `warm` (other temperatures, entropy bonus), `token-mean`, `gspo`, or `balanced` (SAPO with the
 MoE auxiliary loss, on identical micro-batches, because that loss is defined on a micro-batch).
-`replay`: every token goes to experts drawn at random, in the reference too.
+`replay`: every token goes to experts drawn at random, in the reference too; with a `threshold`, to
+those of them that the router bears out and else to its own (`routing.replay_threshold`).
 `contract` and `per-token loss` are Megatron's ways to scale a loss. DP counts what tensor, pipeline
 and context parallelism leave over; EP divides it.
 

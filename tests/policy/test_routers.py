@@ -15,6 +15,7 @@ from sapo_megatron.policy.routers import (
     LayerRouter,
     ModelRouters,
     check_routes,
+    graded,
     padded_experts,
 )
 
@@ -152,6 +153,110 @@ def test_replaying_its_own_choice_is_routing_as_ever(changes):
     assert chosen.sum(1).tolist() == [2, 2, 2]
 
 
+ROUTERS = {
+    "softmax after top-k": {},
+    "softmax before top-k": {"use_pre_softmax": True},
+    "sigmoid": {"score_function": "sigmoid"},
+    "sigmoid with bias": {"score_function": "sigmoid", "expert_bias": BIAS.repeat(2)},
+    "groups": {"score_function": "sigmoid", "num_groups": 4, "group_topk": 2},
+}
+"""Ways to route that megatron-core knows, for 8 experts of which 3 or 4 are chosen."""
+
+
+def routing(arguments, threshold=0.0):
+    """A LayerRouter of megatron-core's router, and what that computes of logits."""
+    router = LayerRouter(
+        upstream(
+            expert_bias=arguments.get("expert_bias"),
+            moe_router_score_function=arguments.get("score_function", "softmax"),
+            moe_router_pre_softmax=arguments.get("use_pre_softmax", False),
+        ),
+        threshold,
+    )
+
+    def route(logits, told):
+        router.begin([told], True, None)
+        topk = told.shape[1]
+        return topk_routing_with_score_function(logits, topk, router_replay=router, **arguments)
+
+    return router, route
+
+
+def shares(logits, arguments):
+    """What experts are weighted by: positive, and without the bias."""
+    sigmoid = arguments.get("score_function") == "sigmoid"
+    return logits.sigmoid() if sigmoid else logits.softmax(-1)
+
+
+def random_routes(tokens, topk, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    logits = 2 * torch.randn(tokens, 8, generator=generator, dtype=torch.float64)
+    told = torch.rand(tokens, 8, generator=generator).argsort(1)[:, :topk].to(torch.int16)
+    return logits, told
+
+
+@pytest.mark.parametrize("name", ROUTERS)
+def test_the_gradient_reaches_experts_that_the_router_would_not_choose(name):
+    arguments = ROUTERS[name]
+    logits, told = random_routes(6, 4)
+    router, route = routing(arguments)
+    logits.requires_grad_()
+    weights, _ = route(logits, told)
+    outside = (router.experts[0][:, :, None] != told[:, None, :]).all(1)
+    assert outside.double().mean() > 0.25
+    slopes = torch.rand(weights.shape, dtype=torch.float64, generator=torch.manual_seed(1))
+    (got,) = torch.autograd.grad((slopes * weights).sum(), logits)
+
+    share = shares(logits, arguments).gather(1, told.long())
+    if not arguments.get("use_pre_softmax"):
+        share = share / share.sum(1, keepdim=True)
+    (expected,) = torch.autograd.grad((slopes.gather(1, told.long()) * share).sum(), logits)
+    assert (expected.gather(1, told.long()) != 0).all()
+    # The probabilities pass through fp32 in megatron-core's softmax.
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("threshold", "experts", "replaced"),
+    [
+        (0.1, [5, 0, 3], 0),
+        (0.25, [5, 0, 3], 0),  # 0.0625 is just that share of 0.25
+        (0.3, [0, 3, 1], 1),
+        (0.6, [0, 1, 2], 2),
+        (1.0, [0, 1, 2], 2),
+    ],
+)
+def test_a_graded_replay_keeps_what_is_close_to_the_routers_own(threshold, experts, replaced):
+    probs = torch.tensor([[0.28, 0.26, 0.25, 0.08, 0.06, 0.0625, 0.0075]], dtype=torch.float64)
+    own, told = torch.tensor([[0, 1, 2]]), torch.tensor([[5, 0, 3]])
+    got, went = graded(told, own, probs, threshold)
+    assert (got.tolist(), went.tolist()) == ([experts], [replaced])
+    assert graded(told, own, probs * float("nan"), threshold)[0].equal(told)
+
+
+@pytest.mark.parametrize("threshold", [0.3, 0.8, 1.0])
+@pytest.mark.parametrize("name", ROUTERS)
+def test_a_graded_replay_under_every_way_to_route(name, threshold):
+    """Token by token, in plain Python; and its weights are those of a replay of what it used."""
+    arguments = ROUTERS[name]
+    logits, told = random_routes(40, 4, seed=3)
+    router, route = routing(arguments, threshold)
+    weights, chosen = route(logits, told)
+    own, probs = router.experts[0].tolist(), shares(logits, arguments).tolist()
+    used = []
+    for mine, theirs, prob, went in zip(
+        own, told.tolist(), probs, router.replaced[0].tolist(), strict=True
+    ):
+        least = threshold * min(prob[e] for e in mine)
+        kept = [e for e in theirs if prob[e] >= least]
+        used.append((kept + [e for e in mine if e not in kept])[:4])
+        assert went == 4 - len(kept)
+    assert chosen.tolist() == [[e in experts for e in range(8)] for experts in used]
+    assert 0 < router.replaced[0].double().mean() < 4
+    same, _ = routing(arguments)[1](logits, torch.tensor(used))
+    assert torch.equal(weights, same)
+
+
 def test_under_replay_it_records_what_it_would_have_chosen():
     router = LayerRouter(upstream())
     router.begin(OTHERS, True, lambda batch: torch.tensor([batch]))
@@ -162,11 +267,19 @@ def test_under_replay_it_records_what_it_would_have_chosen():
         torch.testing.assert_close(probs, SCORES[batch][[batch]].softmax(-1))
 
 
+# What is left of OTHERS where an expert needs 0.3 of the probability of the weaker own one.
+GRADED = [[[2, 0], [3, 2]], [[3, 2], [2, 0], [1, 3]]]
+
+
 @pytest.mark.parametrize("use_reentrant", [True, False])
-@pytest.mark.parametrize("replay", [OTHERS, None], ids=["told", "free"])
-def test_recomputation_is_of_its_own_micro_batch(use_reentrant, replay):
+@pytest.mark.parametrize(
+    ("replay", "threshold", "expected"),
+    [(OTHERS, 0.0, [e.tolist() for e in OTHERS]), (OTHERS, 0.3, GRADED), (None, 0.0, CHOSEN)],
+    ids=["told", "graded", "free"],
+)
+def test_recomputation_is_of_its_own_micro_batch(use_reentrant, replay, threshold, expected):
     """Two forwards before two backwards, as pipeline parallelism has them."""
-    router = LayerRouter(upstream())
+    router = LayerRouter(upstream(), threshold)
     router.begin(replay, True, None)
     used = []
 
@@ -179,8 +292,8 @@ def test_recomputation_is_of_its_own_micro_batch(use_reentrant, replay):
     outputs = [checkpoint(layer, x, use_reentrant=use_reentrant) for x in inputs]
     for output in outputs:
         output.sum().backward()
-    expected = CHOSEN if replay is None else [experts.tolist() for experts in replay]
     assert used == expected * 2
+    assert len(router.replaced) == (2 if threshold else 0), "counted once"
     for x, experts in zip(inputs, expected, strict=True):
         chosen = nn.functional.one_hot(torch.tensor(experts), 4).sum(1)
         torch.testing.assert_close(x.grad, 2 * x.detach() * chosen)

@@ -1,5 +1,6 @@
 """Which experts changed between two readings of the same tokens, and that no cut changes it."""
 
+import dataclasses
 import math
 
 import pytest
@@ -102,6 +103,13 @@ def test_probabilities_are_compared_where_both_readings_have_them(old, new):
         "routing/slot_flip/layer_3",
         "routing/slot_flip/layer_7",
     }
+
+
+def test_the_share_of_a_replay_that_was_replaced():
+    replaced = torch.tensor([[2, 0], [1, 0], [2, 2], [0, 1]], dtype=torch.uint8)
+    new = dataclasses.replace(NEW, replaced=replaced)
+    found = compare(OLD, new, layers=(3, 7), mask=MASK, kept=KEPT, prefix="routing")
+    assert found.metrics.values()["routing/replay_replaced"] == pytest.approx(4 / 12)
 
 
 def test_tokens_by_hand():

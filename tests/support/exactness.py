@@ -29,6 +29,7 @@ from sapo_megatron.recipe.schema import (
     ModelConfig,
     Recipe,
     RolloutConfig,
+    RoutingConfig,
     SourceConfig,
     TrainConfig,
 )
@@ -65,6 +66,7 @@ def make_recipe(layout: Layout, folder: Path, dtype: str) -> Recipe:
         rollout=RolloutConfig(
             temperature=objective.temperature, max_response_length=LONGEST_RESPONSE
         ),
+        routing=RoutingConfig(replay_threshold=layout.replay_threshold),
         algorithm=algorithm,
         train=TrainConfig(
             max_tokens_per_gpu=layout.max_tokens // layout.cp,

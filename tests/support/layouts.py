@@ -26,6 +26,7 @@ class Layout:
     fused: bool = False
     replay: bool = False
     """Experts are those of the samples' routes."""
+    replay_threshold: float = 0.0
     batch: str = "ragged"
     max_tokens: int = 48
     """Of a micro-batch, over all context-parallel ranks."""
@@ -51,6 +52,7 @@ class Layout:
         words += [] if self.packing else ["padded"]
         words += ["fused"] if self.fused else []
         words += ["replay"] if self.replay else []
+        words += [f"threshold {self.replay_threshold}"] if self.replay_threshold else []
         return ", ".join(words)
 
     @property
@@ -96,6 +98,7 @@ REPRESENTATIVE = (
     Layout(world=4, tp=2, ep=2, objective="balanced", batch="same", max_tokens=16),
     Layout(replay=True, model="mixed"),
     Layout(world=4, tp=2, pp=2, ep=2, replay=True, recompute="uniform"),
+    Layout(world=4, tp=2, pp=2, ep=2, replay=True, replay_threshold=0.3, recompute="uniform"),
     Layout(world=4, cp=2, pp=2, vpp=2, replay=True, max_tokens=24, recompute="moe"),
 )
 """What an ordinary test run walks through, in fp64."""

@@ -202,4 +202,6 @@ def make_reference(layout: Layout, folder: Path) -> reference.Outcome:
     """What a layout has to reproduce: fp64, on the weights of ``folder``."""
     weights = {k: v.double() for k, v in load_file(folder / "model.safetensors").items()}
     objective = OBJECTIVES[layout.objective][1]
-    return reference.evaluate(weights, MODELS[layout.model], mini_batch(layout), objective)
+    return reference.evaluate(
+        weights, MODELS[layout.model], mini_batch(layout), objective, layout.replay_threshold
+    )

@@ -43,11 +43,16 @@ class Objective:
 
 
 def forward(
-    weights: Weights, arch: dict[str, Any], ids: Tensor, routes: Tensor | None = None
+    weights: Weights,
+    arch: dict[str, Any],
+    ids: Tensor,
+    routes: Tensor | None = None,
+    threshold: float = 0.0,
 ) -> tuple[Tensor, list[Tensor]]:
     """Logits ``[T, V]`` of one sequence ``ids [T]``, and the router logits of each MoE layer.
 
-    ``routes`` int [T, MoE layers, k] stand in the place of what the routers choose.
+    ``routes`` int [T, MoE layers, k] stand in the place of what the routers choose, each where its
+    probability is ``threshold`` times that of the router's last choice or more.
     """
     eps = arch["rms_norm_eps"]
     x = weights["model.embed_tokens.weight"][ids]
@@ -59,7 +64,7 @@ def forward(
         h = _rms(x, w["post_attention_layernorm.weight"], eps)
         if "mlp.gate.weight" in w:
             told = None if routes is None else routes[:, len(router_logits)]
-            out, logits = _experts(w, arch, h, told)
+            out, logits = _experts(w, arch, h, told, threshold)
             router_logits.append(logits)
         else:
             out = _mlp(w, "mlp.", h)
@@ -104,11 +109,14 @@ def _mlp(w: Weights, prefix: str, x: Tensor) -> Tensor:
 
 
 def _experts(
-    w: Weights, arch: dict[str, Any], x: Tensor, told: Tensor | None
+    w: Weights, arch: dict[str, Any], x: Tensor, told: Tensor | None, threshold: float
 ) -> tuple[Tensor, Tensor]:
     logits = x @ w["mlp.gate.weight"].T
     probs = logits.softmax(-1)
-    chosen = probs.topk(arch["num_experts_per_tok"]).indices if told is None else told
+    chosen = own = probs.topk(arch["num_experts_per_tok"]).indices
+    if told is not None:
+        rows = zip(told.tolist(), own.tolist(), probs.tolist(), strict=True)
+        chosen = torch.tensor([_borne_out(*row, threshold) for row in rows])
     share = probs.gather(-1, chosen)
     if arch["norm_topk_prob"]:
         share = share / share.sum(-1, keepdim=True)
@@ -117,6 +125,11 @@ def _experts(
         outputs = [_mlp(w, f"mlp.experts.{e}.", token) for e in experts]
         rows.append((torch.stack(outputs) * shares[:, None]).sum(0))
     return torch.stack(rows), logits
+
+
+def _borne_out(told: list[int], own: list[int], probs: list[float], threshold: float) -> list[int]:
+    kept = [e for e in told if probs[e] >= threshold * probs[own[-1]]]
+    return (kept + [e for e in own if e not in kept])[: len(own)]
 
 
 @dataclass(kw_only=True)
@@ -131,7 +144,11 @@ class Outcome:
 
 
 def evaluate(
-    weights: Weights, arch: dict[str, Any], sequences: list[Sequence], objective: Objective
+    weights: Weights,
+    arch: dict[str, Any],
+    sequences: list[Sequence],
+    objective: Objective,
+    replay_threshold: float = 0.0,
 ) -> Outcome:
     """Loss, gradients and ratio statistics of a whole mini-batch."""
     weights = {k: v.detach().clone().requires_grad_() for k, v in weights.items()}
@@ -140,7 +157,7 @@ def evaluate(
     for s in sequences:
         ids = torch.tensor(s.prompt + s.response)
         routes = None if s.routes is None else torch.tensor(s.routes)
-        logits, router_logits = forward(weights, arch, ids[:-1], routes)
+        logits, router_logits = forward(weights, arch, ids[:-1], routes, replay_threshold)
         for layer in router_logits:
             best = layer.detach().sort(descending=True).values
             k = arch["num_experts_per_tok"]

@@ -176,7 +176,16 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "grpo": {"loss_type": "grpo", "clip_ratio_high": 0.28, "clip_ratio_c": 3, "kl_coef": 0.1},
     "gspo": {"loss_type": "gspo", "adv_estimator": "rloo", "kl_coef": 0.1, "kl_type": "k1"},
     "cispo": {"loss_type": "cispo", "adv_estimator": "dr_grpo", "kl_coef": 0.1, "kl_type": "k2"},
+    "vespo": {"loss_type": "vespo", "kl_coef": 0.1},
     "sapo": {"loss_type": "sapo", "entropy_coef": 0.01, "loss_agg_mode": "token-mean"},
+}
+
+
+REPLAYS: dict[str, dict[str, Any]] = {
+    "disabled": {},
+    "R2": {"router_replay": "R2"},
+    "R3": {"router_replay": "R3"},
+    "graded": {"router_replay": "R3", "replay_threshold": 0.9},
 }
 
 
@@ -188,14 +197,14 @@ def variants(folder: Path) -> dict[str, Any]:
     for name, algorithm in VARIANTS.items():
         changes = {f"algorithm__{key}": value for key, value in algorithm.items()}
         found[name] = run(folder, train__run_dir=folder / name, **changes)
-    for mode in ("disabled", "R2", "R3"):
+    for name, routing in REPLAYS.items():
         for observe in (True, False):
             run(
                 folder,
-                train__run_dir=folder / f"{mode} {observe}",
-                routing__router_replay=mode,
+                train__run_dir=folder / f"{name} {observe}",
                 routing__observe=observe,
                 routing__decompose_every=1,
+                **{f"routing__{key}": value for key, value in routing.items()},
             )
     found["dynamic"] = run(
         folder,

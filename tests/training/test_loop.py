@@ -9,7 +9,7 @@ from sapo_megatron.recipe.load import load
 from sapo_megatron.runs.dump import read_dumps
 from tests.support.gloo import run_ranks
 from tests.support.tiny import ROOT, cli, read_metrics, write_recipe
-from tests.support.whole_runs import VARIANTS, command, variants
+from tests.support.whole_runs import REPLAYS, VARIANTS, command, variants
 
 METRICS = {
     "actor/pg_loss",
@@ -212,7 +212,8 @@ def test_every_loss_runs(one_rank, name):
     assert found[name]["loss_type"] == name
     assert math.isfinite(line["actor/pg_loss"])
     assert line["actor/grad_norm"] > 0
-    assert ("actor/clip_fraction" in line) == (name != "sapo")
+    assert ("actor/clip_fraction" in line) == (name not in ("sapo", "vespo"))
+    assert ("vespo/phi_mean" in line) == (name == "vespo")
     if name != "sapo":
         assert line["actor/kl_loss"] != 0  # the second mini-batch has left the reference
     assert ("actor/dual_clip_fraction" in line) == (name == "grpo")
@@ -220,10 +221,12 @@ def test_every_loss_runs(one_rank, name):
 
 def test_losses_differ(one_rank):
     folder, _ = one_rank
-    assert len({read_metrics(folder / name)[0]["actor/grad_norm"] for name in VARIANTS}) == 4
+    assert len({read_metrics(folder / name)[0]["actor/grad_norm"] for name in VARIANTS}) == len(
+        VARIANTS
+    )
 
 
-@pytest.mark.parametrize("mode", ["disabled", "R2", "R3"])
+@pytest.mark.parametrize("mode", REPLAYS)
 def test_a_run_that_observes_nothing_trains_the_same(one_rank, mode):
     folder, _ = one_rank
     (seen,), (unseen,) = (read_metrics(folder / f"{mode} {observe}") for observe in (True, False))
@@ -232,6 +235,8 @@ def test_a_run_that_observes_nothing_trains_the_same(one_rank, mode):
     assert all(any(name.startswith(prefix) for name in seen) for prefix in observed)
     trained = [name for name in unseen if name.startswith(("actor/", "ratio/", "reward/"))]
     assert len(trained) > 10
+    for name in ("rollout_train/replay_replaced", "routing/replay_replaced"):
+        assert (0 <= seen[name] < 0.2) if mode == "graded" else name not in seen
     assert {name: unseen[name] for name in trained} == {name: seen[name] for name in trained}
 
 

@@ -27,7 +27,7 @@ def compare_gates(
 ) -> str:
     """The comparison as text; also writes it as JSON and draws ``gates.png`` into ``out``.
 
-    ``dumps``: files and folders; ``gates``: as on the command line, none for the usual four.
+    ``dumps``: files and folders; ``gates``: as on the command line, none for the usual ones.
     Raises UserError for whatever is wrong with them, before anything is written.
     """
     wanted = [parse_gate(text) for text in gates]

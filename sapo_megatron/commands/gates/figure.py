@@ -12,6 +12,7 @@ from torch import Tensor
 from sapo_megatron.commands.gates.compare import Comparison, Effect
 from sapo_megatron.commands.gates.gate import Gate
 from sapo_megatron.commands.report.drawing import DASHES, THEMES, Figure, Theme, render
+from sapo_megatron.objective.loss import LOSSES
 
 BINS = 60
 TAIL = 0.001
@@ -21,7 +22,8 @@ LEAST_REACH = 0.01
 LEAST_TOKENS = 5
 """Tokens that a bin needs for a dot."""
 HIGHEST_WEIGHT = 2.0
-"""GSPO's weight, s / r, has no bound as r falls to 0; the picture has."""
+"""The weight of a loss of sequences, s / r with GSPO, has no bound as r falls to 0; the picture
+has."""
 CURVE_POINTS = 801
 
 
@@ -76,7 +78,7 @@ def _draw_weights(
     ax.patch.set_visible(False)
 
     for effect, style in zip(comparison.effects, _styles(comparison, theme), strict=True):
-        if effect.gate.name == "gspo":
+        if LOSSES[effect.gate.name].of_sequences:
             x, y = _observed(effect, comparison, edges, here)
             ax.plot(x, y, "o", markersize=2.5, color=style["color"], label=f"{effect.gate} (mean)")
         else:

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,15 +10,13 @@ from torch import Tensor
 from sapo_megatron.errors import UserError
 from sapo_megatron.objective.loss import LOSSES
 from sapo_megatron.objective.ratio import Ratio
-from sapo_megatron.objective.reduce import sequence_mean
 from sapo_megatron.recipe.schema import CLIP_DEFAULTS, AlgorithmConfig, LossType
 from sapo_megatron.runs.dump import DumpInfo
 
 FORMS = {
-    name: f"{name}:{'TAU_POS,TAU_NEG' if name == 'sapo' else 'CLIP_LOW,CLIP_HIGH'}"
-    for name in LOSSES
-}
-"""What a gate looks like on the command line; both values are finite and > 0."""
+    name: f"{name}:CLIP_LOW,CLIP_HIGH" if name in CLIP_DEFAULTS else name for name in LOSSES
+} | {"sapo": "sapo:TAU_POS,TAU_NEG"}
+"""What a gate looks like on the command line; values are finite and > 0."""
 CLIP_HIGHER = (0.2, 0.28)
 """The clip range of DAPO (arXiv 2503.14476), which grpo is compared with."""
 
@@ -27,22 +26,24 @@ class Gate:
     """A policy loss with its settings. Example: ``Gate("sapo", 1.0, 1.05)``."""
 
     name: LossType
-    first: float
-    """tau_pos, or clip_ratio_low."""
-    second: float
+    first: float | None = None
+    """tau_pos, or clip_ratio_low; None for a loss without settings."""
+    second: float | None = None
     """tau_neg, or clip_ratio_high."""
 
     def __str__(self) -> str:
+        if self.first is None:
+            return self.name
         return f"{self.name}:{self.first:.9g},{self.second:.9g}"
 
     @property
     def algorithm(self) -> AlgorithmConfig:
         """The recipe's settings for this loss."""
+        low, high = "clip_ratio_low", "clip_ratio_high"
         if self.name == "sapo":
-            return AlgorithmConfig(tau_pos=self.first, tau_neg=self.second)
-        return AlgorithmConfig(
-            loss_type=self.name, clip_ratio_low=self.first, clip_ratio_high=self.second
-        )
+            low, high = "tau_pos", "tau_neg"
+        settings: dict[str, Any] = {low: self.first, high: self.second}
+        return AlgorithmConfig(loss_type=self.name, **settings)
 
     def weights(
         self,
@@ -61,16 +62,20 @@ class Gate:
         kind = LOSSES[self.name]
         own = r = Ratio.of(leaf - old_logprob, advantages, logprob=leaf)
         if kind.of_sequences:
-            means = sequence_mean(leaf - old_logprob, r.mask, sequence_ids, lengths)
-            own = r.of_sequences(means[sequence_ids])
+            of_sequences = kind.of_sequences(r.log_ratio, r.mask, sequence_ids, lengths)
+            own = r.of_sequences(of_sequences[sequence_ids])
         (gradient,) = torch.autograd.grad(kind.of_tokens(own, self.algorithm).sum(), leaf)
         return torch.where(advantages != 0, gradient / (-r.ratio.detach() * advantages), math.nan)
 
 
 def parse_gate(text: str) -> Gate:
-    """``NAME:VALUE,VALUE`` -> gate. Raises UserError that shows the form."""
+    """``NAME:VALUE,VALUE`` (or ``vespo``) -> gate. Raises UserError that shows the form."""
     word, _, rest = text.partition(":")
     name = next((known for known in FORMS if known == word), None)
+    if name == "vespo" and text != name:
+        raise UserError(f"--gate: expected vespo, which has no values, got {text!r}; change it")
+    if name == "vespo":
+        return Gate(name)
     try:
         values = [float(value) for value in rest.split(",")]
     except ValueError:
@@ -91,7 +96,7 @@ def default(name: LossType) -> Gate:
         case "grpo":
             return Gate(name, *CLIP_HIGHER)
         case _:
-            return Gate(name, *CLIP_DEFAULTS[name])
+            return Gate(name, *CLIP_DEFAULTS.get(name, ()))
 
 
 def default_gates(settings: DumpInfo) -> list[Gate]:
