@@ -269,16 +269,19 @@ class Slow(InProcess):
     def __init__(self):
         super().__init__(Echo(), batch_size=256)
         self.let = threading.Semaphore(0)
+        self.answered = 0
         self.served = []
 
     @contextlib.contextmanager
     def serving(self, *, record):
-        self.served.append(record)
+        self.served.append(self.answered)
         yield Metrics()
 
     def generate(self, requests, params):
         assert self.let.acquire(timeout=60)
-        return super().generate(requests, params)
+        samples = super().generate(requests, params)
+        self.answered += 1
+        return samples
 
 
 def test_what_is_under_way_comes_again_after_a_resume_and_evaluations_wait_for_it(world):
@@ -291,6 +294,7 @@ def test_what_is_under_way_comes_again_after_a_resume_and_evaluations_wait_for_i
     assert found.queue().groups == ()
     engine.let.release(2)
     found._collector.respond([prompt(100)], 2, PARAMS)
+    assert engine.served[2] == 2  # weights change when nothing is under way
     assert found.queue().cursor == {"index": 4}
     engine.let.release()
     assert [g.prompt.uid for g in found.collect(2).groups] == [4, 5, 6, 7]
@@ -303,7 +307,7 @@ def test_what_is_under_way_comes_again_after_a_resume_and_evaluations_wait_for_i
 def test_a_queue_that_two_ranks_wrote_goes_on_on_one(world, tmp_path):
     reward = {"async_steps": 2, "dynamic_sampling": True}
     first = ahead(lambda p, uid: (p % 4 > 0) * uid / 100, Numbers(), **reward)
-    first.collect(0)
+    first.collect(3)
     queue = first.queue()
     samples = [s for here in queue.groups for s in here.group.samples]
     for rank, mine in enumerate((samples[::2], samples[1::2])):
@@ -312,7 +316,7 @@ def test_a_queue_that_two_ranks_wrote_goes_on_on_one(world, tmp_path):
     source.drawn.append(queue.cursor["index"])
     second = ahead(lambda p, uid: (p % 4 > 0) * uid / 100, source, **reward)
     second.load(tmp_path, SimpleNamespace(step=1, ahead=queue.described()))
-    for updates in range(4):
+    for updates in range(5, 9):
         expected, found = first.collect(updates), second.collect(updates)
         assert found.groups == expected.groups
         clock = ("time/rollout", "time/reward")
