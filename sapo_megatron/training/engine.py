@@ -137,11 +137,6 @@ class Following:
         self._updates: int | None = None
         """Optimizer steps behind the servers' weights; None: they have none of ours."""
 
-    @property
-    def age(self) -> int:
-        assert self._updates is not None, "serving comes first"
-        return self._policy.updates - self._updates
-
     @contextmanager
     def serving(self, *, record: bool) -> Iterator[Metrics]:
         metrics = Metrics()

@@ -414,6 +414,8 @@ def test_host_memory_by_hand():
     routes = 48 * (2 * 8 + 4 * 128 / 128)
     # All is kept once by the two leaders that made it, and half by each of eight ranks.
     assert made.host.samples == 8 * tokens * 72
+    ahead = plan(load(MOE_8, {"rollout.async_steps": "2"}))
+    assert ahead.host.samples == 3 * made.host.samples
     assert made.host.exchange == (1 + 8 / 2) * tokens * routes + 8 * tokens / 2 * 64
     # Weights in bf16, as the optimizer is not on the GPU.
     assert made.host.pinned == 8 * 2 * 2 * stage.parameters
