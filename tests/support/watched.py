@@ -103,6 +103,9 @@ def engines(folder: Path, cases: dict[str, dict[str, Any]]) -> dict[str, dict[st
                 batches = micro_batches(samples, groups.micro_batching(recipe))
                 _, metrics = updater.old_logprobs([batches], step=3)
                 found[f"{name}, {place}, {mode}"] = metrics.gather(groups.world).values()
+                if "not due" not in found:
+                    _, metrics = updater.old_logprobs([batches], step=4)
+                    found["not due"] = metrics.gather(groups.world).values()
         parallel.teardown()
     return found
 

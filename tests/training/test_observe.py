@@ -126,6 +126,11 @@ def between(found, layout, place, mode):
     return {n.removeprefix("rollout_train/"): v for n, v in values if n.startswith(starts)}
 
 
+def test_engines_are_split_on_every_so_many_rollouts(apart):
+    assert apart["not due"]["rollout_train/slot_flip"] > 0
+    assert not any("variance" in name for name in apart["not due"])
+
+
 @pytest.mark.parametrize("mode", ["disabled", "R3"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_an_engine_that_chooses_otherwise_differs_by_its_router(apart, layout, mode):
