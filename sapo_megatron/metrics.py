@@ -154,7 +154,17 @@ class Share(_PairMoments):
         # Sums of a constant y leave no exact zero; what is below their rounding counts as none.
         if variance <= 1e-13 * _ratio(self.yy, self.count):
             return math.nan
-        return _covariance(self.count, self.x, self.y, self.xy) / variance
+        return self._part() / variance
+
+    def _part(self) -> float:
+        return _covariance(self.count, self.x, self.y, self.xy)
+
+
+class Removed(Share):
+    """What of the variance of a + b is gone without b: 1 - Var a / Var(a + b)."""
+
+    def _part(self) -> float:
+        return 2 * super()._part() - _covariance(self.count, self.x, self.x, self.xx)
 
 
 @dataclass(frozen=True)

@@ -194,7 +194,7 @@ def row_without_answer(work):
         (malformed_row, [], ["sums.jsonl:25", "not JSON"]),
         (row_without_answer, [], ["sums.jsonl:2", "'answer'"]),
         (lambda w: (w / "sums.jsonl").unlink(), [], ["data.train.path", "sums.jsonl"]),
-        (lambda w: edit(w / "model/config.json", vocab_size=50), [], ["tokenizer", "50", "100"]),
+        (lambda w: edit(w / "model/config.json", vocab_size=50), [], ["tokenizer", "50", "99"]),
         (lambda w: (w / "model/config.json").unlink(), [], ["model.path", "config.json"]),
         (
             lambda w: edit(w / "model/config.json", model_type="llama"),

@@ -176,7 +176,7 @@ def tables(results: dict[Case, dict[str, float]]) -> dict[str, list[list[str]]]:
 
     split = [(f"variance/{name}", "{:.1e}") for name in ("total", "weights", "router", "cov")]
     moved = [
-        ("routing/flip_fraction", "{:.4f}"),
+        ("routing/slot_flip", "{:.4f}"),
         ("variance/by_layers/0", "{:.1e}"),
         ("variance/by_layers/1", "{:.1e}"),
         ("variance/by_layers/2", "{:.1e}"),
@@ -220,7 +220,7 @@ def draw(results: dict[Case, dict[str, float]]) -> None:
     panels = (
         ("variance/total", "Var[log r] of the last mini-batch (nats$^2$)", "log"),
         ("share", "router's share of Var[log r]", "linear"),
-        ("routing/flip_fraction", "flip fraction", "log"),
+        ("routing/slot_flip", "flip fraction", "log"),
     )
     for ax, (name, label, scale) in zip(axes, panels, strict=True):
         for kind, colour in KINDS.items():

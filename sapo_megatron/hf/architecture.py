@@ -1,7 +1,7 @@
 """A Hugging Face ``config.json`` in one vocabulary, whatever its family calls things.
 
-Families: ``qwen3``, ``qwen3_moe``, ``deepseek_v3`` (also Moonlight) and ``glm4_moe``. What a family
-can express and this package does not compute is refused here, before anything is built.
+What a family can express and this package does not compute is refused here, before anything is
+built; so is every other family, by ``hf/kinds.py``.
 """
 
 import json
@@ -13,6 +13,7 @@ from typing import Any, Literal
 from sapo_megatron.errors import UserError
 from sapo_megatron.hf.config import Config
 from sapo_megatron.hf.fp8 import check_quantization
+from sapo_megatron.hf.kinds import not_ours, text_model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +25,8 @@ class GroupedQueryAttention:
     head_dim: int
     qkv_bias: bool
     qk_norm: bool
+    joint_norm: bool = False
+    """Whether that norm is one over all heads (MiniMax-M2), and not one of each."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,16 +126,16 @@ def parse_architecture(config: Any, path: str | Path = "config.json") -> Archite
     """What ``config`` says; ``path`` is the file that messages name. Raises UserError."""
     if not isinstance(config, dict):
         raise UserError(f"{path}: expected a JSON object, got {type(config).__name__}")
+    config = text_model(config)
     kind = config.get("model_type")
     if not (isinstance(kind, str) and kind in _FAMILIES):
-        raise UserError(
-            f"{path}: model_type: expected {' or '.join(_FAMILIES)}, got {kind!r}; use a model of "
-            f"such an architecture"
-        )
+        raise not_ours(kind, path)
     c = Config(config, path, kind)
     check_quantization(c.given("quantization_config", dict), path)
     c.only("hidden_act", "silu")
-    attention, experts = _FAMILIES[kind]
+    c.only("layer_types", "full_attention")
+    read_attention, read_experts = _FAMILIES[kind]
+    attention = read_attention(c)
     return Architecture(
         config={key: value for key, value in config.items() if key != "quantization_config"},
         model_type=kind,
@@ -143,13 +146,15 @@ def parse_architecture(config: Any, path: str | Path = "config.json") -> Archite
         max_position_embeddings=c.whole("max_position_embeddings"),
         norm_eps=c.number("rms_norm_eps"),
         tied_embeddings=c.flag("tie_word_embeddings", default=False),
-        attention=attention(c),
-        rope=_rope(c),
-        experts=experts(c) if experts else None,
+        attention=attention,
+        rope=_rope(c, latent=isinstance(attention, LatentAttention)),
+        experts=read_experts(c) if read_experts else None,
     )
 
 
-def _grouped_query(c: Config, *, qkv_bias: bool, qk_norm: bool) -> GroupedQueryAttention:
+def _grouped_query(
+    c: Config, *, qkv_bias: bool, qk_norm: bool, joint_norm: bool = False
+) -> GroupedQueryAttention:
     heads = c.whole("num_attention_heads")
     derived = "head_dim" not in c.values
     return GroupedQueryAttention(
@@ -158,6 +163,7 @@ def _grouped_query(c: Config, *, qkv_bias: bool, qk_norm: bool) -> GroupedQueryA
         head_dim=c.whole("hidden_size") // heads if derived else c.whole("head_dim"),
         qkv_bias=qkv_bias,
         qk_norm=qk_norm,
+        joint_norm=joint_norm,
     )
 
 
@@ -172,9 +178,18 @@ def _glm4_attention(c: Config) -> GroupedQueryAttention:
     return _grouped_query(c, qkv_bias=bias, qk_norm=norm)
 
 
+def _minimax_attention(c: Config) -> GroupedQueryAttention:
+    c.only("attention_bias", False)
+    c.only("attn_type_list", 1)  # 0: linear attention
+    c.only("use_qk_norm", True)
+    c.only("qk_norm_type", "per_layer")
+    return _grouped_query(c, qkv_bias=False, qk_norm=True, joint_norm=True)
+
+
 def _latent_attention(c: Config) -> LatentAttention:
     c.only("attention_bias", False)
     c.only("rope_interleave", True)
+    c.only("index_topk", None)  # sparse attention (DeepSeek-V3.2)
     return LatentAttention(
         num_heads=c.whole("num_attention_heads"),
         q_lora_rank=None if c.values.get("q_lora_rank") is None else c.whole("q_lora_rank"),
@@ -214,14 +229,13 @@ def _deepseek_experts(c: Config) -> Experts:
     c.only("topk_method", "noaux_tc")
     c.only("moe_layer_freq", 1)
     c.only("norm_topk_prob", True)
-    layers = range(c.whole("first_k_dense_replace", least=0), c.whole("num_hidden_layers"))
     hidden = c.whole("moe_intermediate_size")
     number = c.whole("n_routed_experts", "num_local_experts")
     return Experts(
         number=number,
         topk=_topk(c, number),
         hidden_size=hidden,
-        layers=tuple(layers),
+        layers=c.sparse_layers(),
         score_function="sigmoid",
         normalised=True,
         scaling_factor=c.number("routed_scaling_factor"),
@@ -232,20 +246,42 @@ def _deepseek_experts(c: Config) -> Experts:
     )
 
 
+def _minimax_experts(c: Config) -> Experts:
+    c.only("scoring_func", "sigmoid")
+    c.only("use_routing_bias", True)
+    c.only("shared_intermediate_size", 0)
+    c.only("router_jitter_noise", 0.0)
+    number = c.whole("num_local_experts", "num_experts")
+    return Experts(
+        number=number,
+        topk=_topk(c, number),
+        hidden_size=c.whole("intermediate_size"),
+        layers=tuple(range(c.whole("num_hidden_layers"))),
+        score_function="sigmoid",
+        normalised=True,
+        bias=True,
+    )
+
+
 _FAMILIES: dict[str, tuple[Callable[[Config], Any], Callable[[Config], Any] | None]] = {
     "qwen3": (_qwen3_attention, None),
     "qwen3_moe": (_qwen3_attention, _qwen3_experts),
     "deepseek_v3": (_latent_attention, _deepseek_experts),
+    "kimi_k2": (_latent_attention, _deepseek_experts),
     "glm4_moe": (_glm4_attention, _deepseek_experts),
+    "glm4_moe_lite": (_latent_attention, _deepseek_experts),
+    "minimax_m2": (_minimax_attention, _minimax_experts),
 }
 """``model_type`` -> what reads its attention and its experts."""
 
 
-def _rope(c: Config) -> Rope:
+def _rope(c: Config, *, latent: bool) -> Rope:
     r = c.rope()
     kind = r.values.get("rope_type", "default")
     yarn = None
-    if kind == "yarn" and c.kind == "deepseek_v3":
+    if kind == "yarn" and latent:
+        r.only("attention_factor", None)
+        r.only("truncate", True)
         r.values.update({"beta_fast": 32, "beta_slow": 1, **r.values})
         yarn = Yarn(
             factor=r.number("factor"),
@@ -260,9 +296,8 @@ def _rope(c: Config) -> Rope:
             f"{c.path}: rope_scaling: expected none for {c.kind}, got {kind}, which is not "
             f"supported; remove it"
         )
-    partial = c.kind == "glm4_moe"
-    return Rope(
-        theta=r.number("rope_theta"),
-        fraction=r.number("partial_rotary_factor") if partial else 1.0,
-        yarn=yarn,
-    )
+    if c.kind not in ("glm4_moe", "minimax_m2"):
+        r.only("partial_rotary_factor", 1.0)
+    if c.kind != "glm4_moe":  # which has no default
+        r.values.setdefault("partial_rotary_factor", 1.0)
+    return Rope(theta=r.number("rope_theta"), fraction=r.number("partial_rotary_factor"), yarn=yarn)

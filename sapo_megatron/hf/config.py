@@ -1,8 +1,9 @@
 """The values of a ``config.json``, by any name that a generation of transformers gives them.
 
 transformers 5 calls some keys otherwise than 4 and what is on the hub: ``rope_parameters`` holds
-what were ``rope_theta``, ``partial_rotary_factor`` and ``rope_scaling``, ``num_local_experts`` is
-``num_experts``, ``dtype`` is ``torch_dtype``. Either name is read, and both are written.
+what were ``rope_theta``, ``partial_rotary_factor`` (or ``rotary_dim``) and ``rope_scaling``,
+``num_local_experts`` is ``num_experts``, ``mlp_layer_types`` lists what ``first_k_dense_replace``
+counts, ``dtype`` is ``torch_dtype``. Either name is read, and both are written.
 """
 
 import json
@@ -48,17 +49,44 @@ class Config:
         return self._get((name,), kind, "an object" if kind is dict else "a list", lambda x: True)
 
     def only(self, name: str, value: Any) -> None:
-        """Raises UserError for any other value of a key, which may be left out."""
+        """Raises UserError for any other value of a key, which may be left out.
+
+        Of a list: for any that has another element.
+        """
         got = self.values.get(name)
-        if got is not None and got != value:
+        others = [x for x in (got if isinstance(got, list) else [got]) if x not in (None, value)]
+        if others:
             raise UserError(
                 f"{self.path}: {name}: expected {json.dumps(value)} for {self.kind}, got "
-                f"{json.dumps(got)}, which is not supported; use another model"
+                f"{json.dumps(others[0])}, which is not supported; use another model"
             )
+
+    def sparse_layers(self) -> tuple[int, ...]:
+        """Numbers, from 0, of the layers with experts: behind the first few, or as listed."""
+        count, kinds = self.whole("num_hidden_layers"), self.given("mlp_layer_types", list)
+        if not kinds:
+            return tuple(range(self.whole("first_k_dense_replace", least=0), count))
+        if len(kinds) != count or not {*kinds} <= {"dense", "sparse"}:
+            raise UserError(
+                f"{self.path}: mlp_layer_types: expected dense or sparse for each of {count} "
+                f"layers, got {json.dumps(kinds)}; correct it"
+            )
+        layers = tuple(layer for layer, kind in enumerate(kinds) if kind == "sparse")
+        first = self.values.get("first_k_dense_replace")
+        if first is not None and layers != tuple(range(first, count)):
+            raise self._contradiction("first_k_dense_replace", first, "mlp_layer_types", kinds)
+        return layers
 
     def rope(self) -> "Config":
         """What is said of rotary positions, wherever it stands."""
         values = {name: self.values[name] for name in _ROPE if self.values.get(name) is not None}
+        if self.values.get("rotary_dim") is not None:
+            share = self.whole("rotary_dim") / self.whole("head_dim")
+            if values.setdefault("partial_rotary_factor", share) != share:
+                given = values["partial_rotary_factor"]
+                raise self._contradiction(
+                    "partial_rotary_factor", given, "rotary_dim / head_dim", share
+                )
         for section in ("rope_scaling", "rope_parameters"):
             inside = self.given(section, dict)
             if "type" in inside:  # what rope_type was called
@@ -93,11 +121,17 @@ class Config:
 def in_both_spellings(config: dict[str, Any]) -> dict[str, Any]:
     """``config`` with both names of what transformers 5 calls otherwise than 4."""
     both = dict(config)
+    c = Config(config, "config.json", str(config.get("model_type")))
     for old, new in (("num_experts", "num_local_experts"), ("torch_dtype", "dtype")):
         for name, other in ((old, new), (new, old)):
             if name in both:
                 both.setdefault(other, both[name])
-    rope = Config(config, "config.json", str(config.get("model_type"))).rope().values
+    if c.kind == "glm4_moe_lite":  # the one family with either name for its layers
+        layers, count = c.sparse_layers(), c.whole("num_hidden_layers")
+        both["mlp_layer_types"] = ["sparse" if i in layers else "dense" for i in range(count)]
+        if layers == tuple(range(count - len(layers), count)):
+            both["first_k_dense_replace"] = count - len(layers)
+    rope = c.rope().values
     if rope:
         outside = {name: rope[name] for name in _ROPE if name in rope}
         scaling = {name: value for name, value in rope.items() if name not in _ROPE}
@@ -105,6 +139,8 @@ def in_both_spellings(config: dict[str, Any]) -> dict[str, Any]:
         both |= outside
         both["rope_scaling"] = None if kind == "default" else scaling
         both["rope_parameters"] = {**scaling, **outside}
+        if c.kind == "minimax_m2" and "partial_rotary_factor" in rope:
+            both["rotary_dim"] = round(rope["partial_rotary_factor"] * c.whole("head_dim"))
     return both
 
 

@@ -9,6 +9,7 @@ import itertools
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +21,7 @@ from torch import Tensor
 from sapo_megatron.errors import UserError, one_line, with_type
 from sapo_megatron.hf import fp8
 from sapo_megatron.hf.architecture import Architecture, parse_architecture, read_architecture
+from sapo_megatron.hf.kinds import text_model, text_name
 
 INDEX = "model.safetensors.index.json"
 DTYPES = {"F64", "F32", "BF16", "F16", fp8.DTYPE}
@@ -168,10 +170,7 @@ def end_tokens(folder: Path, arch: Architecture) -> set[int]:
     Raises UserError, naming file and key.
     """
     config, generation = folder / "config.json", folder / "generation_config.json"
-    text = arch.config.get("text_config")
     given = [(config, "eos_token_id", arch.config.get("eos_token_id"))]
-    if isinstance(text, dict):
-        given.append((config, "text_config.eos_token_id", text.get("eos_token_id")))
     if generation.exists():
         given.append((generation, "eos_token_id", _generation(generation).get("eos_token_id")))
     found: set[int] = set()
@@ -210,7 +209,7 @@ class Listed(NamedTuple):
 
 
 class WeightFiles:
-    """The weights of a model folder, by tensor name."""
+    """The weights of a model folder, by tensor name; a text model's as if they stood alone."""
 
     def __init__(self, folder: Path) -> None:
         """Opens every file, once, and reads what it says it holds.
@@ -220,6 +219,8 @@ class WeightFiles:
         """
         self.folder = folder
         self._files: dict[str, Path] = {}
+        self._stored: dict[str, str] = {}
+        """The names on disk."""
         self._open: dict[Path, Any] = {}
         for path, names in self._listed().items():
             self._check_inside(path)
@@ -231,10 +232,11 @@ class WeightFiles:
                         f"{path}: expected the tensor {name}, which {INDEX} places there, got none;"
                         f" download the file again"
                     )
-                self._files[name] = path
+                self._stored[text_name(name)] = name
+                self._files[text_name(name)] = path
         for path, file in self._open.items():
             for name in file.keys():  # noqa: SIM118
-                if (other := self._files.get(name, path)) != path:
+                if (other := self._files.get(text_name(name), path)) != path:
                     raise UserError(
                         f"{path}: {name}: expected it in {other.name} alone, where {INDEX} places "
                         f"it, got it here as well; the files are of two models: download them again"
@@ -289,7 +291,8 @@ class WeightFiles:
         """Refuse fp8 weights that their scales, or ``config.json``, do not fit."""
         quantised = sorted(name for name in self._files if self._dtype(name) == fp8.DTYPE)
         config = self.folder / "config.json"
-        known = quantised and json.loads(config.read_text()).get("quantization_config")
+        values = text_model(json.loads(config.read_text())) if quantised else {}
+        known = values.get("quantization_config")
         for name in quantised:
             if not known:
                 raise UserError(
@@ -307,10 +310,23 @@ class WeightFiles:
                 )
 
     def _slice(self, name: str) -> Any:
-        return self._open[self._files[name]].get_slice(name)
+        return self._open[self._files[name]].get_slice(self._stored[name])
 
     def _dtype(self, name: str) -> str:
         return self._slice(name).get_dtype()
+
+    def left_out(self, arch: Architecture) -> str:
+        """The parts that the files have beside the text model ``arch``, with how many tensors."""
+        counts: Counter[str] = Counter()
+        for name in self._files:
+            text = re.match(
+                r"model\.layers\.(\d+)\.|model\.(?:embed_tokens|norm)\.|lm_head\.", name
+            )
+            if text is None:
+                counts[".".join(name.split(".")[: 1 + name.startswith("model.")])] += 1
+            elif text[1] and int(text[1]) >= arch.num_layers:
+                counts[f"layer {text[1]}, behind the last"] += 1  # for multi-token prediction
+        return "; ".join(f"{part} ({number} tensors)" for part, number in sorted(counts.items()))
 
     def read(self, name: str, shape: Sequence[int], *index: slice) -> Tensor:
         """``tensor[index]`` of the tensor ``name``, on the CPU, in the dtype that it is stored in.

@@ -157,11 +157,12 @@ def _grouped_query_attention(hidden: int, a: GroupedQueryAttention) -> dict[str,
         names = (f"q_proj.{kind}", f"k_proj.{kind}", f"v_proj.{kind}")
         return QueryKeyValue(names, tuple((n * a.head_dim, *width) for n in heads), a.num_kv_heads)
 
+    q, k = (n * a.head_dim if a.joint_norm else a.head_dim for n in heads[:2])
     return {
         "linear_qkv.weight": qkv("weight", hidden),
         "linear_qkv.bias": qkv("bias"),
-        "q_layernorm.weight": Plain("q_norm.weight", (a.head_dim,)),
-        "k_layernorm.weight": Plain("k_norm.weight", (a.head_dim,)),
+        "q_layernorm.weight": Plain("q_norm.weight", (q,)),
+        "k_layernorm.weight": Plain("k_norm.weight", (k,)),
         "linear_proj.weight": Plain("o_proj.weight", (hidden, a.num_heads * a.head_dim), 1),
     }
 
@@ -187,12 +188,15 @@ def _latent_attention(hidden: int, a: LatentAttention) -> dict[str, Entry]:
 
 
 def _feed_forward(arch: Architecture, expert: str) -> dict[str, Entry]:
-    def mlp(megatron: str, ours: str, width: int) -> dict[str, Entry]:
+    usual = ("gate_proj", "up_proj", "down_proj")
+
+    def mlp(
+        megatron: str, ours: str, width: int, parts: tuple[str, str, str] = usual
+    ) -> dict[str, Entry]:
         gate, up = (
-            Plain(f"{ours}.{name}_proj.weight", (width, arch.hidden_size), 0)
-            for name in ("gate", "up")
+            Plain(f"{ours}.{name}.weight", (width, arch.hidden_size), 0) for name in parts[:2]
         )
-        down = Plain(f"{ours}.down_proj.weight", (arch.hidden_size, width), 1)
+        down = Plain(f"{ours}.{parts[2]}.weight", (arch.hidden_size, width), 1)
         return {
             f"{megatron}.linear_fc1.weight": GateUp(gate, up),
             f"{megatron}.linear_fc2.weight": down,
@@ -202,10 +206,13 @@ def _feed_forward(arch: Architecture, expert: str) -> dict[str, Entry]:
     if arch.experts is None:
         return table
     e = arch.experts
+    block, parts, bias = "mlp", usual, "gate.e_score_correction_bias"
+    if arch.model_type == "minimax_m2":  # as Mixtral calls them
+        block, parts, bias = "block_sparse_moe", ("w1", "w3", "w2"), "e_score_correction_bias"
     return {
         **table,
-        **mlp("mlp.experts", f"mlp.experts.{expert}", e.hidden_size),
-        **mlp("mlp.shared_experts", "mlp.shared_experts", e.shared_hidden_size),
-        "mlp.router.weight": Plain("mlp.gate.weight", (e.number, arch.hidden_size)),
-        "mlp.router.expert_bias": Plain("mlp.gate.e_score_correction_bias", (e.number,)),
+        **mlp("mlp.experts", f"{block}.experts.{expert}", e.hidden_size, parts),
+        **mlp("mlp.shared_experts", f"{block}.shared_experts", e.shared_hidden_size),
+        "mlp.router.weight": Plain(f"{block}.gate.weight", (e.number, arch.hidden_size)),
+        "mlp.router.expert_bias": Plain(f"{block}.{bias}", (e.number,)),
     }

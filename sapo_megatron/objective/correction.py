@@ -21,8 +21,10 @@ EXTREME = 2.0
 
 
 @torch.no_grad()
-def mismatch_metrics(old_logprob: Tensor, rollout_logprob: Tensor, mask: Tensor) -> Metrics:
-    """``rollout_train/*`` of a micro-batch, ``[T]`` each, nats; ``old_logprob`` of the trainer.
+def mismatch_metrics(
+    old_logprob: Tensor, rollout_logprob: Tensor, mask: Tensor, *, prefix: str = "rollout_train"
+) -> Metrics:
+    """``PREFIX/*`` of a micro-batch, ``[T]`` each, nats; ``old_logprob`` of the trainer.
 
     The tokens were drawn from the rollout engine, so the mean of -d (k1) and that of
     exp(d) - 1 - d (k3) both estimate KL(pi_rollout || pi_train).
@@ -30,12 +32,12 @@ def mismatch_metrics(old_logprob: Tensor, rollout_logprob: Tensor, mask: Tensor)
     old, rollout = old_logprob.double(), rollout_logprob.double()
     d = safe_log_ratio(old - rollout, mask)
     metrics = Metrics()
-    metrics.add("rollout_train/kl", Mean.of(-d, mask))
-    metrics.add("rollout_train/k3_kl", Mean.of(d.expm1() - d, mask))
-    metrics.add("rollout_train/logprob_abs_diff", Mean.of(d.abs(), mask))
-    metrics.add("rollout_train/extreme_fraction", Mean.of(d.abs() > math.log(EXTREME), mask))
-    metrics.add("rollout_train/ess", EffectiveSampleSize.of(d.exp(), mask))
-    metrics.add("rollout_train/pearson", Correlation.of(old.exp(), rollout.exp(), mask))
+    metrics.add(f"{prefix}/kl", Mean.of(-d, mask))
+    metrics.add(f"{prefix}/k3_kl", Mean.of(d.expm1() - d, mask))
+    metrics.add(f"{prefix}/logprob_abs_diff", Mean.of(d.abs(), mask))
+    metrics.add(f"{prefix}/extreme_fraction", Mean.of(d.abs() > math.log(EXTREME), mask))
+    metrics.add(f"{prefix}/ess", EffectiveSampleSize.of(d.exp(), mask))
+    metrics.add(f"{prefix}/pearson", Correlation.of(old.exp(), rollout.exp(), mask))
     return metrics
 
 

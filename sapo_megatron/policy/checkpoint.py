@@ -7,6 +7,7 @@ the layout must be those it was written with.
 """
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,17 @@ from sapo_megatron.policy.step import Policy
 from sapo_megatron.runs.state import RunState, checkpoints, write_state
 
 
-def save(policy: Policy, folder: Path, state: RunState, *, keep: int) -> Path:
+def save(
+    policy: Policy,
+    folder: Path,
+    state: RunState,
+    *,
+    keep: int,
+    beside: Callable[[Path], None] = lambda folder: None,
+) -> Path:
     """Write a checkpoint of ``state.step`` below ``folder`` and prune all but ``keep``.
 
-    Collective over all ranks.
+    ``beside`` writes what else belongs into its folder, on each rank. Collective over all ranks.
     """
     target = folder / f"step-{state.step:06d}"
     temporary = folder / f".{target.name}.tmp"
@@ -33,6 +41,7 @@ def save(policy: Policy, folder: Path, state: RunState, *, keep: int) -> Path:
         temporary.mkdir(parents=True)
     # Over the world: every rank saves, and none writes before the folder is there.
     dist.barrier(policy.groups.world)
+    beside(temporary)
     metadata = _metadata(policy)
     compat.write_with_threads()
     dist_checkpointing.save(

@@ -128,7 +128,7 @@ def build_model(
         first, last = chunk == 0, chunk == (stages or 1) - 1
         model = LogprobGPT(
             config=config,
-            transformer_layer_spec=block_spec(config, groups, vp_stage, recipe.model),
+            transformer_layer_spec=block_spec(arch, config, groups, vp_stage, recipe.model),
             vocab_size=padded_vocab_size(arch.vocab_size, config),
             max_sequence_length=arch.max_position_embeddings,
             pre_process=groups.is_first_stage and first,

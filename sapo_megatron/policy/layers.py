@@ -42,7 +42,7 @@ class RMSNorm(nn.Module):
     ) -> None:
         super().__init__()
         self.eps = eps
-        self.weight = _norm_weight(config, hidden_size)
+        self.weight = norm_weight(config, hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
         return rms_norm(x, self.weight, self.eps)
@@ -54,7 +54,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return F.rms_norm(wide, (x.shape[-1],), None, eps).to(x.dtype) * weight
 
 
-def _norm_weight(config: TransformerConfig, size: int) -> nn.Parameter:
+def norm_weight(config: TransformerConfig, size: int) -> nn.Parameter:
+    """Ones, marked as :class:`RMSNorm` says."""
     weight: Any = nn.Parameter(
         torch.ones(size, dtype=config.params_dtype, device=torch.cuda.current_device())
     )
@@ -67,7 +68,7 @@ class LayerNormColumnParallelLinear(ColumnParallelLinear):
 
     def __init__(self, input_size: int, output_size: int, **kwargs: Any) -> None:
         super().__init__(input_size, output_size, **kwargs)
-        self.layer_norm_weight = _norm_weight(self.config, input_size)
+        self.layer_norm_weight = norm_weight(self.config, input_size)
         self.eps = self.config.layernorm_epsilon
 
     def forward(self, input_: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:

@@ -40,6 +40,7 @@ from sapo_megatron.hf.architecture import (
 )
 from sapo_megatron.policy import compat
 from sapo_megatron.policy.compat import LatentSelfAttention
+from sapo_megatron.policy.joint_norm import JointNormSelfAttention
 from sapo_megatron.policy.layers import DuplicatedLinear, TorchSpecProvider
 from sapo_megatron.policy.machine import with_transformer_engine
 from sapo_megatron.policy.parallel import ParallelGroups
@@ -131,7 +132,7 @@ def _grouped_query_settings(attention: GroupedQueryAttention) -> dict[str, Any]:
         "num_attention_heads": attention.num_heads,
         "num_query_groups": attention.num_kv_heads,
         "kv_channels": attention.head_dim,
-        "qk_layernorm": attention.qk_norm,
+        "qk_layernorm": attention.qk_norm and not attention.joint_norm,  # which is not upstream's
         "add_qkv_bias": attention.qkv_bias,
     }
 
@@ -192,12 +193,18 @@ def moe_layers(config: TransformerConfig) -> list[int]:
 
 
 def block_spec(
-    config: TransformerConfig, groups: ParallelGroups, vp_stage: int | None, model: ModelConfig
+    arch: Architecture,
+    config: TransformerConfig,
+    groups: ParallelGroups,
+    vp_stage: int | None,
+    model: ModelConfig,
 ) -> TransformerBlockSubmodules:
     """The specs of the layers that this virtual stage holds."""
     backend = _backend(model)
-    dense = _layer_spec(config, backend, num_experts=None)
-    moe = _layer_spec(config, backend, config.num_moe_experts) if config.num_moe_experts else dense
+    dense, moe = (
+        _layer_spec(arch.attention, config, backend, num_experts)
+        for num_experts in (None, config.num_moe_experts)
+    )
     layers = [moe if freq else dense for freq in _layer_freq(config)]
     stage = {"vp_stage": vp_stage, "pp_rank": groups.pp.rank()}
     first = get_transformer_layer_offset(config, **stage)
@@ -223,10 +230,15 @@ def _layer_freq(config: TransformerConfig) -> list[int]:
 
 
 def _layer_spec(
-    config: TransformerConfig, backend: BackendSpecProvider, num_experts: int | None
+    kind: GroupedQueryAttention | LatentAttention,
+    config: TransformerConfig,
+    backend: BackendSpecProvider,
+    num_experts: int | None,
 ) -> ModuleSpec:
-    latent = config.multi_latent_attention
-    attention = _latent_attention(backend) if latent else _grouped_query_attention(config, backend)
+    if latent := isinstance(kind, LatentAttention):
+        attention = _latent_attention(backend)
+    else:
+        attention = _grouped_query_attention(kind, config, backend)
     norm = backend.layer_norm(rms_norm=True)
     return ModuleSpec(
         module=TransformerLayer,
@@ -244,10 +256,12 @@ def _layer_spec(
     )
 
 
-def _grouped_query_attention(config: TransformerConfig, backend: BackendSpecProvider) -> ModuleSpec:
+def _grouped_query_attention(
+    kind: GroupedQueryAttention, config: TransformerConfig, backend: BackendSpecProvider
+) -> ModuleSpec:
     qk_norm = backend.layer_norm(rms_norm=True, for_qk=True) if config.qk_layernorm else IdentityOp
     return ModuleSpec(
-        module=SelfAttention,
+        module=JointNormSelfAttention if kind.joint_norm else SelfAttention,
         params={"attn_mask_type": AttnMaskType.causal},
         submodules=SelfAttentionSubmodules(
             linear_qkv=backend.column_parallel_layer_norm_linear(),

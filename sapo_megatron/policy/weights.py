@@ -34,6 +34,8 @@ from sapo_megatron.recipe.schema import ModelConfig
 
 SHARD_BYTES = 4 * 2**30
 """Size at which an exported safetensors file is closed and the next begun."""
+MULTI_TOKEN = {"num_nextn_predict_layers", "num_mtp_modules", "use_mtp"}
+"""How a ``config.json`` says whether there are layers for multi-token prediction."""
 
 
 def save_random(arch: Architecture, model: ModelConfig, folder: Path, *, seed: int) -> None:
@@ -43,7 +45,10 @@ def save_random(arch: Architecture, model: ModelConfig, folder: Path, *, seed: i
     the first norm amplifies by 1 / sqrt(eps): once such a token is sampled, its gradient is a
     hundred thousand times that of any other.
     """
-    config = transformers.AutoConfig.for_model(**{**arch.config, "pad_token_id": None})
+    values = {**arch.config, "pad_token_id": None}
+    if arch.model_type == "kimi_k2":  # which is the hub's name for it alone
+        values["model_type"] = "deepseek_v3"
+    config = transformers.AutoConfig.for_model(**values)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         fresh = transformers.AutoModelForCausalLM.from_config(config)
@@ -239,8 +244,8 @@ class HuggingFaceWeights:
             settings.write_text(json.dumps(for_both, indent=2, ensure_ascii=False) + "\n")
         dtype = str(self._chunks[0].config.params_dtype).removeprefix("torch.")
         config = in_both_spellings({**self._arch.config, "torch_dtype": dtype, "dtype": dtype})
-        if "num_nextn_predict_layers" in config:
-            config["num_nextn_predict_layers"] = 0  # they are neither loaded nor trained
+        for key in MULTI_TOKEN & config.keys():
+            config[key] = type(config[key])(0)  # they are neither loaded nor trained
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 

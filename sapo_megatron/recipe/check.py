@@ -218,11 +218,6 @@ def _check_servers(r: RolloutConfig) -> None:
                     f"rollout.{name}: expected none with rollout.engine in_process, got {value}; "
                     f"remove it or set rollout.engine=vllm"
                 )
-        if r.async_steps:
-            raise UserError(
-                f"rollout.async_steps: expected 0 with rollout.engine in_process, whose model is "
-                f"the one that trains, got {r.async_steps}; remove it or set rollout.engine=vllm"
-            )
         if r.colocate:
             raise UserError(
                 "rollout.colocate: expected false with rollout.engine in_process, which has no "

@@ -120,9 +120,9 @@ class RolloutConfig:
     """The Python of an environment with vLLM, for the servers that the trainer starts."""
     num_servers: Count = 1
     """Servers that the trainer starts."""
-    async_steps: Annotated[int, Field(ge=0, le=1)] = 0
-    """1: the servers sample the next step's responses while this step trains, with the weights from
-    before it."""
+    async_steps: Annotated[int, Field(ge=0, le=8)] = 0
+    """Steps that responses are sampled ahead of their training, with the weights of then: at most
+    so many batches and one are asked for and not yet trained on. Servers do it meanwhile."""
     colocate: bool = False
     """The servers are on the GPUs of the trainer, and asleep while it trains: they give up their
     weights and memory after every rollout. Not run on a GPU yet."""
@@ -179,7 +179,8 @@ class RoutingConfig:
     ``routing/*``, ``variance/*``, ``sapo/bound_*``; the rest of this section says how much."""
     decompose_every: Whole = 16
     """Updates between splits of Var[log r] into weights, router and covariance (two more forward
-    passes of one mini-batch); 0: never."""
+    passes of one mini-batch), and rollouts between those of the difference of the engines (one more
+    pass); 0: never."""
     prob_every: Whole = 16
     """Positions between tokens whose router probabilities are kept for ``tv`` and
     ``shift_factor``; 0: none are."""

@@ -10,17 +10,14 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from sapo_megatron.data.prompts import PromptSource
 from sapo_megatron.data.tokenizer import Tokenizer
 from sapo_megatron.errors import RunFailed, UserError
 from sapo_megatron.metrics import Max, Mean, Metrics, Std, Sum
 from sapo_megatron.objective.advantage import zero_std
-from sapo_megatron.recipe.schema import RolloutConfig
 from sapo_megatron.rollout.engine import Engine, Request, SamplingParams, part_of
 from sapo_megatron.rollout.exchange import HeldRoutes, exchange_samples
 from sapo_megatron.rollout.reward import Scorer
@@ -41,7 +38,7 @@ class _Part:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Pending:
+class Pending:
     """Requests that are under way."""
 
     prompts: list[Prompt]
@@ -72,29 +69,21 @@ class Collector:
         tokenizer: Tokenizer,
         stop_ids: tuple[int, ...],
         scorer: Scorer | None,
-        config: RolloutConfig,
-        with_routes: bool,
         part: int,
         parts: int,
         world: dist.ProcessGroup,
     ) -> None:
         """``stop_ids``: the tokens that end a response; ``scorer``: on the leader of each
-        model-parallel block, None elsewhere; ``with_routes``: whether training wants them;
-        ``part``: which of ``parts`` equal parts of the requests this rank's block generates;
-        ``world``: every rank, carries host objects.
+        model-parallel block, None elsewhere; ``part``: which of ``parts`` equal parts of the
+        requests this rank's block generates; ``world``: every rank, carries host objects.
         """
         self.stop_ids = stop_ids
         self._tokenizer = tokenizer
         self._engine = engine
         self._scorer = scorer
-        self._config = config
-        self._with_routes = with_routes
         self._place = part, parts
-        self._world = world
+        self.world = world
         self._thread = ThreadPoolExecutor(1) if engine.background else None
-        self._ahead: _Pending | None = None
-        self._cursor_before: dict[str, Any] = {}
-        """Where the source stood before ``_ahead``."""
 
     def respond(
         self,
@@ -109,80 +98,28 @@ class Collector:
         Response k of a prompt has uid ``prompt.uid * num_generations + k``; ``record``: with
         routes.
         """
-        return self._finish(self._begin(prompts, num_generations, params, record=record))
+        if self._thread:
+            # The thread comes to this last: weights must not change under what is under way.
+            self._thread.submit(bool).result()
+        return self.finish(self.begin(prompts, num_generations, params, record=record))
 
-    def begin(self, source: PromptSource, *, seed: int) -> None:
-        """Start on the next step's responses, in the background, with the present weights."""
-        assert self._thread is not None, "only an engine in the background works ahead"
-        self._cursor_before = source.state_dict()
-        prompts = source.next(self._config.rollout_batch_size)
-        params = self._params(seed)
-        self._ahead = self._begin(
-            prompts, self._config.num_generations, params, record=self._with_routes
-        )
+    @property
+    def background(self) -> bool:
+        """Whether what was begun goes on while other things are done."""
+        return self._thread is not None
 
-    def cursor(self, source: PromptSource) -> dict[str, Any]:
-        """Where the source stood before what is still under way, for a checkpoint."""
-        return self._cursor_before if self._ahead else source.state_dict()
-
-    def collect(self, source: PromptSource, *, seed: int) -> Responses:
-        """One step's groups: those begun before, or new ones.
-
-        With dynamic sampling, groups whose rewards are all equal are dropped and new prompts
-        drawn in their place, for at most ``dynamic_sampling_max_rounds`` rounds; then the step
-        goes on with the groups there are. Raises RunFailed where there is none, or where the
-        engine fails.
-        """
-        config = self._config
-        kept: list[Group] = []
-        held: dict[int, HeldRoutes] = {}
-        metrics = Metrics()
-        for _ in range(config.dynamic_sampling_max_rounds if config.dynamic_sampling else 1):
-            age = self._engine.age if self._ahead else 0
-            if self._ahead:
-                responses = self._finish(self._ahead)
-                self._ahead = None
-            else:
-                prompts = source.next(config.rollout_batch_size - len(kept))
-                params = self._params(seed)
-                responses = self.respond(
-                    prompts, config.num_generations, params, record=self._with_routes
-                )
-            metrics.update(responses.metrics)
-            held |= responses.held
-            metrics.add("rollout/staleness", Max(float(age)))
-            if dist.get_rank(self._world) == 0:
-                metrics.update(describe(responses.groups))
-            kept += [g for g in responses.groups if not (config.dynamic_sampling and _all_equal(g))]
-            if len(kept) == config.rollout_batch_size:
-                break
-        if not kept:
-            raise RunFailed(
-                f"no group with different rewards in {config.dynamic_sampling_max_rounds} rounds "
-                f"of dynamic sampling; look at the reward function, or use easier or harder prompts"
-            )
-        return Responses(groups=kept, held=held, metrics=metrics)
-
-    def _params(self, seed: int) -> SamplingParams:
-        return SamplingParams(
-            temperature=self._config.temperature,
-            top_p=self._config.top_p,
-            max_new_tokens=self._config.max_response_length,
-            stop_ids=self.stop_ids,
-            seed=seed,
-        )
-
-    def _begin(
+    def begin(
         self,
         prompts: Sequence[Prompt],
         num_generations: int,
         params: SamplingParams,
         *,
         record: bool,
-    ) -> _Pending:
-        if self._ahead:
-            # Its weights must not change under it. What went wrong is told where it is collected.
-            self._ahead.part.exception()
+    ) -> Pending:
+        """Start on what :meth:`respond` gives, behind whatever was begun before.
+
+        Nothing may be under way of other weights than the policy's present ones.
+        """
         requests = [
             Request(uid=p.uid * num_generations + k, prompt_tokens=p.tokens)
             for p in prompts
@@ -196,7 +133,7 @@ class Collector:
             else:
                 found = Future()
                 found.set_result(self._generate(*arguments))
-        return _Pending(
+        return Pending(
             prompts=list(prompts), num_generations=num_generations, part=found, metrics=metrics
         )
 
@@ -218,7 +155,7 @@ class Collector:
             for s in scored:
                 said = s.response_tokens if s.truncated else s.response_tokens[:-1]
                 s.text = self._tokenizer.decode(said)
-            failures = self._scorer.score(_grouped(prompts, scored, num_generations))
+            failures = self._scorer.score(grouped(prompts, scored, num_generations))
         return _Part(
             scored=scored,
             failures=failures,
@@ -226,7 +163,8 @@ class Collector:
             scoring_s=time.monotonic() - generated,
         )
 
-    def _finish(self, pending: _Pending) -> Responses:
+    def finish(self, pending: Pending) -> Responses:
+        """What was begun, when it is there. Raises what the engine raised."""
         metrics = pending.metrics
         began = time.monotonic()
         mine: list[Sample] | UserError | RunFailed
@@ -240,8 +178,8 @@ class Collector:
             mine = error
         if self._thread:
             metrics.add("time/rollout_wait", Max(time.monotonic() - began))
-        samples, held = exchange_samples(mine, self._world)
-        groups = _grouped(pending.prompts, samples, pending.num_generations)
+        samples, held = exchange_samples(mine, self.world)
+        groups = grouped(pending.prompts, samples, pending.num_generations)
         return Responses(groups=groups, held=held, metrics=metrics)
 
 
@@ -272,7 +210,7 @@ def describe(groups: Sequence[Group]) -> Metrics:
     return metrics
 
 
-def _grouped(
+def grouped(
     prompts: Sequence[Prompt], samples: Sequence[Sample], num_generations: int
 ) -> list[Group]:
     """A group for every prompt that has samples, in the order of the prompts."""
@@ -282,5 +220,6 @@ def _grouped(
     return [Group(prompt=p, samples=by_prompt[p.uid]) for p in prompts if p.uid in by_prompt]
 
 
-def _all_equal(group: Group) -> bool:
+def all_equal(group: Group) -> bool:
+    """Whether it has nothing to learn from."""
     return bool(zero_std(rewards([group])).item())

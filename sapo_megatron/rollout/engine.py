@@ -50,10 +50,6 @@ class Engine(Protocol):
         Collective over the ranks that share a model unless ``background``.
         """
 
-    @property
-    def age(self) -> int:
-        """Optimizer steps that the policy is ahead of the engine's weights."""
-
 
 def part_of(requests: Sequence[Request], rank: int, size: int) -> list[Request]:
     """This rank's part of ``requests``, as many on every rank; fillers have uid -1."""

@@ -9,13 +9,16 @@ rank's tokens.
 import itertools
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from sapo_megatron.errors import RunFailed, UserError
+from sapo_megatron.errors import RunFailed, UserError, one_line
 from sapo_megatron.sample import Sample, SampleRoutes
 
 
@@ -112,6 +115,38 @@ def deliver_routes(
                     dist.recv(part, dist.get_global_rank(world, where.rank), group=world)
         if rank not in ranks:
             sample.routes = None
+
+
+COLUMNS = ("rows", "rewards", "tokens", "logprobs", "texts")
+"""What a file calls them."""
+ROUTES = ("experts", "probs", "positions")
+
+
+def write_samples(path: Path, samples: Sequence[Sample]) -> None:
+    """Samples and their routes as tensors of a file; advantages are not kept."""
+    tensors = dict(zip(COLUMNS, _columns(samples), strict=True))
+    for s in samples:
+        for name, array in vars(s.routes).items() if s.routes else ():
+            if array is not None:
+                tensors[f"{name}.{s.uid}"] = torch.from_numpy(array)
+    save_file(tensors, path)
+
+
+def read_samples(path: Path) -> list[Sample]:
+    """What :func:`write_samples` wrote. Raises UserError where the file is damaged."""
+    try:
+        tensors = load_file(path)
+        samples = _samples(*(tensors[name] for name in COLUMNS))
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{path}: expected responses that were generated ahead, got a damaged file "
+            f"({one_line(error)}); resume from another checkpoint"
+        ) from None
+    for s in samples:
+        arrays = {name: tensors.get(f"{name}.{s.uid}") for name in ROUTES}
+        found = {name: array.numpy() for name, array in arrays.items() if array is not None}
+        s.routes = SampleRoutes(**found) if found else None
+    return samples
 
 
 def _held(routes: SampleRoutes, rank: int) -> HeldRoutes:

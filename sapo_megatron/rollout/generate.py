@@ -47,7 +47,6 @@ class InProcess:
     """The training model as the engine of rollouts: its weights are always the policy's."""
 
     background = False
-    age = 0
 
     def __init__(self, decoder: Decoder, *, batch_size: int) -> None:
         """``batch_size``: sequences that one rank generates at once."""

@@ -45,7 +45,9 @@ class Divergence:
     """What one rank's layers say of a micro-batch."""
 
     metrics: Metrics
-    """``flip_fraction`` and ``tv``, over all layers and by layer."""
+    """``slot_flip``, the share of the k experts of a token and layer that differ, and ``tv``, over
+    all layers and by layer; ``router_flip``, the share of tokens and layers whose set differs (the
+    rate of arXiv 2510.11370), which is up to k times as large."""
     layers_flipped: Tensor
     """int32 [N]: layers of this rank in which a token's experts changed."""
     shift: Tensor | None
@@ -72,8 +74,9 @@ def compare(
         flipped = flips(old.experts[:, i], new.experts[:, i])
         layers_flipped += flipped > 0
         share = Mean.of(flipped / old.experts.shape[-1], mask)
-        metrics.add(f"{prefix}/flip_fraction", share)
-        metrics.add(f"{prefix}/flip_fraction/layer_{layer}", share)
+        metrics.add(f"{prefix}/router_flip", Mean.of(flipped > 0, mask))
+        metrics.add(f"{prefix}/slot_flip", share)
+        metrics.add(f"{prefix}/slot_flip/layer_{layer}", share)
         if new.replaced is not None:
             replaced = Mean.of(new.replaced[:, i] / new.experts.shape[-1], mask)
             metrics.add(f"{prefix}/replay_replaced", replaced)

@@ -16,7 +16,7 @@ from sapo_megatron.files import write_whole
 from sapo_megatron.hf.architecture import Architecture
 from sapo_megatron.recipe.load import to_yaml
 from sapo_megatron.recipe.schema import Recipe
-from sapo_megatron.runs.state import RunState, identity, latest, read_state
+from sapo_megatron.runs.state import RunState, identity, latest, read_state, sampling
 
 RUNS = Path("runs")
 
@@ -72,6 +72,7 @@ def open_run(recipe: Recipe, arch: Architecture, resume: str | None) -> RunFolde
     run = RunFolder(path=shared, shared=shared)
     if found:
         run = _reopen(found, shared, recipe, arch)
+        _check_queue(run, recipe)
         if run.state and run.state.step > recipe.train.steps:
             raise UserError(
                 f"train.steps: expected at least {run.state.step}, the steps that {found} has "
@@ -119,6 +120,16 @@ def _reopen(checkpoint: Path, shared: Path, recipe: Recipe, arch: Architecture) 
             f"put them back"
         )
     return run
+
+
+def _check_queue(run: RunFolder, recipe: Recipe) -> None:
+    ours = sampling(recipe.rollout)
+    for key, saved in run.state.sampling.items() if run.state and run.state.ahead else ():
+        if ours.get(key) != saved:
+            raise UserError(
+                f"rollout.{key}: expected {saved}, with which {run.checkpoint} has responses that "
+                f"were generated ahead (rollout.async_steps), got {ours.get(key)}; set it back"
+            )
 
 
 def _checkpoint_at(path: Path, option: str) -> Path:

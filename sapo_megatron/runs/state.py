@@ -9,7 +9,8 @@ from pydantic import TypeAdapter, ValidationError
 
 from sapo_megatron.errors import UserError, first_problem
 from sapo_megatron.hf.architecture import Architecture
-from sapo_megatron.recipe.schema import ParallelConfig, Recipe
+from sapo_megatron.recipe.schema import ParallelConfig, Recipe, RolloutConfig
+from sapo_megatron.sample import Prompt
 
 LAYOUT = (
     "tensor_model_parallel_size",
@@ -19,6 +20,26 @@ LAYOUT = (
     "expert_tensor_parallel_size",
 )
 """Sizes that a checkpoint is bound to."""
+
+SAMPLING = (
+    "num_generations",
+    "temperature",
+    "top_p",
+    "max_prompt_length",
+    "max_response_length",
+)
+"""Keys of the recipe's rollout that responses which were generated ahead are bound to."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class QueuedGroup:
+    """A group that was generated ahead; its responses are files of their own."""
+
+    prompt: Prompt
+    updates: int
+    """Optimizer steps behind the weights that sampled it."""
+    kept: bool
+    """Whether it will be trained on; others only count in metrics."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +63,10 @@ class RunState:
     world_size: int
     moments: dict[str, list[list[float]]] = field(default_factory=dict)
     """Those of the router's latest measurements, by metric; none in states of before they were."""
+    ahead: list[QueuedGroup] = field(default_factory=list)
+    """Groups that were generated and not yet trained on, oldest first."""
+    sampling: dict[str, Any] = field(default_factory=dict)
+    """How they were sampled: what of the recipe must stay until they are trained on."""
 
 
 _ADAPTER: TypeAdapter[RunState] = TypeAdapter(RunState)
@@ -55,6 +80,11 @@ def identity(recipe: Recipe, arch: Architecture) -> dict[str, Any]:
 def layout(parallel: ParallelConfig) -> dict[str, int | None]:
     """The sizes that a checkpoint is bound to."""
     return {name: getattr(parallel, name) for name in LAYOUT}
+
+
+def sampling(rollout: RolloutConfig) -> dict[str, Any]:
+    """What responses that were generated ahead must agree on with the run that trains on them."""
+    return {name: getattr(rollout, name) for name in SAMPLING}
 
 
 def write_state(checkpoint: Path, state: RunState) -> None:

@@ -94,6 +94,8 @@ def _connect(stack: ExitStack, recipe: Recipe, inputs: Inputs, folder: Path) -> 
             exited=local.exited,
         )
     engine.check()
+    if recipe.routing.observe and inputs.arch.experts and not with_routes:
+        engine.take_routes()
     return engine
 
 
@@ -134,11 +136,6 @@ class Following:
         self._transfer = transfer
         self._updates: int | None = None
         """Optimizer steps behind the servers' weights; None: they have none of ours."""
-
-    @property
-    def age(self) -> int:
-        assert self._updates is not None, "serving comes first"
-        return self._policy.updates - self._updates
 
     @contextmanager
     def serving(self, *, record: bool) -> Iterator[Metrics]:

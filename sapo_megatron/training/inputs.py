@@ -1,5 +1,6 @@
 """What a run reads before it starts; mistakes are found here, before any process is started."""
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from sapo_megatron.recipe.check import check_architecture, check_world
 from sapo_megatron.recipe.schema import Recipe
 from sapo_megatron.rollout.reward import Scorer
 from sapo_megatron.sample import Prompt, Sample
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +62,9 @@ def preflight(recipe: Recipe, world_size: int) -> Inputs:
     """``read_inputs``, and use each once: what every process would stumble over, one finds."""
     inputs = read_inputs(recipe, world_size)
     if recipe.model.init == "pretrained":
-        WeightFiles(inputs.model)
+        left_out = WeightFiles(inputs.model).left_out(inputs.arch)
+        if left_out:
+            logger.info("of the model neither trained nor exported: %s", left_out)
     beginning = inputs.source.state_dict()
     inputs.source.next(1)
     if recipe.cold_start.steps:

@@ -89,7 +89,7 @@ def run_step(session: Session, step: int) -> Metrics:
         for samples in mini_batches
     ]
     with timed(metrics, "time/logprob"):
-        packed, found = updater.old_logprobs(packed)
+        packed, found = updater.old_logprobs(packed, step=step)
         metrics.update(found)
     with timed(metrics, "time/update"):
         for number, (samples, batches) in enumerate(zip(mini_batches, packed, strict=True)):

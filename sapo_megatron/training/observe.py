@@ -14,15 +14,24 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sapo_megatron.metrics import Max, Metrics
+from sapo_megatron.metrics import Max, Metrics, Variance
 from sapo_megatron.objective.bound import bound_metrics
+from sapo_megatron.objective.correction import mismatch_metrics
 from sapo_megatron.objective.ratio import Ratio
 from sapo_megatron.policy.model import Forward, Model
 from sapo_megatron.recipe.schema import Recipe
 from sapo_megatron.routing.divergence import compare, load_metrics, token_metrics
-from sapo_megatron.routing.variance import split_metrics
+from sapo_megatron.routing.variance import (
+    Swaps,
+    context_flipped,
+    other_order_metrics,
+    split_metrics,
+)
 from sapo_megatron.runs.dump import DumpInfo, DumpRows, write_dump
 from sapo_megatron.sample import PackedBatch, Routes
+
+BOTH_ORDERS = 8
+"""Splits of updates from one that is made in both orders to the next."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,19 +57,30 @@ class Observer:
         self._view = model.view
         self._dumps = dumps
         self._has_experts = bool(model.routers.moe_layers)
+        self._old_weights: list[Tensor] = []
+        """Of the policy before a step's updates, where one of them is split in both orders."""
 
-    def rollout(self, batches: Sequence[PackedBatch]) -> Metrics:
+    def rollout(self, batches: Sequence[PackedBatch], *, step: int) -> Metrics:
         """The rollout engine's routes against the training engine's; none where it gave none.
 
-        ``batches`` with ``old_routes``. Raises UserError for routes that do not fit the model.
+        ``batches`` of a whole step with ``old_routes``, before its updates. Every so many steps one
+        more forward pass splits the difference of the engines' log-probs. Raises UserError for
+        routes that do not fit the model.
         """
+        updates = range(self._recipe.train.num_mini_batches)
+        self._old_weights = []
+        if self._has_experts and any(self._in_both_orders(step, i) for i in updates):
+            self._old_weights = [p.detach().to("cpu", copy=True) for p in self._parameters()]
         # Every rank of a model-parallel block has the same samples, so all of it goes one way.
         routed = any(batch.rollout_experts is not None for batch in batches)
         if not (self._has_experts and routed):
             return Metrics()
         rollout = [self._view.rollout_routes(batch) for batch in batches]
         old = [batch.old_routes for batch in batches]
-        return self._divergence(batches, rollout, old, "rollout_train")[0]
+        metrics, flipped = self._divergence(batches, rollout, old, "rollout_train")
+        if due(step, self._recipe.routing.decompose_every):
+            metrics.update(self._split_engines(batches, rollout, flipped))
+        return metrics
 
     def before(
         self,
@@ -102,7 +122,8 @@ class Observer:
                 metrics.update(self._bound(batch, forward))
         if probe:
             metrics.add("perf/decompose_s", Max(probe.seconds))
-            metrics.update(self._split(batches, forwards, probe, flipped))
+            both = self._in_both_orders(step, mini_batch)
+            metrics.update(self._split(batches, forwards, probe, flipped, both_orders=both))
         number = self._number(step, mini_batch)
         if due(number, self._recipe.logging.dump_every) and self._groups.is_leader:
             self._dump(batches, forwards, flipped, step=step, mini_batch=mini_batch)
@@ -111,6 +132,13 @@ class Observer:
     def _number(self, step: int, mini_batch: int) -> int:
         """Of an update in the run, from 1."""
         return (step - 1) * self._recipe.train.num_mini_batches + mini_batch + 1
+
+    def _in_both_orders(self, step: int, mini_batch: int) -> bool:
+        every = BOTH_ORDERS * self._recipe.routing.decompose_every
+        return due(self._number(step, mini_batch), every)
+
+    def _parameters(self) -> list[Tensor]:
+        return [p for chunk in self._model.chunks for p in chunk.parameters()]
 
     def _divergence(
         self,
@@ -192,7 +220,10 @@ class Observer:
         forwards: Sequence[Forward],
         probe: Probe,
         flipped: Sequence[Tensor | None],
+        *,
+        both_orders: bool,
     ) -> Metrics:
+        """The current against the old policy."""
         free, replayed = forwards, forwards
         if self._has_experts and self._recipe.routing.router_replay == "disabled":
             replayed = probe.other
@@ -200,23 +231,116 @@ class Observer:
             free = probe.other
             old = [batch.old_routes for batch in batches]
             _, flipped = self._divergence(batches, old, [f.routes for f in free], "routing")
+        others = None
+        if both_orders and self._has_experts:
+            others = self._at_old_weights(batches, free)
         metrics = Metrics()
         if not self._groups.is_leader:
             return metrics
-        for batch, own, at_own, at_old, twice, layers in zip(
-            batches, forwards, free, replayed, probe.again, flipped, strict=True
-        ):
-            metrics.update(
-                split_metrics(
-                    _log_ratio(batch, at_own, exact=True),
-                    _log_ratio(batch, at_old, exact=True),
-                    batch.mask,
-                    layers_flipped=layers,
-                    num_layers=len(self._routers.moe_layers),
-                    repeated=_logprob(twice) - _logprob(own),
-                )
-            )
+        for i, batch in enumerate(batches):
+            z = _log_ratio(batch, free[i], exact=True)
+            a = _log_ratio(batch, replayed[i], exact=True)
+            metrics.update(self._parts(batch, z, a, flipped[i], prefix="variance", rest="weights"))
+            repeated = _logprob(probe.again[i]) - _logprob(forwards[i])
+            metrics.add("variance/noise", Variance.of(repeated, batch.mask))
+            if others:
+                b = _log_ratio(batch, others[i], exact=True)
+                metrics.update(other_order_metrics(z, a, b, batch.mask, prefix="variance"))
         return metrics
+
+    def _split_engines(
+        self,
+        batches: Sequence[PackedBatch],
+        rollout: Sequence[Routes],
+        flipped: Sequence[Tensor | None],
+    ) -> Metrics:
+        """The training engine, as it was before the step, against the rollout engine."""
+        if replays := self._recipe.routing.router_replay == "R3":
+            extra = self._model.forward(batches, record=True)
+            own = [forward.routes for forward in extra]
+            _, flipped = self._divergence(batches, rollout, own, "rollout_train")
+        else:
+            extra = self._model.forward(batches, replay=[routes.experts for routes in rollout])
+        metrics = Metrics()
+        if not self._groups.is_leader:
+            return metrics
+        prefix = "rollout_train"
+        for batch, forward, layers in zip(batches, extra, flipped, strict=True):
+            assert batch.old_logprob is not None, "old log-probs come before the rollout's look"
+            free, replayed = batch.old_logprob, _logprob(forward)
+            if replays:
+                free, replayed = replayed, free
+            z, a = (x.double() - batch.rollout_logprob for x in (free, replayed))
+            parts = self._parts(batch, z, a, layers, prefix=f"{prefix}/variance", rest="numerics")
+            metrics.update(parts)
+            for name, logprob in (("free", free), ("replayed", replayed)):
+                against = (logprob, batch.rollout_logprob, batch.mask)
+                metrics.update(mismatch_metrics(*against, prefix=f"{prefix}/{name}"))
+        return metrics
+
+    def _parts(
+        self,
+        batch: PackedBatch,
+        z: Tensor,
+        a: Tensor,
+        layers_flipped: Tensor | None,
+        *,
+        prefix: str,
+        rest: str,
+    ) -> Metrics:
+        """Of z [T], of which a is left at the old experts. Collective over the context group."""
+        metrics, context = Metrics(), None
+        if layers_flipped is not None:
+            context = context_flipped(
+                layers_flipped,
+                batch.position_ids,
+                batch.sequence_ids,
+                batch.cu_seqlens,
+                self._groups.cp,
+            )
+            swaps = Swaps.of(
+                z,
+                a,
+                batch.mask,
+                layers_flipped=layers_flipped,
+                sequence_ids=batch.sequence_ids,
+                num_sequences=len(batch.lengths),
+                cp_group=self._groups.cp,
+            )
+            metrics.add(f"{prefix}/swaps", swaps)
+        found = split_metrics(
+            z,
+            a,
+            batch.mask,
+            layers_flipped=layers_flipped,
+            context=context,
+            num_layers=len(self._routers.moe_layers),
+            prefix=prefix,
+            rest=rest,
+        )
+        metrics.update(found)
+        return metrics
+
+    @torch.no_grad()
+    def _at_old_weights(
+        self, batches: Sequence[PackedBatch], free: Sequence[Forward]
+    ) -> list[Forward]:
+        """The old weights at the experts that the routers chose in ``free``."""
+        assert self._old_weights, "kept at the rollout"
+        experts = [
+            _or_none_of(forward.routes.experts if forward.routes else None, batch)
+            for batch, forward in zip(batches, free, strict=True)
+        ]
+        self._swap_weights()
+        forwards = self._model.forward(batches, replay=experts)
+        self._swap_weights()
+        return forwards
+
+    def _swap_weights(self) -> None:
+        for parameter, kept in zip(self._parameters(), self._old_weights, strict=True):
+            now = parameter.detach().to("cpu", copy=True)
+            parameter.copy_(kept)
+            kept.copy_(now)
 
     def _dump(
         self,
@@ -246,9 +370,11 @@ class Observer:
 
 def old_experts(batch: PackedBatch) -> Tensor:
     """``[N, M, k]`` that ``old_logprob`` was computed with; a stage without experts has M = 0."""
-    if batch.old_experts is None:
-        return batch.tokens.new_empty(len(batch.tokens), 0, 0)
-    return batch.old_experts
+    return _or_none_of(batch.old_experts, batch)
+
+
+def _or_none_of(experts: Tensor | None, batch: PackedBatch) -> Tensor:
+    return batch.tokens.new_empty(len(batch.tokens), 0, 0) if experts is None else experts
 
 
 def due(number: int, every: int) -> bool:

@@ -21,12 +21,13 @@ from sapo_megatron.policy.parallel import ParallelGroups
 from sapo_megatron.policy.step import Policy
 from sapo_megatron.recipe.load import to_yaml
 from sapo_megatron.recipe.schema import Recipe
+from sapo_megatron.rollout.ahead import Ahead, Queue
 from sapo_megatron.rollout.collect import Collector, Responses
 from sapo_megatron.rollout.exchange import HeldRoutes, deliver_routes
 from sapo_megatron.rollout.reward import Scorer
 from sapo_megatron.runs.folder import RunFolder, find_run
 from sapo_megatron.runs.journal import Journal
-from sapo_megatron.runs.state import RunState, identity, layout
+from sapo_megatron.runs.state import RunState, identity, layout, sampling
 from sapo_megatron.runs.trackers import RunTrackers, duration
 from sapo_megatron.sample import Sample
 from sapo_megatron.training.coldstart import initial_weights
@@ -54,6 +55,7 @@ class Session:
     data_parallel: list[list[int]]
     """The ranks with the samples of each data-parallel rank."""
     collector: Collector
+    ahead: Ahead
     trackers: RunTrackers | None
     """On the first rank."""
     journal: Journal
@@ -63,13 +65,9 @@ class Session:
         return self.run.state.step + 1 if self.run.state else 1
 
     def collect(self, step: int) -> Responses:
-        """This step's groups; with ``rollout.async_steps``, the next step's are under way then."""
-        source, seed = self.inputs.source, self.recipe.train.seed
+        """This step's groups; those of ``rollout.async_steps`` more are there or under way then."""
         with self._saved_if_lost(step - 1):
-            collected = self.collector.collect(source, seed=seed)
-            if self.recipe.rollout.async_steps and step < self.recipe.train.steps:
-                self.collector.begin(source, seed=seed)
-        return collected
+            return self.ahead.collect(self.policy.updates)
 
     def deliver_routes(
         self, mini_batches: Sequence[Sequence[Sample]], held: Mapping[int, HeldRoutes]
@@ -104,24 +102,27 @@ class Session:
         if dist.get_rank() == 0:
             self.run.forget_stop_request()
 
-    def save(self, step: int, cursor: dict[str, Any] | None = None) -> None:
+    def save(self, step: int, queue: Queue | None = None) -> None:
         """Write a checkpoint of what is trained up to ``step``.
 
-        ``cursor``: where the source of prompts stood then; None: it has not moved since.
+        ``queue``: what was generated ahead then; None: nothing has come or gone since.
         """
+        queue = queue or self.ahead.queue()
         state = RunState(
             step=step,
             start=os.path.relpath(self.start, self.run.path),
             model=identity(self.recipe, self.inputs.arch),
-            cursor=cursor or self.collector.cursor(self.inputs.source),
+            cursor=queue.cursor,
             eval=self.journal.before,
             moments=self.journal.moments(),
             wall_s=self.journal.wall_s,
             layout=layout(self.recipe.parallel),
             world_size=dist.get_world_size(),
+            ahead=queue.described(),
+            sampling=sampling(self.recipe.rollout),
         )
         keep = self.recipe.checkpoint.keep
-        checkpoint.save(self.policy, self.run.checkpoints, state, keep=keep)
+        checkpoint.save(self.policy, self.run.checkpoints, state, keep=keep, beside=queue.write)
 
     def log(self, step: int, metrics: Metrics) -> None:
         """``metrics`` gathered from all ranks."""
@@ -144,8 +145,8 @@ class Session:
             self.run.write_summary(summary)
             logger.info("before: %s", shown(before))
             logger.info("after:  %s", shown(after))
-            if router:
-                logger.info("router: %s (of the last measurements)", shown(router, "{} {:.2g}"))
+            if told := self.journal.told():
+                logger.info("router: %s (of the last measurements)", told)
             logger.info("took:   %s", duration(summary["wall_s"]))
         return summary
 
@@ -155,12 +156,12 @@ class Session:
 
         The prompts that the block has drawn come again.
         """
-        cursor = self.collector.cursor(self.inputs.source)
+        queue = self.ahead.queue()
         try:
             yield
         except RunFailed:
             if step >= self.first_step:
-                self.save(step, cursor)
+                self.save(step, queue)
             raise
 
 
@@ -180,6 +181,11 @@ def open_session(
             reference = Model(recipe, inputs.arch, groups, start)
         if recipe.routing.observe:
             observer = Observer(recipe, model, run.path / "dumps")
+        collector = _open_collector(stack, recipe, inputs, policy, run)
+        with_routes = recipe.routing.observe or recipe.routing.router_replay == "R3"
+        ahead = Ahead(collector, inputs.source, recipe, with_routes=with_routes)
+        if run.checkpoint and run.state:
+            ahead.load(run.checkpoint, run.state)
         yield Session(
             recipe=recipe,
             inputs=inputs,
@@ -189,7 +195,8 @@ def open_session(
             policy=policy,
             data_parallel=parallel.data_parallel_blocks(groups),
             updater=Updater(recipe, policy, reference, observer),
-            collector=_open_collector(stack, recipe, inputs, policy, run),
+            collector=collector,
+            ahead=ahead,
             trackers=_open_trackers(stack, recipe, run),
             journal=Journal(run.state, began=began),
         )
@@ -258,8 +265,6 @@ def _open_collector(
         engine=stack.enter_context(open_engine(recipe, inputs, policy, run.path)),
         tokenizer=inputs.tokenizer,
         stop_ids=inputs.endings.stop_ids,
-        config=recipe.rollout,
-        with_routes=recipe.routing.observe or recipe.routing.router_replay == "R3",
         part=groups.dp_cp.rank() if in_process else 0,
         parts=groups.dp_cp.size() if in_process else 1,
         world=groups.world,
@@ -286,6 +291,6 @@ def timed(metrics: Metrics, name: str) -> Iterator[None]:
     metrics.add(name, Max(time.monotonic() - began))
 
 
-def shown(values: dict[str, float], form: str = "{} {:.3f}") -> str:
+def shown(values: dict[str, float]) -> str:
     """``avg@8 0.421, pass@1 0.539``."""
-    return ", ".join(form.format(*item) for item in values.items())
+    return ", ".join(f"{name} {value:.3f}" for name, value in values.items())

@@ -43,7 +43,7 @@ class Updater:
         self._has_experts = bool(policy.model.routers.moe_layers)
 
     def old_logprobs(
-        self, mini_batches: Sequence[Sequence[PackedBatch]]
+        self, mini_batches: Sequence[Sequence[PackedBatch]], *, step: int
     ) -> tuple[list[list[PackedBatch]], Metrics]:
         """The micro-batches with what the policies before the first update say of them.
 
@@ -77,7 +77,7 @@ class Updater:
             if forward.logprob is not None and self._policy.groups.is_leader:
                 metrics.update(mismatch_metrics(forward.logprob, batch.rollout_logprob, batch.mask))
         if self._observer:
-            metrics.update(self._observer.rollout(filled))
+            metrics.update(self._observer.rollout(filled, step=step))
         rest = iter(filled)
         return [list(itertools.islice(rest, len(part))) for part in mini_batches], metrics
 

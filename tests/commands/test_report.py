@@ -19,11 +19,10 @@ from sapo_megatron.commands.report.figures import SECTIONS
 from sapo_megatron.commands.report.router_figures import (
     ENGINES,
     FLIPS,
-    POOLED,
     ROUTER_FIGURES,
     SHIFT,
-    SPLIT,
-    by_layers,
+    SPLITS,
+    buckets_of,
 )
 from sapo_megatron.errors import UserError
 from sapo_megatron.runs.read import read_run
@@ -88,7 +87,9 @@ def test_the_page_tells_the_main_numbers(sapo_run):
         "31.0% before, 68.0% after",
         "from 42.0% (+32.0 points)",
         "2 ranks: TP 1, PP 1, CP 1, EP 2",
-        "router's share of the variance",
+        "router share",
+        "60.0% (58.0 to 63.0) at step 1000, over a window",
+        "router share between engines",
         "Experts that changed",
         "at step 1000",
     ):
@@ -190,16 +191,19 @@ def test_variance_by_layers_weighs_the_last_third_by_tokens(tmp_path):
         **{stem + "3-4": [5.0] + [None] * 5, share + "3-4": [0.5] + [0.0] * 5},
         **{stem + "9-16": [None] * 6, share + "9-16": [0.0] * 6},
     )
-    assert by_layers(run) == [("0", 1.75, 0.5), ("17+", 5.0, 0.25)]
+    assert buckets_of(run, "layers") == [("0", 1.75, 0.5), ("17+", 5.0, 0.25)]
 
 
 def test_router_figures_stand_a_run_with_next_to_nothing(tmp_path):
-    layer = "routing/flip_fraction/layer_"
+    layer = "routing/slot_flip/layer_"
     run = _steps(
         write_run(tmp_path / "run", steps=1),
         **{name: [0.0] for panel in (*FLIPS, *SHIFT, *ENGINES) for name in panel.names},
-        **{"variance/total": [0.0], "variance/cov": [None], "variance/router_share": [-0.5]},
-        **{"variance/by_layers/0": [0.0], "variance/by_layers_share/0": [1.0]},
+        **{f"{split}/total": [0.0] for split in SPLITS},
+        **{f"{split}/cov": [None] for split in SPLITS},
+        **{f"{split}/router_share_pooled": [-0.5] for split in SPLITS},
+        **{f"variance/by_{what}/0": [0.0] for what in ("layers", "context")},
+        **{f"variance/by_{what}_share/0": [1.0] for what in ("layers", "context")},
         **{"sapo/bound_points": [{"points": [[0.0, 0.0], [1e-3, 9e-4]]}]},
         **{layer + "2": [0.0], layer + "10": [0.1]},
     )
@@ -353,16 +357,22 @@ def test_the_gradient_norm_is_a_running_median_on_a_logarithmic_axis(written, tm
     assert {"each step", "running median", "0"} <= {text.get_text() for text in texts}
 
 
-def test_the_total_lies_on_the_bars_of_the_variance(written, runs):
-    run = runs["long"]
-    canvas, texts, _ = written(_figure("variance_split"), run)
+@pytest.mark.parametrize(
+    ("figure", "split"),
+    [("variance_split", "variance"), ("engine_split", "rollout_train/variance")],
+)
+def test_the_total_lies_on_the_bars_of_the_variance(written, runs, figure, split):
+    run, parts = runs["long"], SPLITS[split]
+    canvas, texts, _ = written(_figure(figure), run)
     (ax,) = canvas.axes
-    assert len(ax.containers) == len(SPLIT)
+    assert len(ax.containers) == len(parts)
     bars = [bar for container in ax.containers for bar in container]
-    assert len(ax.containers[0]) <= BARS < len(run.series("variance/total")[0])
+    assert len(ax.containers[0]) <= BARS < len(run.series(f"{split}/total")[0])
     (total,) = ax.collections
     assert total.get_zorder() > max(bar.get_zorder() for bar in bars)
-    assert {"total, Var[log r]", "noise floor", *SPLIT.values()} <= {t.get_text() for t in texts}
+    shown = {t.get_text() for t in texts}
+    assert {"total, Var z", *parts.values()} <= shown
+    assert ("noise floor" in shown) == (split == "variance")
     segments = total.get_segments()
     for segment, *parts in zip(segments, *ax.containers, strict=True):
         (left, level), (right, _) = segment
@@ -371,17 +381,33 @@ def test_the_total_lies_on_the_bars_of_the_variance(written, runs):
         assert right - left == pytest.approx(parts[0].get_width())
 
 
-def test_the_routers_share_is_the_pooled_one_where_there_is_one(written, tmp_path):
-    raw, pooled = [0.9, -0.2, 0.7], [0.9, 0.5, 0.55]
+@pytest.mark.parametrize(
+    ("figure", "split"),
+    [("router_share", "variance"), ("engine_share", "rollout_train/variance")],
+)
+def test_the_routers_share_is_the_pooled_one_with_its_interval(written, tmp_path, figure, split):
+    series = {"": [0.9, 0.5, 0.55], "_low": [0.7, 0.4, 0.513], "_high": [1.1, 0.7, 0.626]}
+    raw, name = {f"{split}/router_share": [0.9, -0.2, 0.7]}, f"{split}/router_share_pooled"
     folder = write_run(tmp_path / "run", steps=1)
-    run = _steps(folder, **{"variance/router_share": raw, POOLED: pooled})
-    canvas, _, _ = written(_figure("router_share"), run)
+    run = _steps(folder, **raw, **{name + end: values for end, values in series.items()})
+    canvas, _, _ = written(_figure(figure), run)
     lines = _lines(canvas)
-    assert lines["one measurement"].get_ydata().tolist() == raw
-    assert lines["measurements of a window, pooled"].get_ydata().tolist() == pooled
+    assert lines["router's share"].get_ydata().tolist() == series[""]
+    assert "what replay removes" not in lines
+    (band,) = canvas.axes[0].collections
+    assert set(band.get_paths()[0].vertices[:, 1]) == {*series["_low"], *series["_high"]}
     text = _Page(write_report(folder).read_text()).text
-    assert "55.0%at step 3, over a window" in text
-    assert "55.0% at step 3, over a window" in text
+    assert "55.0% (51.3 to 62.6)at step 3, over a window" in text
+    assert "55.0% (51.3 to 62.6) at step 3, over a window" in text
+    assert "70.0%" not in text
+
+
+def test_no_share_of_few_swaps_is_drawn_or_told(tmp_path):
+    folder = write_run(tmp_path / "run", steps=1)
+    run = _steps(folder, **{"variance/router_share": [0.7], "variance/swaps": [12.0]})
+    assert not _figure("router_share").available(run)
+    text = _Page(write_report(folder).read_text()).text
+    assert "unknown of fewer than 400 swaps" in text
     assert "70.0%" not in text
 
 

@@ -360,6 +360,13 @@ def hub(tmp_path):
             name = "/".join(parts[2:4] if parts[0] == "api" else parts[1:3])
             if name not in HUB:
                 return self.answer(404, b"", {"X-Error-Code": "RepoNotFound"})
+            if "tree" in parts:
+                sizes = {file: len(contents(tmp_path, name, file)) for file in HUB[name]}
+                files = [
+                    {"type": "file", "path": file, "size": size, "oid": f"{name}-{file}"}
+                    for file, size in sizes.items()
+                ]
+                return self.answer(200, json.dumps(files))
             if parts[0] == "api":
                 files = [{"rfilename": file} for file in HUB[name]]
                 return self.answer(200, json.dumps({"id": name, "sha": SHA, "siblings": files}))

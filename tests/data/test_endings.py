@@ -8,9 +8,14 @@ from sapo_megatron.errors import UserError
 from sapo_megatron.recipe.load import load
 from sapo_megatron.training.inputs import demonstrations, preflight, read_inputs
 from tests.support.chat import ASSISTANT, BOS, CHATML, END, EOT, GLM, USER, save_tokenizer
-from tests.support.tiny import write_recipe
+from tests.support.tiny import ARCH, write_recipe
 
 VOCABULARY = 300
+
+
+def inside(**config):
+    """The text model of one that also sees."""
+    return {**ARCH, "vocab_size": VOCABULARY, **config}
 
 
 @pytest.fixture
@@ -59,11 +64,11 @@ def refusal(recipe):
         ({"chat": False, "generation": {"eos_token_id": [USER, END, USER]}}, (EOT, END, USER)),
         ({"chat": False, "generation": {"eos_token_id": None}}, (EOT,)),
         ({"chat": False, "generation": {"temperature": 0.6}}, (EOT,)),
-        ({"chat": False, "config": {"text_config": {"eos_token_id": [END, 3]}}}, (3, EOT, END)),
+        ({"chat": False, "config": {"text_config": inside(eos_token_id=[END, 3])}}, (3, EOT, END)),
         ({"chat": False, "stop_token_ids": [7, 7, EOT]}, (7, EOT)),
         (
             {
-                "config": {"eos_token_id": 0, "text_config": {"eos_token_id": 9}},
+                "config": {"eos_token_id": 0, "text_config": inside(eos_token_id=9)},
                 "generation": {"eos_token_id": [END]},
                 "stop_token_ids": [USER],
             },
@@ -146,8 +151,8 @@ def test_the_log_says_that_nothing_is_checked(recipe, caplog, answers):
         ({"generation": "[1]"}, "generation_config.json: expected a JSON object, got list"),
         ({"config": {"eos_token_id": [-2]}}, "/config.json: eos_token_id: .*got -2"),
         (
-            {"config": {"text_config": {"eos_token_id": 1.5}}},
-            "config.json: text_config.eos_token_id: ",
+            {"config": {"text_config": inside(eos_token_id=1.5)}},
+            "config.json: eos_token_id: .*got 1.5",
         ),
         (
             {"stop_token_ids": [3, 300]},

@@ -1,5 +1,7 @@
 """What a config.json says, and what is said about one that this package does not compute."""
 
+import dataclasses
+
 import pytest
 
 from sapo_megatron.errors import UserError
@@ -18,10 +20,13 @@ def parsed(family, **changes):
 
 def test_the_attention_of_each_family():
     grouped = {"num_heads": 8, "head_dim": 8}
-    assert {f: parsed(f).attention for f in ("qwen3", "qwen3-moe", "glm-4.5")} == {
+    assert {f: parsed(f).attention for f in ("qwen3", "qwen3-moe", "glm-4.5", "minimax-m2")} == {
         "qwen3": GroupedQueryAttention(num_kv_heads=4, qkv_bias=False, qk_norm=True, **grouped),
         "qwen3-moe": GroupedQueryAttention(num_kv_heads=2, qkv_bias=False, qk_norm=True, **grouped),
         "glm-4.5": GroupedQueryAttention(num_kv_heads=4, qkv_bias=True, qk_norm=False, **grouped),
+        "minimax-m2": GroupedQueryAttention(
+            num_kv_heads=2, qkv_bias=False, qk_norm=True, joint_norm=True, **grouped
+        ),
     }
     latent = {"num_heads": 4, "kv_lora_rank": 12}
     latent |= {"qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 6}
@@ -46,6 +51,14 @@ def test_the_width_of_a_head_follows_where_it_is_not_given():
         ("moonlight", {}, (1, 2, 3)),
         ("moonlight", {"first_k_dense_replace": 0}, (0, 1, 2, 3)),
         ("glm-4.5", {"first_k_dense_replace": 3}, (3,)),
+        ("glm-4.7-flash", {}, (1, 2, 3)),
+        ("glm-4.7-flash", {"mlp_layer_types": None, "first_k_dense_replace": 2}, (2, 3)),
+        (
+            "glm-4.7-flash",
+            {"mlp_layer_types": ["sparse", "dense"] * 2, "first_k_dense_replace": None},
+            (0, 2),
+        ),
+        ("minimax-m2", {}, (0, 1, 2, 3)),
     ],
 )
 def test_which_layers_have_experts(family, changes, layers):
@@ -61,10 +74,22 @@ def test_the_router_of_each_family():
     assert (deepseek.number, deepseek.topk, deepseek.shared_hidden_size) == (16, 4, 32)
     assert (deepseek.score_function, deepseek.normalised, deepseek.bias) == ("sigmoid", True, True)
     assert (deepseek.groups, deepseek.group_topk, deepseek.scaling_factor) == (4, 2, 2.446)
+    minimax = parsed("minimax-m2").experts
+    assert (minimax.number, minimax.topk, minimax.hidden_size) == (8, 2, 16)
+    assert (minimax.score_function, minimax.normalised, minimax.bias) == ("sigmoid", True, True)
+    assert (minimax.groups, minimax.scaling_factor, minimax.shared_hidden_size) == (1, 1.0, 0)
+
+
+def test_kimi_k2_is_deepseek_v3_under_another_name():
+    kimi = FAMILIES["kimi-k2"] | {"model_type": "kimi_k2"}
+    arch = parse_architecture(kimi)
+    assert arch == dataclasses.replace(parsed("kimi-k2"), model_type="kimi_k2", config=kimi)
 
 
 def test_rotary_positions():
     assert parsed("glm-4.5").rope.fraction == 0.5
+    assert parsed("minimax-m2").rope.fraction == 0.5
+    assert parsed("minimax-m2", rotary_dim=None).rope.fraction == 1.0
     assert parsed("moonlight").rope.yarn is None
     scaling = {k: v for k, v in FAMILIES["deepseek-v3"]["rope_scaling"].items() if "beta" not in k}
     yarn = parsed("deepseek-v3", rope_scaling=scaling).rope.yarn
@@ -76,6 +101,18 @@ def test_rotary_positions():
     ("family", "change", "parts"),
     [
         ("qwen3", {"model_type": "gpt2"}, ["model_type", "qwen3 or qwen3_moe", "'gpt2'"]),
+        (
+            "qwen3",
+            {"model_type": "qwen3_next"},
+            ["Gated DeltaNet", "nearest of which is qwen3_moe"],
+        ),
+        ("qwen3", {"model_type": "glm_moe_dsa"}, ["sparse", "glm4_moe_lite"]),
+        ("qwen3", {"model_type": "deepseek_v2"}, ["softmax", "nearest of which is deepseek_v3"]),
+        (
+            "qwen3",
+            {"model_type": "minimax_m3"},
+            ["'minimax_m3'; ", "nearest of which is minimax_m2"],
+        ),
         ("qwen3", {"num_hidden_layers": None}, ["num_hidden_layers: missing"]),
         ("qwen3", {"num_hidden_layers": "x"}, ["num_hidden_layers", "'x'"]),
         ("qwen3", {"hidden_act": "gelu"}, ["hidden_act", '"silu"', '"gelu"']),
@@ -88,6 +125,23 @@ def test_rotary_positions():
         ("moonlight", {"topk_method": "greedy"}, ["topk_method", '"noaux_tc"']),
         ("moonlight", {"norm_topk_prob": False}, ["norm_topk_prob"]),
         ("moonlight", {"kv_lora_rank": None}, ["kv_lora_rank: missing", "deepseek_v3"]),
+        ("qwen3", {"layer_types": ["full_attention", "sliding_attention"]}, ["sliding_attention"]),
+        ("qwen3", {"partial_rotary_factor": 0.5}, ["partial_rotary_factor", "1.0", "0.5"]),
+        ("moonlight", {"index_topk": 2048}, ["index_topk", "null", "2048"]),
+        (
+            "deepseek-v3",
+            {"rope_scaling": FAMILIES["deepseek-v3"]["rope_scaling"] | {"truncate": False}},
+            ["truncate", "true", "false"],
+        ),
+        ("glm-4.7-flash", {"first_k_dense_replace": 2}, ["mlp_layer_types", "first_k_dense_repl"]),
+        ("glm-4.7-flash", {"mlp_layer_types": ["sparse"]}, ["mlp_layer_types", "4 layers"]),
+        ("glm-4.7-flash", {"mlp_layer_types": ["moe"] * 4}, ["mlp_layer_types", '"moe"']),
+        ("minimax-m2", {"attn_type_list": [1, 0, 1, 1]}, ["attn_type_list", "1", "got 0"]),
+        ("minimax-m2", {"qk_norm_type": "per_head"}, ["qk_norm_type", '"per_head"']),
+        ("minimax-m2", {"scoring_func": "softmax"}, ["scoring_func", '"softmax"']),
+        ("minimax-m2", {"use_routing_bias": False}, ["use_routing_bias"]),
+        ("minimax-m2", {"shared_intermediate_size": 8}, ["shared_intermediate_size"]),
+        ("minimax-m2", {"partial_rotary_factor": 0.25}, ["rotary_dim / head_dim", "0.25", "0.5"]),
         ("glm-4.5", {"n_routed_experts": 0}, ["n_routed_experts", ">= 1", "0"]),
         ("qwen3", {"model_type": ["qwen3"]}, ["model_type", "got ['qwen3']"]),
         ("qwen3", {"num_hidden_layers": True}, ["num_hidden_layers", "got True"]),

@@ -15,6 +15,8 @@ from sapo_megatron.hf.architecture import LatentAttention, read_architecture
 from sapo_megatron.hf.folder import INDEX, WeightFiles, check_same, find_architecture, find_model
 from sapo_megatron.policy import parallel, weights
 from sapo_megatron.policy.model import Model
+from sapo_megatron.recipe.load import load
+from sapo_megatron.training.inputs import preflight
 from tests.support.families import FAMILIES, Place, make_model
 from tests.support.gloo import run_ranks
 from tests.support.tiny import TOKENIZER, cli, write_recipe
@@ -334,6 +336,27 @@ def test_training_does_not_start(model, tmp_path, name, parts):
     assert all(part in done.stderr for part in parts), done.stderr
     assert done.stderr.count("\n") == 1
     assert not (tmp_path / "runs").exists()
+
+
+def test_what_is_left_out_of_a_model_is_said(model, tmp_path, caplog):
+    index = json.loads((model / INDEX).read_text())
+    extra = {
+        "model.layers.4.eh_proj.weight": torch.ones(2),
+        "model.layers.4.enorm.weight": torch.ones(2),
+        "model.visual.patch.weight": torch.ones(2),
+    }
+    save_file(extra, model / "extra.safetensors")
+    index["weight_map"].update(dict.fromkeys(extra, "extra.safetensors"))
+    (model / INDEX).write_text(json.dumps(index))
+    config = (model / "config.json").read_text()
+    recipe = write_recipe(tmp_path, model={"path": str(model), "init": "pretrained"})
+    (model / "config.json").write_text(config)
+    with caplog.at_level("INFO"):
+        preflight(load(recipe), 1)
+    assert caplog.messages == [
+        "of the model neither trained nor exported: layer 4, behind the last (2 tensors); "
+        "model.visual (1 tensors)"
+    ]
 
 
 def test_a_recipe_for_another_model(whole, tmp_path):

@@ -153,6 +153,16 @@ def test_a_rank_reads_what_belongs_to_its_key_heads_only():
             ["model.layers.11.mlp.shared_experts.down_proj.weight"],
         ),
         (
+            "minimax-m2",
+            "decoder.layers.3.mlp.experts.linear_fc1.weight7",
+            [f"model.layers.3.block_sparse_moe.experts.7.{n}.weight" for n in ("w1", "w3")],
+        ),
+        (
+            "minimax-m2",
+            "decoder.layers.0.mlp.router.expert_bias",
+            ["model.layers.0.block_sparse_moe.e_score_correction_bias"],
+        ),
+        (
             "moonlight",
             "decoder.layers.1.self_attention.linear_q_proj.weight",
             ["model.layers.1.self_attn.q_proj.weight"],

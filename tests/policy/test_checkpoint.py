@@ -91,6 +91,33 @@ def test_a_finished_run_only_tells_its_scores_again(runs):
     assert [line["step"] for line in read_metrics(folder / "straight")] == [1, 2, 3, 4]
 
 
+def test_a_run_that_generates_ahead_goes_on_with_the_very_same_responses(runs):
+    folder, (found, _) = runs
+    straight, stopped = folder / "ahead", folder / "ahead stopped"
+    assert found["ahead"]["stopped"]["left"] == ["checkpoints/step-000002"]
+    assert lines(stopped) == lines(straight)
+    assert [line["rollout/staleness"] for line in lines(straight)] == [0, 2, 4, 4]
+    assert sum(line["reward/zero_std_groups"] for line in lines(straight)) > 0
+    assert found["ahead"]["same"]
+    assert not found["ahead"]["unmoved"]
+
+
+def test_the_last_steps_generate_nothing(runs):
+    folder, (found, _) = runs
+    spent = [line["time/rollout"] > 0 for line in read_metrics(folder / "ahead")]
+    assert spent == [True, True, False, False]
+    assert found["ahead"]["files"] == [["ahead-00000.safetensors", "ahead-00001.safetensors"], []]
+
+
+def test_responses_ahead_that_do_not_fit_are_refused_on_every_rank(runs):
+    for found in runs[1]:
+        refused = found["ahead"]
+        assert "rollout.num_generations: expected 4, with which " in refused["other"]
+        assert "expected the " in refused["missing"]
+        assert "ahead-00000.safetensors: expected responses" in refused["torn"]
+        assert all(refused[name].count("\n") == 0 for name in ("other", "missing", "torn"))
+
+
 KILLED = """
 import functools, os, signal, sys, time
 import sapo_megatron.policy

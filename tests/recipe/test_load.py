@@ -184,7 +184,7 @@ def test_not_a_finite_positive_number(write, key, value):
         ("train.steps", "-1", "a whole number >= 0, got -1"),
         ("train.logprob_chunk_size", "0", "a whole number > 0, got 0"),
         ("rollout.num_generations", "1", "a whole number >= 2, got 1"),
-        ("rollout.async_steps", "2", "a whole number >= 0 and <= 1, got 2"),
+        ("rollout.async_steps", "9", "a whole number >= 0 and <= 8, got 9"),
         ("rollout.async_steps", "true", "a whole number, got true"),
         ("parallel.virtual_pipeline_model_parallel_size", "1", "a whole number >= 2, got 1"),
         ("data.train.seed", "-3", "a whole number >= 0, got -3"),

@@ -2,6 +2,8 @@
 
 import contextlib
 import dataclasses
+import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,8 +12,10 @@ import torch.distributed as dist
 from sapo_megatron.errors import RunFailed
 from sapo_megatron.metrics import Metrics, Sum
 from sapo_megatron.recipe.schema import RolloutConfig
+from sapo_megatron.rollout.ahead import Ahead
 from sapo_megatron.rollout.collect import Collector, describe, rewards
 from sapo_megatron.rollout.engine import SamplingParams
+from sapo_megatron.rollout.exchange import write_samples
 from sapo_megatron.rollout.generate import InProcess
 from sapo_megatron.sample import Group, Prompt, Sample
 from tests.support.gloo import run_ranks
@@ -82,24 +86,33 @@ class Numbers:
         self.drawn.append(n)
         return [prompt(uid) for uid in range(first, first + n)]
 
+    def state_dict(self):
+        return {"index": sum(self.drawn)}
+
 
 def prompt(uid):
     return Prompt(uid=uid, text=f"p{uid}", answer="", tokens=(3,) * (uid % 3 + 1))
 
 
-def collector(reward, *, parts=1, stop_ids=(EOS,), **config):
-    values = {"rollout_batch_size": 4, "num_generations": 3, "max_response_length": 5}
+def collector(reward, *, parts=1, stop_ids=(EOS,), engine=None):
     return Collector(
-        engine=InProcess(Echo(), batch_size=256),
+        engine=engine or InProcess(Echo(), batch_size=256),
         tokenizer=Words(),
         stop_ids=stop_ids,
         scorer=Rule(reward) if reward else None,
-        config=RolloutConfig(**(values | config)),
-        with_routes=True,
         part=dist.get_rank() % parts,
         parts=parts,
         world=dist.group.WORLD,
     )
+
+
+def ahead(reward, source, *, steps=5, stop_ids=(EOS,), engine=None, **config):
+    values = {"rollout_batch_size": 4, "num_generations": 3, "max_response_length": 5}
+    recipe = SimpleNamespace(
+        rollout=RolloutConfig(**(values | config)), train=SimpleNamespace(seed=3, steps=steps)
+    )
+    c = collector(reward, stop_ids=stop_ids, engine=engine)
+    return Ahead(c, source, recipe, with_routes=True)
 
 
 PARAMS = SamplingParams(temperature=1.0, top_p=1.0, max_new_tokens=5, stop_ids=(EOS,), seed=3)
@@ -126,8 +139,7 @@ def test_a_truncated_text_keeps_its_last_token(world):
 
 
 def test_every_stop_token_ends_a_step_and_is_not_in_the_text(world):
-    c = collector(lambda prompt_uid, uid: 1.0, stop_ids=(EOS, 2))
-    found = c.collect(Numbers(), seed=3)
+    found = ahead(lambda prompt_uid, uid: 1.0, Numbers(), stop_ids=(EOS, 2)).collect(0)
     samples = [s for g in found.groups for s in g.samples]
     assert {(tuple(s.response_tokens), s.text) for s in samples} == {((EOS,), ""), ((2,), "")}
     assert found.metrics.values()["response/truncated"] == 0
@@ -172,7 +184,7 @@ def test_the_leader_alone_scores_and_its_failures_are_counted_once():
 
 def test_without_dynamic_sampling_every_group_stays(world):
     source = Numbers()
-    collected = collector(lambda prompt_uid, uid: 1.0).collect(source, seed=3)
+    collected = ahead(lambda prompt_uid, uid: 1.0, source).collect(0)
     groups, metrics = collected.groups, collected.metrics
     assert source.drawn == [4]
     assert len(groups) == 4
@@ -184,8 +196,8 @@ def test_without_dynamic_sampling_every_group_stays(world):
 def test_dynamic_sampling_draws_again_what_it_dropped(world):
     source = Numbers()
     # Of every four prompts, only the last tells its responses apart.
-    c = collector(lambda p, uid: float(p % 4 == 3 and uid % 3 == 0), dynamic_sampling=True)
-    collected = c.collect(source, seed=3)
+    found = ahead(lambda p, uid: float(p % 4 == 3 and uid % 3 == 0), source, dynamic_sampling=True)
+    collected = found.collect(0)
     groups, metrics = collected.groups, collected.metrics
     assert source.drawn == [4, 3, 3, 2, 1, 1, 1, 1]
     assert [g.prompt.uid for g in groups] == [3, 7, 11, 15]
@@ -197,30 +209,123 @@ def test_dynamic_sampling_draws_again_what_it_dropped(world):
 
 def test_dynamic_sampling_ends_with_what_there_is(world):
     source = Numbers()
-    c = collector(
+    found = ahead(
         lambda p, uid: float(p == 2 and uid % 3 == 0),
+        source,
         dynamic_sampling=True,
         dynamic_sampling_max_rounds=3,
     )
-    groups = c.collect(source, seed=3).groups
+    groups = found.collect(0).groups
     assert source.drawn == [4, 3, 3]
     assert [g.prompt.uid for g in groups] == [2]
 
 
 def test_dynamic_sampling_that_finds_nothing_fails(world):
     source = Numbers()
-    c = collector(lambda p, uid: 1.0, dynamic_sampling=True, dynamic_sampling_max_rounds=2)
+    limited = {"dynamic_sampling": True, "dynamic_sampling_max_rounds": 2}
     with pytest.raises(RunFailed, match="no group with different rewards in 2 rounds"):
-        c.collect(source, seed=3)
+        ahead(lambda p, uid: 1.0, source, **limited).collect(0)
     assert source.drawn == [4, 4]
 
 
 def test_failed_rewards_score_zero_and_are_counted(world):
-    c = collector(lambda p, uid: None if uid % 3 == 0 else 1.0)
-    collected = c.collect(Numbers(), seed=3)
+    collected = ahead(lambda p, uid: None if uid % 3 == 0 else 1.0, Numbers()).collect(0)
     groups, metrics = collected.groups, collected.metrics
     assert rewards(groups).tolist() == [[0.0, 1.0, 1.0]] * 4
     assert metrics.values()["reward/errors"] == 4
+
+
+def test_steps_ahead_are_generated_before_and_described_when_they_train(world):
+    source = Numbers()
+    # Of every four prompts, the first tells nothing apart; the rewards of later ones are higher.
+    found = ahead(
+        lambda p, uid: p / 100 + (p % 4 > 0) * (uid % 3),
+        source,
+        steps=3,
+        async_steps=1,
+        dynamic_sampling=True,
+    )
+    seen = []
+    for updates in (0, 4, 8):
+        step = found.collect(updates)
+        values = step.metrics.values()
+        uids = [g.prompt.uid for g in step.groups]
+        seen.append((uids, values["rollout/staleness"], values["reward/groups"], sum(source.drawn)))
+        assert values["reward/errors"] == 0
+    assert seen == [
+        # Prompt 8 was dropped during the first step, and counts in the second.
+        ([1, 2, 3, 5], 0, 6, 11),
+        ([6, 7, 9, 10], 4, 5, 16),
+        ([11, 13, 14, 15], 4, 5, 16),
+    ]
+    assert found.queue().groups == ()
+
+
+class Slow(InProcess):
+    """An engine in the background, each of whose answers has to be let through."""
+
+    background = True
+
+    def __init__(self):
+        super().__init__(Echo(), batch_size=256)
+        self.let = threading.Semaphore(0)
+        self.answered = 0
+        self.served = []
+
+    @contextlib.contextmanager
+    def serving(self, *, record):
+        self.served.append(self.answered)
+        yield Metrics()
+
+    def generate(self, requests, params):
+        assert self.let.acquire(timeout=60)
+        samples = super().generate(requests, params)
+        self.answered += 1
+        return samples
+
+
+def test_what_is_under_way_comes_again_after_a_resume_and_evaluations_wait_for_it(world):
+    engine, source = Slow(), Numbers()
+    found = ahead(lambda p, uid: float(uid), source, steps=3, engine=engine, async_steps=1)
+    engine.let.release()
+    assert [g.prompt.uid for g in found.collect(0).groups] == [0, 1, 2, 3]
+    assert source.drawn == [4, 4]  # the second step's are under way
+    assert found.queue().cursor == {"index": 4}
+    assert found.queue().groups == ()
+    engine.let.release(2)
+    found._collector.respond([prompt(100)], 2, PARAMS)
+    assert engine.served[2] == 2  # weights change when nothing is under way
+    assert found.queue().cursor == {"index": 4}
+    engine.let.release()
+    assert [g.prompt.uid for g in found.collect(2).groups] == [4, 5, 6, 7]
+    assert found.queue().cursor == {"index": 8}
+    assert [g.prompt.uid for g in found.collect(4).groups] == [8, 9, 10, 11]
+    assert source.drawn == [4, 4, 4]
+    assert found.queue().cursor == {"index": 12}
+
+
+def test_a_queue_that_two_ranks_wrote_goes_on_on_one(world, tmp_path):
+    reward = {"async_steps": 2, "dynamic_sampling": True}
+    first = ahead(lambda p, uid: (p % 4 > 0) * uid / 100, Numbers(), **reward)
+    first.collect(3)
+    queue = first.queue()
+    samples = [s for here in queue.groups for s in here.group.samples]
+    for rank, mine in enumerate((samples[::2], samples[1::2])):
+        write_samples(tmp_path / f"ahead-{rank:05d}.safetensors", mine)
+    source = Numbers()
+    source.drawn.append(queue.cursor["index"])
+    second = ahead(lambda p, uid: (p % 4 > 0) * uid / 100, source, **reward)
+    second.load(tmp_path, SimpleNamespace(step=1, ahead=queue.described()))
+    for updates in range(5, 9):
+        expected, found = first.collect(updates), second.collect(updates)
+        assert found.groups == expected.groups
+        clock = ("time/rollout", "time/reward")
+        values, others = expected.metrics.values(), found.metrics.values()
+        assert {k: v for k, v in values.items() if k not in clock} == {
+            k: v for k, v in others.items() if k not in clock
+        }
+    with pytest.raises(RunFailed):
+        first.collect(9)  # all steps are through
 
 
 def test_describe(caplog):

@@ -7,10 +7,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import torch.distributed as dist
+from safetensors.torch import save_file
 
 from sapo_megatron.errors import RunFailed, UserError
-from sapo_megatron.rollout.exchange import deliver_routes, exchange_samples
+from sapo_megatron.rollout.exchange import (
+    deliver_routes,
+    exchange_samples,
+    read_samples,
+    write_samples,
+)
 from sapo_megatron.sample import Sample, SampleRoutes
 from tests.support.gloo import run_ranks
 
@@ -145,3 +152,34 @@ def test_an_exchange_takes_little_more_memory_than_what_is_kept():
         assert kept == total / WORLD
         # What it made and what it keeps; never the others'.
         assert peak <= 0.75 * total
+
+
+def test_a_file_holds_samples_whole(tmp_path):
+    samples = [s for rank in range(WORLD) for s in made_by(rank)]
+    empty = sample(99, prompt=1, response=1)  # a token is fed, and probabilities are kept nowhere
+    kept = {"probs": empty.routes.probs[:0], "positions": empty.routes.positions[:0]}
+    samples.append(dataclasses.replace(empty, routes=dataclasses.replace(empty.routes, **kept)))
+    write_samples(tmp_path / "x.safetensors", samples)
+    again = read_samples(tmp_path / "x.safetensors")
+    for before, after in zip(samples, again, strict=True):
+        routes, found = (vars(s.routes or SampleRoutes(experts=0)) for s in (before, after))
+        for name, array in routes.items():
+            np.testing.assert_array_equal(found[name], array, strict=True)
+            assert getattr(found[name], "dtype", None) == getattr(array, "dtype", None)
+        before.routes = after.routes = None
+        assert after == before
+
+
+@pytest.mark.parametrize("damage", ["torn", "gone", "other"])
+def test_a_damaged_file_is_one_line(tmp_path, damage):
+    path = tmp_path / "x.safetensors"
+    write_samples(path, made_by(1))
+    if damage == "torn":
+        path.write_bytes(path.read_bytes()[:-7])
+    elif damage == "gone":
+        path.unlink()
+    else:
+        save_file({"rows": torch.zeros(1, 5)}, path)
+    with pytest.raises(UserError, match=rf"^{path}: expected responses .*checkpoint$") as caught:
+        read_samples(path)
+    assert "\n" not in str(caught.value)

@@ -76,9 +76,10 @@ def test_two_readings_by_hand():
     found = compare(OLD, NEW, layers=(3, 7), mask=MASK, kept=KEPT, prefix="routing")
     assert found.metrics.values() == pytest.approx(
         {
-            "routing/flip_fraction": 1 / 3,
-            "routing/flip_fraction/layer_3": 1 / 2,
-            "routing/flip_fraction/layer_7": 1 / 6,
+            "routing/slot_flip": 1 / 3,
+            "routing/router_flip": 1 / 2,
+            "routing/slot_flip/layer_3": 1 / 2,
+            "routing/slot_flip/layer_7": 1 / 6,
             "routing/tv": 0.21875,
             "routing/tv/layer_3": 0.25,
             "routing/tv/layer_7": 0.1875,
@@ -97,9 +98,10 @@ def test_probabilities_are_compared_where_both_readings_have_them(old, new):
     found = compare(old, new, layers=(3, 7), mask=MASK, kept=KEPT, prefix="routing")
     assert found.shift is None
     assert found.metrics.values().keys() == {
-        "routing/flip_fraction",
-        "routing/flip_fraction/layer_3",
-        "routing/flip_fraction/layer_7",
+        "routing/router_flip",
+        "routing/slot_flip",
+        "routing/slot_flip/layer_3",
+        "routing/slot_flip/layer_7",
     }
 
 

@@ -13,15 +13,17 @@ from sapo_megatron.routing.variance import split_metrics
 NAMES = ("total", "weights", "router", "cov", "router_share")
 
 
-def split(z, a, mask=None, *, layers_flipped=None, num_layers=0, repeated=None):
+def split(z, a, mask=None, *, layers_flipped=None, context=None, num_layers=0):
     z, a = (torch.as_tensor(x, dtype=torch.float64) for x in (z, a))
     return split_metrics(
         z,
         a,
         torch.ones(len(z), dtype=torch.bool) if mask is None else torch.as_tensor(mask),
         layers_flipped=None if layers_flipped is None else torch.as_tensor(layers_flipped),
+        context=None if context is None else torch.as_tensor(context, dtype=torch.float64),
         num_layers=num_layers,
-        repeated=torch.zeros(len(z)) if repeated is None else torch.as_tensor(repeated),
+        prefix="variance",
+        rest="weights",
     )
 
 
@@ -46,7 +48,8 @@ def test_parts_by_hand(a, b, expected):
     """Numbers that fp64 holds exactly: what is zero is exactly zero."""
     metrics = split(np.add(a, b), a)
     assert parts(metrics) == dict(zip(NAMES, expected, strict=True))
-    assert metrics.values()["variance/noise"] == 0
+    total, weights = expected[:2]
+    assert metrics.values()["variance/replay_removes"] == pytest.approx(1 - weights / total)
 
 
 LOG_RATIO = st.floats(-5.0, 5.0, width=32)
@@ -74,7 +77,7 @@ def test_pieces_merge_to_the_whole(tokens, seed, cut):
     z, a, mask = (torch.tensor(x) for x in zip(*tokens, strict=True))
     generator = torch.Generator().manual_seed(seed)
     layers_flipped = torch.randint(0, 4, z.shape, generator=generator)
-    repeated = torch.randn(z.shape, generator=generator)
+    context = torch.rand(z.shape, generator=generator) / 3
 
     def measured(piece):
         return split(
@@ -82,15 +85,16 @@ def test_pieces_merge_to_the_whole(tokens, seed, cut):
             a[piece],
             mask[piece],
             layers_flipped=layers_flipped[piece],
+            context=context[piece],
             num_layers=3,
-            repeated=repeated[piece],
         )
 
     merged = measured(slice(cut))
     merged.update(measured(slice(cut, None)))
     expected = measured(slice(None)).values()
     if not expected["variance/total"] > 1e-3:
-        del expected["variance/router_share"]  # a ratio of rounding errors
+        for name in [n for n in expected if "router_share" in n or "removes" in n]:
+            del expected[name]  # a ratio of rounding errors
     for name, value in expected.items():
         got = merged.values()[name]
         assert got == pytest.approx(value, rel=1e-6, abs=1e-10, nan_ok=True), name
@@ -103,12 +107,11 @@ def test_what_is_masked_does_not_count():
         [0.5, math.inf, 3.0, math.nan],
         mask,
         layers_flipped=[0, 1, 0, 0],
+        context=[0, 0.3, 0.1, 0],
         num_layers=1,
-        repeated=[0.5, math.nan, -0.5, -math.inf],
     )
-    clean = split([1.0, 4.0], [0.5, 3.0], layers_flipped=[0, 0], num_layers=1, repeated=[0.5, -0.5])
+    clean = split([1.0, 4.0], [0.5, 3.0], layers_flipped=[0, 0], context=[0, 0.1], num_layers=1)
     assert garbage.values() == pytest.approx(clean.values(), nan_ok=True)
-    assert clean.values()["variance/noise"] == 0.25
 
 
 def test_variance_by_the_number_of_layers_that_changed():
@@ -117,6 +120,7 @@ def test_variance_by_the_number_of_layers_that_changed():
         [0.0] * 8,
         [True] * 7 + [False],
         layers_flipped=[0, 0, 1, 1, 3, 4, 4, 4],
+        context=[0] * 8,
         num_layers=4,
     )
     by_layers = {n: x for n, x in metrics.values().items() if "by_layers" in n}
@@ -140,7 +144,8 @@ def test_variance_by_the_number_of_layers_that_changed():
     [(1, "1"), (2, "2"), (3, "3-4"), (8, "5-8"), (9, "9-16"), (17, "17+"), (61, "17+")],
 )
 def test_buckets_go_as_far_as_the_model(num_layers, last):
-    values = split([0.0], [0.0], layers_flipped=[num_layers], num_layers=num_layers).values()
+    values = split([0.0], [0.0], layers_flipped=[num_layers], context=[0], num_layers=num_layers)
+    values = values.values()
     shares = [n for n in values if n.startswith("variance/by_layers_share/")]
     assert shares[-1].endswith(f"/{last}")
     assert values[shares[-1]] == 1

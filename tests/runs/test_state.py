@@ -7,7 +7,16 @@ import pytest
 
 from sapo_megatron.errors import UserError
 from sapo_megatron.recipe.schema import ParallelConfig
-from sapo_megatron.runs.state import RunState, checkpoints, latest, layout, read_state, write_state
+from sapo_megatron.runs.state import (
+    QueuedGroup,
+    RunState,
+    checkpoints,
+    latest,
+    layout,
+    read_state,
+    write_state,
+)
+from sapo_megatron.sample import Prompt
 
 PARALLEL = ParallelConfig(tensor_model_parallel_size=2, expert_model_parallel_size=4)
 STATE = RunState(
@@ -17,6 +26,12 @@ STATE = RunState(
     cursor={"index": 384, "skipped": {"too_long": 1}},
     eval={"avg@8": 0.25, "pass@1": 1},
     moments={"variance/router": [[1.0, 2.5, 0.125]]},
+    ahead=[
+        QueuedGroup(
+            prompt=Prompt(uid=3, text="1 + 2", answer="3", tokens=(5, 9)), updates=4, kept=True
+        )
+    ],
+    sampling={"num_generations": 8, "temperature": 1.0},
     wall_s=321.5,
     layout=layout(PARALLEL),
     world_size=8,
@@ -42,12 +57,17 @@ def test_a_state_comes_back(checkpoint):
     assert read_state(checkpoint, PARALLEL) == STATE
 
 
+OPTIONAL = {"moments", "ahead", "sampling"}
+
+
 def test_a_state_of_before_moments_were_kept_can_be_resumed(checkpoint):
     path = checkpoint / "state.json"
     state = json.loads(path.read_text())
-    del state["moments"]
+    for key in OPTIONAL:
+        del state[key]
     path.write_text(json.dumps(state | {"router": {"variance/total": 0.0025}}))
-    assert read_state(checkpoint, PARALLEL) == dataclasses.replace(STATE, moments={})
+    expected = dataclasses.replace(STATE, moments={}, ahead=[], sampling={})
+    assert read_state(checkpoint, PARALLEL) == expected
 
 
 def test_data_and_context_parallel_sizes_may_change(checkpoint):
@@ -78,12 +98,10 @@ def test_a_size_that_was_not_saved_is_another_layout(checkpoint):
     assert "parallel.expert_model_parallel_size: expected None" in refusal(checkpoint)
 
 
-@pytest.mark.parametrize(
-    "key", sorted({f.name for f in dataclasses.fields(RunState)} - {"moments"})
-)
+@pytest.mark.parametrize("key", sorted({f.name for f in dataclasses.fields(RunState)} - OPTIONAL))
 def test_a_missing_key_is_named(checkpoint, key):
     path = checkpoint / "state.json"
-    path.write_text(json.dumps({k: v for k, v in vars(STATE).items() if k != key}))
+    path.write_text(json.dumps({k: v for k, v in dataclasses.asdict(STATE).items() if k != key}))
     message = refusal(checkpoint)
     assert message.startswith(f"{path}: expected the state of a run, ")
     assert f"({key}: Field required)" in message
@@ -99,12 +117,13 @@ def test_a_missing_key_is_named(checkpoint, key):
         ({"model": []}, "model: Input should be an object, got []"),
         ({"eval": {"avg@8": "x"}}, "eval.avg@8: Input should be a valid number, got 'x'"),
         ({"moments": {"tv": [0.5]}}, "moments.tv.0: Input should be a valid array, got 0.5"),
+        ({"ahead": [{"prompt": {}}]}, "ahead.0.prompt.uid: Field required"),
         ({"layout": {"a": "2"}}, "layout.a: Input should be a valid integer, got '2'"),
     ],
 )
 def test_a_wrong_type_is_named(checkpoint, changed, said):
     path = checkpoint / "state.json"
-    path.write_text(json.dumps(vars(STATE) | changed))
+    path.write_text(json.dumps(dataclasses.asdict(STATE) | changed))
     message = refusal(checkpoint)
     assert str(path) in message
     assert f"({said})" in message

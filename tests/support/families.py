@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from sapo_megatron.commands.qualify.models import FAMILIES, make_model, sequences
+from sapo_megatron.commands.qualify.models import FAMILIES, fill, make_model, sequences
 from sapo_megatron.data.batch import denominators, micro_batches
 from sapo_megatron.hf.architecture import read_architecture
 from sapo_megatron.policy import parallel
@@ -30,7 +30,7 @@ from tests.support.exactness import (
 )
 from tests.support.gloo import TIMEOUT_S
 
-__all__ = ["FAMILIES", "Place", "make_model", "measure", "sequences"]
+__all__ = ["FAMILIES", "Place", "fill", "make_model", "measure", "sequences"]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -74,8 +74,6 @@ def check_layouts(folder: Path, layouts: list[dict[str, int]]) -> list[list[Samp
             tokenizer=load_tokenizer(recipe.model.tokenizer, 104),
             stop_ids=(1,),
             scorer=Half() if groups.is_leader else None,
-            config=recipe.rollout,
-            with_routes=True,
             part=groups.dp_cp.rank(),
             parts=groups.dp_cp.size(),
             world=groups.world,

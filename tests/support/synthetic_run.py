@@ -2,12 +2,12 @@
 
 import json
 import math
+from itertools import product
 from pathlib import Path
 
 import torch
 
 from sapo_megatron.metrics import (
-    Covariance,
     Histogram,
     Max,
     MaxViolation,
@@ -15,7 +15,6 @@ from sapo_megatron.metrics import (
     Metrics,
     Min,
     Points,
-    Share,
     Sum,
     Variance,
 )
@@ -23,6 +22,7 @@ from sapo_megatron.objective.loss import RATIO_EDGES, WEIGHT_EDGES
 from sapo_megatron.objective.sapo import sapo_weight
 from sapo_megatron.recipe import schema as config
 from sapo_megatron.recipe.load import to_yaml
+from sapo_megatron.routing.variance import split_metrics
 from sapo_megatron.runs.trackers import JsonlTracker
 
 LAYERS = 4
@@ -132,8 +132,8 @@ def router_metrics(step: int, steps: int, generator: torch.Generator) -> Metrics
     mismatched = torch.rand(LAYERS, 3000, generator=generator) < 0.008
     for prefix, part in (("routing", flipped), ("rollout_train", mismatched)):
         for layer, changed in enumerate(part):
-            metrics.add(f"{prefix}/flip_fraction", Mean.of(changed / 2))
-            metrics.add(f"{prefix}/flip_fraction/layer_{layer}", Mean.of(changed / 2))
+            metrics.add(f"{prefix}/slot_flip", Mean.of(changed / 2))
+            metrics.add(f"{prefix}/slot_flip/layer_{layer}", Mean.of(changed / 2))
             metrics.add(f"{prefix}/tv", Mean.of(0.2 * changed + 0.01))
         metrics.add(f"{prefix}/token_flip_share", Mean.of(part.any(0)))
         metrics.add(f"{prefix}/layers_flipped", Mean.of(part.sum(0)))
@@ -146,16 +146,28 @@ def router_metrics(step: int, steps: int, generator: torch.Generator) -> Metrics
     weights = 2 * heat * torch.randn(3000, generator=generator) - 0.15 * router
     log_ratio = weights + router
     if step % SPLIT_EVERY == 0:
-        metrics.add("variance/total", Variance.of(log_ratio))
-        metrics.add("variance/weights", Variance.of(weights))
-        metrics.add("variance/router", Variance.of(router))
-        metrics.add("variance/cov", Covariance.of(2 * weights, router))
-        metrics.add("variance/router_share", Share.of(weights, router))
         metrics.add("variance/noise", Mean(1e-4, 1.0))
-        for name, least, greatest in (("0", 0, 0), ("1", 1, 1), ("2", 2, 2), ("3-4", 3, 4)):
-            inside = (layers_flipped >= least) & (layers_flipped <= greatest)
-            metrics.add(f"variance/by_layers/{name}", Variance.of(log_ratio, inside))
-            metrics.add(f"variance/by_layers_share/{name}", Mean.of(inside))
+        context = torch.rand(3000, generator=generator, dtype=torch.float64).pow(4)
+        for prefix, rest, size in (
+            ("variance", "weights", 1.0),
+            ("rollout_train/variance", "numerics", 0.1),
+        ):
+            split = split_metrics(
+                size * log_ratio,
+                size * weights,
+                torch.ones(3000, dtype=torch.bool),
+                layers_flipped=layers_flipped,
+                context=context,
+                num_layers=LAYERS,
+                prefix=prefix,
+                rest=rest,
+            )
+            metrics.update(split)
+            ends = (("", 0.0), ("_low", -0.02), ("_high", 0.03))
+            for (name, level), (end, off) in product(
+                (("router_share", 0.6), ("replay_removes", 0.7)), ends
+            ):
+                metrics.add(f"{prefix}/{name}_pooled{end}", Mean(level + off, 1.0))
 
     spread = torch.linspace(-1.5, 1.5, 60).exp()
     sequences = log_ratio.view(60, 50).double() * spread[:, None]

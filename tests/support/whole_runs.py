@@ -71,9 +71,9 @@ class Crash(Exception):
     """Stands for whatever ends a run."""
 
 
-def _stopped(folder: Path) -> dict[str, Any]:
+def _stopped(folder: Path, name: str = "stopped", **changes: Any) -> dict[str, Any]:
     """A run that is asked to stop in its second step, and goes on."""
-    where = folder / "stopped"
+    where = folder / name
     step = train.run_step
 
     def asked_to_stop(session: Any, number: int) -> Any:
@@ -83,6 +83,7 @@ def _stopped(folder: Path) -> dict[str, Any]:
 
     train.run_step = asked_to_stop
     at_the_end = {"checkpoint__every": 0, "train__steps": 4, "train__run_dir": str(where)}
+    at_the_end |= changes
     first = run(folder, **at_the_end)
     train.run_step = step
     left = sorted(p.relative_to(where).as_posix() for p in where.glob("*/step*"))
@@ -92,6 +93,50 @@ def _stopped(folder: Path) -> dict[str, Any]:
         (where / "stop").touch()  # came too late for the run that it was meant for
     dist.barrier()
     return {"first": first, "left": left, **run(folder, "auto", **at_the_end)}
+
+
+def _ahead(folder: Path) -> dict[str, Any]:
+    """A whole run that generates two steps ahead, one that was interrupted, and what is refused."""
+    changes = {
+        "rollout__async_steps": 2,
+        "rollout__dynamic_sampling": True,
+        "reward__function": "tests.support.tiny:starts_even",
+    }
+    straight = {"train__run_dir": folder / "ahead", "train__steps": 4, "checkpoint__every": 2}
+    steps, weights = train.run_steps, []
+
+    def kept(session: Any) -> Any:
+        summary = steps(session)
+        chunks = session.policy.model.chunks
+        weights.append([p.detach().clone() for chunk in chunks for p in chunk.parameters()])
+        return summary
+
+    train.run_steps = kept
+    run(folder, **straight, **changes)
+    found: dict[str, Any] = {"stopped": _stopped(folder, "ahead stopped", **changes)}
+    train.run_steps = steps
+    found["same"], found["unmoved"] = (
+        all(torch.equal(a, b) for a, b in zip(weights[0], other, strict=True))
+        for other in (weights[2], weights[1])
+    )
+    place = folder / "ahead" / "checkpoints" / "step-000002"
+    found["files"] = [
+        sorted(p.name for p in at.glob("ahead-*")) for at in sorted(place.parent.iterdir())
+    ]
+    again = {"train__steps": 4, "rollout__num_generations": 8, **changes}
+    found["other"] = message_of(UserError, folder, str(place), **again)
+    dist.barrier()
+    if dist.get_rank() == 0:
+        (place / "ahead-00001.safetensors").unlink()
+    dist.barrier()
+    again = {"train__steps": 4, **changes}
+    found["missing"] = message_of(UserError, folder, str(place), **again)
+    dist.barrier()
+    if dist.get_rank() == 0:
+        (place / "ahead-00000.safetensors").write_bytes(b"torn")
+    dist.barrier()
+    found["torn"] = message_of(UserError, folder, str(place), **again)
+    return found
 
 
 def _lost_step(folder: Path) -> list[dict[str, Any]]:
@@ -136,6 +181,7 @@ def resuming(folder: Path) -> dict[str, Any]:
     found["stopped"] = _stopped(folder)
     found["kept"] = sorted(p.name for p in (folder / "crashed/checkpoints").iterdir())
 
+    found["ahead"] = _ahead(folder)
     found["lost"] = _lost_step(folder / "fading")
 
     finished = Path(straight)

@@ -32,14 +32,15 @@ METRICS = {
     "reward/timeouts",
     "response/length_mean",
     "response/truncated",
-    "routing/flip_fraction",
-    "routing/flip_fraction/layer_2",
+    "routing/slot_flip",
+    "routing/slot_flip/layer_2",
+    "routing/router_flip",
     "routing/token_flip_share",
     "routing/layers_flipped",
     "routing/tv",
     "routing/shift_factor",
     "routing/max_violation",
-    "rollout_train/flip_fraction",
+    "rollout_train/slot_flip",
     "rollout_train/tv",
     "rollout_train/kl",
     "rollout_train/k3_kl",
@@ -50,6 +51,10 @@ METRICS = {
     "variance/router",
     "variance/cov",
     "variance/router_share",
+    "variance/router_share_own",
+    "variance/router_share_inherited",
+    "variance/replay_removes",
+    "variance/swaps",
     "variance/noise",
     "sapo/bound_lhs",
     "sapo/bound_rhs",
@@ -98,7 +103,7 @@ def test_it_ends_well_and_says_where_things_are(done, run):
     assert done.left == []
     assert "Traceback" not in done.stderr
     shown = ("before: avg@4", "after:  avg@4", "step 3/3", "run-001/report/index.html")
-    for text in (*shown, "router: ", "variance/router_share"):
+    for text in (*shown, "router: router share unknown (", " of 400 swaps)"):
         assert text in done.stderr
     assert done.stderr.count("step 1/3") == 1  # of two ranks, one speaks
 
@@ -115,8 +120,8 @@ def test_the_summary(run):
     assert (run.parents[2] / summary["report"]).exists()
     assert set(summary["router"]) == {
         "variance/total",
-        "variance/router_share",
-        "routing/flip_fraction",
+        "variance/swaps",
+        "routing/slot_flip",
     }
 
 

@@ -101,6 +101,13 @@ def test_servers_of_the_recipe_are_looked_at_first(opened, server):
     assert [body["method"] for _, body in server.calls if "method" in body] == ["sapo_describe"]
 
 
+@pytest.mark.parametrize("returned", [True, False])
+def test_routes_are_looked_at_where_a_server_returns_them(opened, server, returned):
+    server.description["routed_experts"] = returned
+    with opened(engine="vllm", servers=[server.url]) as engine:
+        assert engine._servers._with_routes is returned
+
+
 def test_a_server_of_another_model_is_refused(opened, server):
     server.description["hidden_size"] = 64
     with (

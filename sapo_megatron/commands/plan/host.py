@@ -24,7 +24,7 @@ class HostMemory:
     """Bytes on the node that has most, as if all parts were at their largest at once."""
 
     samples: float
-    """Tokens, log-probs and texts of a step, on every rank."""
+    """Tokens, log-probs and texts of a step and of those ahead, on every rank."""
     exchange: float
     """Routes, where they were made and where they are read; and one rank's tokens in transit."""
     pinned: float
@@ -51,7 +51,8 @@ def host_memory(
     # In process, a rank of each model-parallel block keeps what the block made; else the first.
     parts = layout.dp_cp if in_process else 1
     makers = min(-(-ranks // layout.tp), parts)
-    made = -(-batches.sequences // parts) * (1 + recipe.rollout.async_steps)
+    kept = 1 + recipe.rollout.async_steps
+    made = -(-batches.sequences // parts) * kept
     routes = _routes(recipe, arch) * batches.longest
     state = max(
         stage.parameters * BYTES[recipe.model.params_dtype] + gpu.optimizer
@@ -59,7 +60,7 @@ def host_memory(
     )
     offloaded = max(sharded(stage, layout) for stage in stages) * OFFLOADED_BYTES
     return HostMemory(
-        samples=ranks * batches.tokens * SAMPLE_BYTES,
+        samples=ranks * batches.tokens * kept * SAMPLE_BYTES,
         exchange=(makers * made + ranks * batches.sequences_per_rank) * routes
         + ranks * made * batches.longest * SENT_BYTES,
         pinned=ranks * state * PINNED,

@@ -52,6 +52,16 @@ _DEEPSEEK = _GROUPED | {
     "topk_method": "noaux_tc",
     "v_head_dim": 6,
 }
+_LOW_RANK_QUERIES = _DEEPSEEK | {"q_lora_rank": 16, "n_shared_experts": 1}
+_YARN = {
+    "type": "yarn",
+    "factor": 4.0,
+    "original_max_position_embeddings": 16,
+    "beta_fast": 32,
+    "beta_slow": 1,
+    "mscale": 1.0,
+    "mscale_all_dim": 0.8,
+}
 FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3": _QWEN3 | {"tie_word_embeddings": True},
     "qwen3-moe": _QWEN3
@@ -65,24 +75,16 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "num_experts_per_tok": 2,
     },
     "moonlight": _DEEPSEEK,
-    "deepseek-v3": _DEEPSEEK
+    "deepseek-v3": _LOW_RANK_QUERIES
     | {
-        "q_lora_rank": 16,
         "n_group": 4,
         "n_routed_experts": 16,
         "topk_group": 2,
-        "n_shared_experts": 1,
         "num_experts_per_tok": 4,
-        "rope_scaling": {
-            "type": "yarn",
-            "factor": 4.0,
-            "original_max_position_embeddings": 16,
-            "beta_fast": 32,
-            "beta_slow": 1,
-            "mscale": 1.0,
-            "mscale_all_dim": 0.8,
-        },
+        "rope_scaling": _YARN,
     },
+    "kimi-k2": _LOW_RANK_QUERIES
+    | {"rope_scaling": _YARN | {"beta_fast": 1.0, "beta_slow": 1.0, "mscale_all_dim": 1.0}},
     "glm-4.5": _GROUPED
     | {
         "model_type": "glm4_moe",
@@ -95,6 +97,25 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "routed_scaling_factor": 1.0,
         "use_qk_norm": False,
     },
+    "glm-4.7-flash": _LOW_RANK_QUERIES
+    | {
+        "model_type": "glm4_moe_lite",
+        "mlp_layer_types": ["dense", "sparse", "sparse", "sparse"],
+        "v_head_dim": 12,  # as wide as query and key
+    },
+    "minimax-m2": _COMMON
+    | {
+        "model_type": "minimax_m2",
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "head_dim": 8,
+        "intermediate_size": 16,
+        "num_attention_heads": 8,
+        "num_experts_per_tok": 2,
+        "num_key_value_heads": 2,
+        "num_local_experts": 8,
+        "rotary_dim": 4,
+    },
 }
 
 
@@ -106,13 +127,22 @@ def make_model(
     shard: str = "50KB",
     **changes: Any,
 ) -> Any:
-    """A model of the family that transformers makes and saves, in files of ``shard``.
-
-    Its weights are larger than at initialisation, so that attention and routing are far from
-    uniform; biases and norms are random as well.
-    """
+    """A model of the family that transformers makes and saves, in files of ``shard``."""
     config = transformers.AutoConfig.for_model(**FAMILIES[family] | changes)
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    fill(model)
+    # transformers 5 has the first rank of a world save alone; these folders are each rank's own.
+    model.should_save_on_this_rank = lambda is_main_process: True
+    model.to(dtype).save_pretrained(folder, max_shard_size=shard)
+    return model
+
+
+def fill(model: Any) -> None:
+    """Draw the weights of a model of transformers.
+
+    They are larger than at initialisation, so that attention and routing are far from uniform;
+    biases and norms are random as well.
+    """
     generator = torch.Generator().manual_seed(3)
 
     def noise(tensor: torch.Tensor) -> torch.Tensor:
@@ -131,10 +161,6 @@ def make_model(
             if name.endswith("e_score_correction_bias"):
                 # Above 0: below it transformers may choose from a group that is ruled out.
                 bias.copy_(0.1 * noise(bias).abs())
-    # transformers 5 has the first rank of a world save alone; these folders are each rank's own.
-    model.should_save_on_this_rank = lambda is_main_process: True
-    model.to(dtype).save_pretrained(folder, max_shard_size=shard)
-    return model
 
 
 def sequences() -> list[Sample]:

@@ -9,8 +9,10 @@ import jinja2
 
 from sapo_megatron.commands.report.drawing import SMOOTH_FROM, THEMES, Figure, render
 from sapo_megatron.commands.report.figures import SECTIONS
-from sapo_megatron.commands.report.router_figures import POOLED, share_name
+from sapo_megatron.commands.report.router_figures import POOLED
 from sapo_megatron.files import whole_folder
+from sapo_megatron.routing.variance import LEAST_SWAPS, Estimate
+from sapo_megatron.runs.journal import SPLITS
 from sapo_megatron.runs.read import Run, read_run
 from sapo_megatron.runs.trackers import duration
 
@@ -86,14 +88,17 @@ def _tiles(run: Run) -> list[tuple[str, str, str]]:
 def _router_numbers(run: Run) -> list[tuple[str, str, str]]:
     """(label, value, note) of what was last logged about the router."""
     numbers = []
-    for name, label in (
-        (share_name(run), "router's share of the variance"),
-        ("routing/flip_fraction", "experts that changed"),
-    ):
-        if run.has(name):
-            steps, values = run.series(name)
-            pooled = ", over a window" if name == POOLED else ""
-            numbers.append((label, f"{values[-1]:.1%}", f"at step {steps[-1]:.0f}{pooled}"))
+    for split, label in SPLITS.items():
+        name = f"{split}/{POOLED}"
+        if run.has(f"{name}_low"):
+            series = [run.series(f"{name}{end}") for end in ("", "_low", "_high")]
+            share = Estimate(*(float(values[-1]) for _, values in series))
+            numbers.append((label, str(share), f"at step {series[0][0][-1]:.0f}, over a window"))
+        elif run.has(f"{split}/swaps"):
+            numbers.append((label, "unknown", f"of fewer than {LEAST_SWAPS} swaps"))
+    if run.has("routing/slot_flip"):
+        steps, values = run.series("routing/slot_flip")
+        numbers.append(("experts that changed", f"{values[-1]:.1%}", f"at step {steps[-1]:.0f}"))
     return numbers
 
 

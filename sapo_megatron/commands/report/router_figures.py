@@ -1,6 +1,7 @@
 """What the router does to the importance ratios, in figures."""
 
 import re
+from functools import partial
 
 import numpy as np
 from matplotlib.figure import Figure as Canvas
@@ -10,9 +11,7 @@ from sapo_megatron.commands.report.drawing import (
     Figure,
     Panel,
     Theme,
-    curve,
     curves,
-    dots,
     grouped,
     has,
     legend,
@@ -23,31 +22,33 @@ from sapo_megatron.commands.report.drawing import (
     value_axis,
 )
 from sapo_megatron.objective.correction import EXTREME
+from sapo_megatron.routing.variance import LEAST_SWAPS
 from sapo_megatron.runs.read import Floats, Run
 
-SPLIT = {
-    "variance/weights": "weights, Var a",
-    "variance/router": "router, Var b",
-    "variance/cov": "2 Cov(a, b)",
+POLICIES, ENGINES_APART = "variance", "rollout_train/variance"
+"""The two splits: of the current and the old policy, of the training and the rollout engine."""
+SPLITS = {
+    POLICIES: {"weights": "weights, Var a", "router": "router, Var b", "cov": "2 Cov(a, b)"},
+    ENGINES_APART: {"numerics": "numerics, Var a", "router": "router, Var b", "cov": "2 Cov(a, b)"},
 }
-"""The parts of the variance, with their labels."""
-POOLED = "variance/router_share_pooled"
+"""The parts of each, with their labels."""
+POOLED = "router_share_pooled"
 NOISE_OF_SUMS = 1e-12
 """Distances below it are rounding errors of sums of gates, whatever the bound."""
 EARLIER_POINTS = 4000
 """About as many sequences stand for the steps before the last ones."""
 
 
-def _draw_split(canvas: Canvas, run: Run, theme: Theme) -> None:
-    ax = canvas.subplots()
-    measured, rows = run.table(["variance/total", *SPLIT])
+def _draw_split(split: str, canvas: Canvas, run: Run, theme: Theme) -> None:
+    ax, parts = canvas.subplots(), SPLITS[split]
+    measured, rows = run.table([f"{split}/{name}" for name in ("total", *parts)])
     told = ~np.isnan(rows[0])
     steps, (total, *heights), size = grouped(measured[told], np.nan_to_num(rows[:, told]))
-    half = stacked(ax, theme, steps, dict(zip(SPLIT.values(), heights, strict=True))) / 2
-    mark = ax.hlines(total, steps - half, steps + half, color=theme.ink, label="total, Var[log r]")
+    half = stacked(ax, theme, steps, dict(zip(parts.values(), heights, strict=True))) / 2
+    mark = ax.hlines(total, steps - half, steps + half, color=theme.ink, label="total, Var z")
     mark.set(linewidth=1.8, path_effects=rim(theme))
-    if run.has("variance/noise"):
-        x, y = run.series("variance/noise")
+    if run.has(f"{split}/noise"):
+        x, y = run.series(f"{split}/noise")
         (line,) = ax.plot(x, y, ":", color=theme.ink, linewidth=1.4, label="noise floor")
         line.set(clip_on=False, zorder=3)
     ax.axhline(0, color=theme.muted, linewidth=0.8)
@@ -56,25 +57,23 @@ def _draw_split(canvas: Canvas, run: Run, theme: Theme) -> None:
     legend(ax)
 
 
-def _draw_share(canvas: Canvas, run: Run, theme: Theme) -> None:
+def _draw_share(split: str, canvas: Canvas, run: Run, theme: Theme) -> None:
     ax = canvas.subplots()
-    color, name = theme.series[1], share_name(run)
-    if name == POOLED:
-        dots(ax, *run.series("variance/router_share"), color, "one measurement")
-        # As it is: a running mean over pooled shares would be the average that pooling avoids.
-        ax.plot(*run.series(name), color=color, label="measurements of a window, pooled")
-    else:
-        curve(ax, *run.series(name), color)
+    for color, name, label in (
+        (theme.series[1], "router_share", "router's share"),
+        (theme.series[0], "replay_removes", "what replay removes"),
+    ):
+        stem = f"{split}/{name}_pooled"
+        if run.has(stem):
+            # As it is: a running mean over pooled shares would be the average that pooling avoids.
+            ax.plot(*run.series(stem), color=color, label=label)
+        if run.has(f"{stem}_low"):
+            steps, (low, high) = run.table([f"{stem}_low", f"{stem}_high"])
+            ax.fill_between(steps, low, high, color=color, alpha=0.15, linewidth=0)
     ax.axhline(0, color=theme.muted, linewidth=0.8)
-    value_axis(ax, "share of Var[log r]", share=True)
+    value_axis(ax, "share of Var z", share=True)
     step_axis(ax)
-    if name == POOLED:
-        legend(ax)
-
-
-def share_name(run: Run) -> str:
-    """The series of the router's share: pooled over measurements, where the run has that."""
-    return POOLED if run.has(POOLED) else "variance/router_share"
+    legend(ax)
 
 
 def _bound_points(run: Run) -> Floats:
@@ -126,14 +125,15 @@ def _violations(run: Run) -> str:
     return f"beyond the bound: in {np.count_nonzero(counts)} of {len(counts)} steps"
 
 
-def by_layers(run: Run) -> list[tuple[str, float, float]]:
-    """(layers changed, variance, share of tokens), over the last third of the steps that say."""
-    stem = "variance/by_layers/"
+def buckets_of(run: Run, what: str) -> list[tuple[str, float, float]]:
+    """(bucket, variance, share of tokens), over the last third of the steps that say."""
+    stem = f"variance/by_{what}/"
     buckets = sorted(
         (name.removeprefix(stem) for name in run.names(stem) if run.has(name)),
         key=lambda bucket: int(re.split(r"\D", bucket)[0]),
     )
-    names = [start + bucket for start in ("variance/by_layers_share/", stem) for bucket in buckets]
+    starts = (f"variance/by_{what}_share/", stem)
+    names = [start + bucket for start in starts for bucket in buckets]
     rows = np.nan_to_num(run.table(names)[1])
     shares, variances = np.split(rows[:, -max(1, rows.shape[1] // 3) :], 2)
     return [
@@ -143,8 +143,8 @@ def by_layers(run: Run) -> list[tuple[str, float, float]]:
     ]
 
 
-def _draw_by_layers(canvas: Canvas, run: Run, theme: Theme) -> None:
-    buckets, variances, shares = zip(*by_layers(run), strict=True)
+def _draw_buckets(what: str, xlabel: str, canvas: Canvas, run: Run, theme: Theme) -> None:
+    buckets, variances, shares = zip(*buckets_of(run, what), strict=True)
     top, bottom = canvas.subplots(2, sharex=True, height_ratios=(3, 2))
     top.bar(buckets, variances, 0.7, color=theme.series[0])
     value_axis(top, "Var[log r]\n(nats$^2$)")
@@ -153,15 +153,15 @@ def _draw_by_layers(canvas: Canvas, run: Run, theme: Theme) -> None:
     bottom.margins(y=0.25)
     bottom.yaxis.set_major_formatter(percent)
     bottom.set_ylabel("share of\ntokens")
-    bottom.set_xlabel("layers in which a token's experts changed")
+    bottom.set_xlabel(xlabel)
     for ax in (top, bottom):
         ax.grid(axis="x", visible=False)
     canvas.align_ylabels()
 
 
 def _layers(run: Run) -> list[int]:
-    """Numbers of the layers whose flip fraction was logged."""
-    stem = "routing/flip_fraction/layer_"
+    """Numbers of the layers whose rate of changes was logged."""
+    stem = "routing/slot_flip/layer_"
     return sorted(int(name.removeprefix(stem)) for name in run.names(stem) if run.has(name))
 
 
@@ -169,7 +169,7 @@ def _draw_heat(canvas: Canvas, run: Run, theme: Theme) -> None:
     ax = canvas.subplots()
     numbers = _layers(run)
     layers = range(numbers[0], numbers[-1] + 1)
-    steps, heat, _ = grouped(*run.table([f"routing/flip_fraction/layer_{n}" for n in layers]))
+    steps, heat, _ = grouped(*run.table([f"routing/slot_flip/layer_{n}" for n in layers]))
     rows = _edges(np.array(layers, dtype=np.float64))
     mesh = ax.pcolormesh(_edges(steps), rows, heat, cmap="cividis")
     mesh.set_clim(0, np.nanmax(heat) or 1)
@@ -197,7 +197,7 @@ def _both(name: str) -> dict[str, str]:
 
 
 FLIPS = (
-    Panel("experts\nchanged", _both("flip_fraction"), percent=True),
+    Panel("experts\nchanged", _both("slot_flip"), percent=True),
     Panel("tokens\nwith a change", _both("token_flip_share"), percent=True),
     Panel("layers changed\nper token", _both("layers_flipped")),
 )
@@ -215,34 +215,65 @@ ENGINES = (
     Panel("extreme\ntokens", {"rollout_train/extreme_fraction": "extreme"}, percent=True),
 )
 
-
+SHARES = (
+    "Cov(b, z) / Var z, which with the share of a adds up to 100% and is negative where the router "
+    "cancels some of the rest; and 1 - Var a / Var z, what replayed experts would take away. "
+    "Measurements of a window, pooled, with intervals of 95% by sequences; nothing is drawn below "
+    f"{LEAST_SWAPS} swaps."
+)
 ROUTER_FIGURES = (
     Figure(
         "variance_split",
         "Where the variance of the log ratio comes from",
-        "log r = a + b: a is what the weights change while each token keeps its old experts, b is "
-        "what the change of experts adds. A part below zero takes away from their sum, the total; "
-        "the noise floor is what the same forward pass gives when it runs twice.",
+        "z = log r = a + b: a is what the weights change while each token keeps its old experts, b "
+        "is what the change of experts adds. A part below zero takes away from their sum, the "
+        "total; the noise floor is what the same forward pass gives when it runs twice.",
         has("variance/total"),
-        _draw_split,
+        partial(_draw_split, POLICIES),
         height=4.1,
     ),
     Figure(
         "router_share",
         "The router's share of the variance",
-        "(Var b + Cov(a, b)) / Var[log r]: with the share of the weights it adds up to 100%; it is "
-        "negative where the router cancels some of what the weights do.",
-        has("variance/router_share"),
-        _draw_share,
+        SHARES,
+        has(f"{POLICIES}/{POOLED}"),
+        partial(_draw_share, POLICIES),
+        height=4.1,
+    ),
+    Figure(
+        "engine_split",
+        "Where the difference between the engines comes from",
+        "z = log-prob of the training engine - that of the rollout engine = a + b: a is the "
+        "difference at the experts that the rollout engine chose, by numerics and, where its "
+        "weights were older, by weights; b is what the training engine's own choice adds.",
+        has(f"{ENGINES_APART}/total"),
+        partial(_draw_split, ENGINES_APART),
+        height=4.1,
+    ),
+    Figure(
+        "engine_share",
+        "The router's share of the engines' difference",
+        SHARES,
+        has(f"{ENGINES_APART}/{POOLED}"),
+        partial(_draw_share, ENGINES_APART),
         height=4.1,
     ),
     Figure(
         "by_layers",
         "Variance by the number of layers that changed",
-        "Var[log r] of the tokens whose experts changed in so many layers, and how many tokens "
+        "Var[log r] of the tokens whose own experts changed in so many layers, and how many tokens "
         "these are; over the last third of the steps that were measured.",
-        lambda run: bool(by_layers(run)),
-        _draw_by_layers,
+        lambda run: bool(buckets_of(run, "layers")),
+        partial(_draw_buckets, "layers", "layers in which a token's experts changed"),
+        height=5.2,
+    ),
+    Figure(
+        "by_context",
+        "Variance by what changed in the context",
+        "Var[log r] of a token by how many of those before it changed their experts, which reach "
+        "it through keys and values; over the last third of the steps that were measured.",
+        lambda run: bool(buckets_of(run, "context")),
+        partial(_draw_buckets, "context", "share of the context whose experts changed"),
         height=5.2,
     ),
     Figure(

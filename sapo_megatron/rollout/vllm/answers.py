@@ -166,9 +166,8 @@ def check_description(
         )
     if with_routes and not got.routed_experts:
         raise UserError(
-            f"{url}: routed_experts: expected a server that returns them, which "
-            f"routing.router_replay R3 needs, got one that does not; start it with "
-            f"{ROUTES_FLAG}"
+            f"{url}: routed_experts: expected a server that returns them, as routing.router_replay "
+            f"R3 needs and the others do, got one that does not; start it with {ROUTES_FLAG}"
         )
     if sleeps and not got.sleep_mode:
         raise UserError(
@@ -236,8 +235,8 @@ def read_routes(text: str | None, url: str, fed: int, arch: Architecture) -> Sam
     """
     if text is None:
         raise UserError(
-            f"{url}: routed_experts: expected the experts of {fed} tokens, which router_replay R3 "
-            f"needs, got none; start the server with {ROUTES_FLAG}"
+            f"{url}: routed_experts: expected the experts of {fed} tokens, which the server says "
+            f"it returns, got none; start the server with {ROUTES_FLAG}"
         )
     assert arch.experts is not None
     experts = _array(text, url)

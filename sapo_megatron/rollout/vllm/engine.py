@@ -28,7 +28,7 @@ from sapo_megatron.errors import RunFailed
 from sapo_megatron.hf.architecture import Architecture
 from sapo_megatron.recipe.schema import RolloutConfig
 from sapo_megatron.rollout.engine import Request, SamplingParams
-from sapo_megatron.rollout.vllm.answers import Description, check_description
+from sapo_megatron.rollout.vllm.answers import ROUTES_FLAG, Description, check_description
 from sapo_megatron.rollout.vllm.client import Away, Server
 from sapo_megatron.sample import Sample
 
@@ -120,7 +120,7 @@ class VllmEngine:
         with_routes: bool = False,
         exited: Callable[[str], str | None] = lambda url: None,
     ) -> None:
-        """``with_routes``: samples carry the experts that were chosen (router_replay R3).
+        """``with_routes``: samples must carry the experts that were chosen (router_replay R3).
 
         ``exited`` says of a URL whether its server will not come back, and why.
         """
@@ -133,6 +133,7 @@ class VllmEngine:
         self._weights: _Weights | None = None
         self._verified: dict[str, tuple[str, float]] = {}
         """URL -> the weights that were verified there, and their difference."""
+        self._without_routes: set[str] = set()
 
     def check(self) -> None:
         """Wait for every server, and see that all serve this model as we need it.
@@ -140,6 +141,16 @@ class VllmEngine:
         Raises UserError that names the server and what is wrong with it.
         """
         asyncio.run(self._check())
+
+    def take_routes(self) -> None:
+        """From here on samples carry the experts, if all servers return them; after ``check``."""
+        self._with_routes = not self._without_routes
+        for url in sorted(self._without_routes):
+            logger.info(
+                "%s returns no routes, so rollout_train/variance is left out; %s would have it",
+                url,
+                ROUTES_FLAG,
+            )
 
     def load(self, folder: Path, probe: Probe) -> dict[str, float]:
         """Put the weights of a Hugging Face folder into all servers, and verify them.
@@ -299,6 +310,8 @@ class VllmEngine:
                 sleeps=self._config.colocate,
                 over_nccl=self._config.weight_transfer == "nccl",
             )
+            if not description.routed_experts:
+                self._without_routes.add(state.server.url)
             if self._weights:
                 await self._bring(state.server, description, self._weights)
         except Away as error:

@@ -3,7 +3,9 @@
 import base64
 import dataclasses
 import io
+import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -361,6 +363,25 @@ def test_routes_come_with_the_sample(server, dtype):
     assert sample.routes.experts.dtype == np.int16
     assert sample.routes.probs is None
     np.testing.assert_array_equal(sample.routes.experts, sent)
+
+
+def test_routes_are_taken_where_all_servers_return_them(servers, caplog):
+    caplog.set_level(logging.INFO)
+    for server in servers:
+        answer = completion([7, 8, 9, EOS], routed_experts=encoded(chosen(3 + 4 - 1, 2)))
+        server.fault = completions(lambda answer=answer: (200, answer))
+        server.description["routed_experts"] = True
+    for others_do in (True, False):
+        servers[-1].description["routed_experts"] = others_do
+        found = engine(*(server.url for server in servers))
+        found.check()
+        found.take_routes()
+        found.load(TESTS, PROBE)
+        samples = found.sample(REQUESTS[:1], PARAMS)
+        assert [s.routes is not None for s in samples] == [others_do]
+        told = [line for line in caplog.messages if "rollout_train/variance" in line]
+        expected = f"{servers[-1].url} returns no routes, so .* --enable-return-routed-experts"
+        assert [bool(re.match(expected, line)) for line in told] == [True] * (not others_do)
 
 
 def test_layers_without_experts_are_left_out():
