@@ -26,7 +26,7 @@ from sapo_megatron.objective.baselines import (
 )
 from sapo_megatron.objective.correction import correction_weights
 from sapo_megatron.objective.kl import kl_penalty
-from sapo_megatron.objective.ratio import Ratio, masked
+from sapo_megatron.objective.ratio import Ratio, masked, safe_log_ratio
 from sapo_megatron.objective.reduce import sequence_mean, sequence_sum, token_weights
 from sapo_megatron.objective.sapo import sapo_gate, sapo_loss, sapo_weight, token_temperature
 from sapo_megatron.recipe.schema import AlgorithmConfig, CorrectionConfig, LossType
@@ -108,6 +108,21 @@ def ratio_metrics(r: Ratio) -> Metrics:
     metrics.add("ratio/hist_pos", Histogram.of(r.ratio, RATIO_EDGES, r.advantages > 0))
     metrics.add("ratio/hist_neg", Histogram.of(r.ratio, RATIO_EDGES, r.advantages < 0))
     return metrics
+
+
+@torch.no_grad()
+def sequence_ess(
+    batch: PackedBatch, logprob: Tensor, cp_group: dist.ProcessGroup | None = None
+) -> EffectiveSampleSize:
+    """Of sequences, each of which weighs the product of its tokens' pi / pi_rollout.
+
+    ``logprob`` is log pi. Each factor and the product are within exp(+-``MAX_LOG_RATIO``). All
+    context-parallel ranks count all sequences of the micro-batch, which leaves the share as it is.
+    Collective over ``cp_group``.
+    """
+    log_ratio = safe_log_ratio(logprob - batch.rollout_logprob, batch.mask)
+    sums = sequence_sum(log_ratio, batch.mask, batch.sequence_ids, batch.lengths, cp_group)
+    return EffectiveSampleSize.of(safe_log_ratio(sums, None).exp(), batch.lengths > 0)
 
 
 @torch.no_grad()

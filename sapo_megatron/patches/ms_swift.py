@@ -185,6 +185,7 @@ def _refused(recipe: Recipe) -> Iterator[str]:
             correction.sequence_mask_kl is not None,
             "its loss then takes every run for a distillation, and stops",
         ),
+        ("optimizer.ess_scaling", recipe.optimizer.ess_scaling, "no such scaling"),
         ("cold_start.steps", recipe.cold_start.steps > 0, "a training run of its own there"),
     )
     for key, refused, reason in rules:

@@ -1,6 +1,7 @@
 """The trained policy: one optimizer step at a time, on megatron-core's distributed optimizer."""
 
 import logging
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,9 @@ logger = logging.getLogger(__name__)
 LossFunction = Callable[[PackedBatch, Tensor, Tensor], tuple[Tensor, Metrics]]
 """(micro-batch, logprob [T], entropy [T]) -> (its part of the global loss, metrics)."""
 
+SEQUENCE_ESS = "ratio/sequence_ess"
+"""The metric of a loss function that ``optimizer.ess_scaling`` goes by."""
+
 
 class Policy:
     """A model with what trains it: DDP, distributed optimizer, learning-rate schedule.
@@ -57,6 +61,7 @@ class Policy:
         self.groups = groups
         self.model = Model(recipe, arch, groups, folder)
         self._on_nonfinite = recipe.train.on_nonfinite
+        self._ess_scaling = optimizer.ess_scaling
         config = self.model.config
         ddp = DistributedDataParallelConfig(
             use_distributed_optimizer=True,
@@ -128,9 +133,10 @@ class Policy:
     ) -> tuple[Metrics, list[Forward]]:
         """One optimizer step on a mini-batch, ``where`` in messages. Collective over all ranks.
 
-        Returns this rank's metrics: those of ``loss`` where the loss was computed and, on the
-        leader of each model-parallel block, the gradient norm (before clipping) and learning rate;
-        and what the weights before the step gave, with ``replay`` and ``record`` as in
+        With ``optimizer.ess_scaling``, ``loss`` reports ``SEQUENCE_ESS``, which makes the step
+        smaller. Returns this rank's metrics: those of ``loss`` where the loss was computed and, on
+        the leader of each model-parallel block, the gradient norm (before clipping) and learning
+        rate; and what the weights before the step gave, with ``replay`` and ``record`` as in
         :meth:`Model.forward`. A NaN or inf in loss or gradient leaves weights, optimizer and
         schedule as they are and is counted in ``actor/skipped_updates`` (there are no forward
         passes then), or raises RunFailed, as the recipe says.
@@ -154,9 +160,11 @@ class Policy:
             logger.warning("%s: %s is not finite; the update is skipped", where, skipped)
             metrics, forwards = Metrics(), []
         else:
+            if self._ess_scaling:
+                self._scale_lr(metrics)
             lr = self.optimizer.param_groups[0]["lr"]
             _, grad_norm, _ = self.optimizer.step()
-            self.scheduler.step(increment=1)
+            self.scheduler.step(increment=1)  # which sets learning rates anew, scaled or not
         if self.groups.is_leader:
             metrics.add("actor/skipped_updates", Mean(float(bool(skipped)), 1.0))
             if not skipped:
@@ -211,6 +219,16 @@ class Policy:
         for chunk in self.ddp:
             vars(chunk).clear()
         self.ddp.clear()
+
+    def _scale_lr(self, metrics: Metrics) -> None:
+        """Multiply this step's learning rates by sqrt(ESS / B); by 1 without any sequence."""
+        mine = Metrics()
+        if self.groups.is_leader:
+            mine.add(SEQUENCE_ESS, metrics[SEQUENCE_ESS])
+        # Over the world: leaders bring their sequences, and every rank has parameters to update.
+        share = mine.gather(self.groups.world)[SEQUENCE_ESS].value()
+        for group in self.optimizer.param_groups:
+            group["lr"] *= math.sqrt(share) if share > 0 else 1.0
 
     def _nonfinite(self, metrics: Metrics) -> str | None:
         """The first of loss and gradient that is not finite on any rank, or None."""

@@ -270,6 +270,10 @@ class OptimizerConfig:
     adam_beta2: Beta = 0.98
     adam_eps: Positive = 1e-8
     clip_grad: Positive = 1.0
+    ess_scaling: bool = False
+    """Whether the learning rate of an update is multiplied by sqrt(ESS / B) (arXiv 2602.17616): B
+    is the number of its sequences, ESS their effective sample size, where each weighs its
+    probability under the current policy over that under the one that sampled it."""
     optimizer_offload_fraction: Fraction = 0.0
     """Share of Adam's state that is kept, and updated, in host memory (GPUs only)."""
 

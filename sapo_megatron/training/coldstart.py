@@ -109,6 +109,7 @@ def _optimizer(recipe: Recipe) -> OptimizerConfig:
         min_lr=0.0,
         lr_warmup_steps=recipe.cold_start.lr_warmup_steps,
         lr_decay_style="constant",
+        ess_scaling=False,
     )
 
 

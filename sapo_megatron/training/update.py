@@ -4,7 +4,6 @@ Public methods are collective over all ranks.
 """
 
 import dataclasses
-import functools
 import itertools
 from collections.abc import Sequence
 
@@ -13,9 +12,9 @@ from torch import Tensor
 from sapo_megatron.metrics import Metrics
 from sapo_megatron.objective.advantage import group_advantages
 from sapo_megatron.objective.correction import mismatch_metrics
-from sapo_megatron.objective.loss import policy_loss
+from sapo_megatron.objective.loss import policy_loss, sequence_ess
 from sapo_megatron.policy.model import Model
-from sapo_megatron.policy.step import Policy
+from sapo_megatron.policy.step import SEQUENCE_ESS, Policy
 from sapo_megatron.recipe.schema import Recipe
 from sapo_megatron.rollout.collect import rewards
 from sapo_megatron.sample import Denominators, Group, PackedBatch
@@ -92,14 +91,23 @@ class Updater:
     ) -> Metrics:
         """One update on mini-batch number ``mini_batch`` (from 0) of ``step``."""
         recipe = self._recipe
-        loss = functools.partial(
-            policy_loss,
-            algorithm=recipe.algorithm,
-            denominators=denominators,
-            max_response_length=recipe.rollout.max_response_length,
-            correction=recipe.correction,
-            cp_group=self._policy.groups.cp,
-        )
+        cp_group = self._policy.groups.cp
+
+        def loss(batch: PackedBatch, logprob: Tensor, entropy: Tensor) -> tuple[Tensor, Metrics]:
+            share, metrics = policy_loss(
+                batch,
+                logprob,
+                entropy,
+                algorithm=recipe.algorithm,
+                denominators=denominators,
+                max_response_length=recipe.rollout.max_response_length,
+                correction=recipe.correction,
+                cp_group=cp_group,
+            )
+            if recipe.optimizer.ess_scaling:
+                metrics.add(SEQUENCE_ESS, sequence_ess(batch, logprob, cp_group))
+            return share, metrics
+
         replay = self._replayed(batches)
         where = f"step {step}, mini-batch {mini_batch + 1} of {recipe.train.num_mini_batches}"
         if self._observer is None:

@@ -237,6 +237,7 @@ def test_recipes_as_flags(path):
         ("correction.rollout_is", ["correction.rollout_is=icepop"]),
         ("correction.rollout_is", ["correction.rollout_is=tis", "algorithm.kl_coef=0.1"]),
         ("correction.sequence_mask_kl", ["correction.sequence_mask_kl=1"]),
+        ("optimizer.ess_scaling", ["optimizer.ess_scaling=true"]),
     ],
 )
 def test_refuses_by_name_what_no_flag_says(key, overrides):

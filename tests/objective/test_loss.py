@@ -10,7 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sapo_megatron.metrics import Mean, Metrics
-from sapo_megatron.objective.loss import LOSSES, PolicyLoss, policy_loss
+from sapo_megatron.objective.loss import LOSSES, PolicyLoss, policy_loss, sequence_ess
 from sapo_megatron.recipe.schema import AlgorithmConfig, LossType
 from sapo_megatron.sample import Denominators, PackedBatch
 from tests.support.gloo import run_ranks
@@ -203,6 +203,7 @@ def _on_a_context_parallel_rank(name):
     batch, logprob, entropy = pack(make_sequences(), keep=lambda x: x[rank::2])
     group = torch.distributed.group.WORLD
     loss, gradients, metrics = run(ALGORITHMS[name], batch, logprob, entropy, cp_group=group)
+    metrics.add("ess", sequence_ess(batch, logprob, group))
     return loss, gradients, metrics.to_host()
 
 
@@ -210,6 +211,7 @@ def _on_a_context_parallel_rank(name):
 def test_context_parallel_ranks_add_up(name):
     sequences = make_sequences()
     whole = merge([run(ALGORITHMS[name], *pack(sequences))])
+    whole[2].add("ess", sequence_ess(*pack(sequences)[:2]))
     loss, gradient, metrics = merge(run_ranks(2, _on_a_context_parallel_rank, name))
     order = [
         entry
@@ -322,6 +324,25 @@ def test_each_ratio_of_a_product_is_bounded():
     assert run(ALGORITHMS["vespo"], *pack(sequences))[1][0][PROMPT].item() != pytest.approx(
         0, abs=1e-6
     )
+
+
+def test_the_effective_number_of_sequences():
+    """Against what sampled, not against the old policy; the empty response is none of them."""
+    sequences = make_sequences()
+    batch, logprob, _ = pack(sequences)
+    sums = [(s["logprob"] - s["old_logprob"])[s["mask"]].sum() for s in sequences]
+    w = [math.exp(x) for x, length in zip(sums, RESPONSES, strict=True) if length]
+    expected = sum(w) ** 2 / sum(x * x for x in w) / 3
+    assert 0.5 < expected < 0.99
+    moved = dataclasses.replace(batch, old_logprob=batch.old_logprob + 1)
+    assert sequence_ess(moved, logprob).value() == pytest.approx(expected, rel=1e-12)
+    same = sequence_ess(batch, batch.rollout_logprob)
+    assert (same.value(), float(same.count)) == (1.0, 3.0)
+    rollout = torch.where(batch.sequence_ids == 3, batch.rollout_logprob - 50, logprob.detach())
+    far = sequence_ess(dataclasses.replace(batch, rollout_logprob=rollout), logprob)
+    largest = math.exp(20)
+    expected = (2 + largest) ** 2 / (2 + largest**2) / 3
+    assert far.value() == pytest.approx(expected, rel=1e-12)
 
 
 def test_gspo_counts_the_tokens_of_clipped_sequences():

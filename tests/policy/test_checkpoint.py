@@ -37,6 +37,9 @@ def test_an_interrupted_run_computes_what_a_whole_one_does(runs, name):
     straight = lines(folder / "straight")
     assert [line["step"] for line in straight] == [1, 2, 3, 4]
     assert len({line["actor/pg_loss"] for line in straight}) == 4
+    for line in straight:  # of two updates, of which the first is with the weights that sampled
+        assert 0.005 < line["actor/lr"] < 0.01
+        assert 0 < line["ratio/sequence_ess"] < 1
     interrupted = lines(folder / name)
     if name == "halves":  # it thought that step 2 was its last, and evaluated
         for score in ("eval/avg@2", "eval/pass@1"):

@@ -160,6 +160,7 @@ def resuming(folder: Path) -> dict[str, Any]:
             parallel=EP2,
             cold_start={"steps": 3, "batch_size": 8},
             checkpoint={"every": 1},
+            optimizer={"ess_scaling": True},
         )
         write_recipe(folder / "wide", arch={"hidden_size": 64}, parallel=EP2)
     dist.barrier()
