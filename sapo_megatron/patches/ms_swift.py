@@ -172,6 +172,11 @@ def _refused(recipe: Recipe) -> Iterator[str]:
             loss == "cispo" and algorithm.clip_range[0] < 1,
             "with cispo, no lower bound",
         ),
+        (
+            "algorithm.old_policy",
+            algorithm.old_policy == "rollout",
+            "its trainer computes old log-probs",
+        ),
         ("algorithm.kl_type", kl and algorithm.kl_type != "k3", "k3 only"),
         ("algorithm.entropy_coef", algorithm.entropy_coef > 0, "no entropy term"),
         ("correction.rollout_is", correction.rollout_is == "icepop", "no lower bound"),

@@ -21,8 +21,10 @@ from sapo_megatron.recipe.schema import (
     RolloutConfig,
     SourceConfig,
 )
+from sapo_megatron.recipe.together import check_together
 
 logger = logging.getLogger(__name__)
+
 
 REWARD_FUNCTIONS = ("reasoning_gym", "math_verify", "exact_match")
 NOT_OF_TEMPLATES = (
@@ -61,9 +63,10 @@ def check(recipe: Recipe) -> None:
             f"{recipe.name!r}; change name or the recipe file's name"
         )
     _check_data(recipe)
+    check_together(recipe)
     _check_servers(recipe.rollout)
     _check_algorithm(recipe.algorithm)
-    _check_correction(recipe.correction, recipe.algorithm)
+    _check_correction(recipe.correction)
     _check_batches(recipe)
     _check_pipeline(recipe.parallel)
     _check_recompute(recipe.parallel)
@@ -117,6 +120,12 @@ def check_architecture(recipe: Recipe, arch: Architecture) -> None:
                 f"{recipe.routing.router_replay}; remove it"
             )
         return
+    known = recipe.rollout.engine == "in_process" or recipe.routing.router_replay == "R3"
+    if recipe.algorithm.old_policy == "rollout" and recipe.routing.observe and not known:
+        raise UserError(
+            "routing.observe: expected false with algorithm.old_policy rollout on servers without "
+            "routing.router_replay R3, of whose experts nothing is known, got true; change one"
+        )
     if arch.experts.number % ep:
         experts = f"number of experts {arch.experts.number}"
         raise _indivisible("expert_model_parallel_size", ep, experts)
@@ -218,22 +227,12 @@ def _check_servers(r: RolloutConfig) -> None:
                     f"rollout.{name}: expected none with rollout.engine in_process, got {value}; "
                     f"remove it or set rollout.engine=vllm"
                 )
-        if r.colocate:
-            raise UserError(
-                "rollout.colocate: expected false with rollout.engine in_process, which has no "
-                "servers, got true; remove it or set rollout.engine=vllm"
-            )
         if r.weight_transfer != "folder":
             raise UserError(
                 f"rollout.weight_transfer: expected folder with rollout.engine in_process, which "
                 f"has no servers, got {r.weight_transfer}; remove it or set rollout.engine=vllm"
             )
         return
-    if r.colocate and r.async_steps:
-        raise UserError(
-            f"rollout.async_steps: expected 0 with rollout.colocate, whose servers sleep while the "
-            f"model trains, got {r.async_steps}; remove one of the two"
-        )
     if bool(r.servers) == bool(r.vllm_python):
         raise UserError(
             f"rollout.servers: expected either the URLs of running servers, or rollout.vllm_python "
@@ -287,13 +286,7 @@ def _check_algorithm(a: AlgorithmConfig) -> None:
         )
 
 
-def _check_correction(c: CorrectionConfig, a: AlgorithmConfig) -> None:
-    if c.rollout_is != "disabled" and a.loss_type == "vespo":
-        raise UserError(
-            f"correction.rollout_is: expected disabled with loss_type vespo (a factor of single "
-            f"tokens would undo its weight of the sequence), got {c.rollout_is}; remove it or "
-            f"change loss_type"
-        )
+def _check_correction(c: CorrectionConfig) -> None:
     if c.icepop_low >= c.icepop_high:
         raise UserError(
             f"correction.icepop_low: expected less than icepop_high {c.icepop_high:g}, got "
@@ -417,7 +410,7 @@ def _warn(recipe: Recipe) -> None:
             a.tau_neg,
             a.tau_pos,
         )
-    if recipe.train.num_mini_batches == 1:
+    if recipe.train.num_mini_batches == 1 and a.old_policy == "recompute":
         logger.warning(
             "train.num_mini_batches is 1: every ratio is 1 and the SAPO gate cannot act; the "
             "paper uses 4"

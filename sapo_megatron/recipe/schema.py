@@ -206,6 +206,9 @@ class AlgorithmConfig:
     """The policy loss and the advantages that it is given."""
 
     loss_type: LossType = "sapo"
+    old_policy: Literal["recompute", "rollout"] = "recompute"
+    """What ratios are to: the policy that a step starts from, in the training engine, or the one
+    that sampled, in the engine that did, which saves a forward pass."""
     tau_pos: Positive = 1.0
     tau_neg: Positive = 1.05
     clip_ratio_low: Positive | None = None

@@ -134,6 +134,9 @@ class Observer:
         return (step - 1) * self._recipe.train.num_mini_batches + mini_batch + 1
 
     def _in_both_orders(self, step: int, mini_batch: int) -> bool:
+        """The weights that sampled, which may be older than the step, are not there to be asked."""
+        if self._recipe.algorithm.old_policy == "rollout":
+            return False
         every = BOTH_ORDERS * self._recipe.routing.decompose_every
         return due(self._number(step, mini_batch), every)
 

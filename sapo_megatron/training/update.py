@@ -47,29 +47,42 @@ class Updater:
     ) -> tuple[list[list[PackedBatch]], Metrics]:
         """The micro-batches with what the policies before the first update say of them.
 
-        Those are the old policy in the training engine, with the packing of the updates, so that
-        ratios start at 1, and the reference. Raises UserError for routes of the rollout engine that
-        do not fit, or are missing where R3 needs them.
+        Those are the old policy, in the training engine with the packing of the updates, so that
+        ratios start at 1, or in the engine that sampled; and the reference. Raises UserError for
+        routes of the rollout engine that do not fit, or are missing where R3 needs them.
         """
         batches = [batch for part in mini_batches for batch in part]
+        if self._recipe.algorithm.old_policy == "recompute":
+            filled, metrics = self._recomputed(batches, step)
+        else:
+            filled, metrics = [self._as_sampled(batch) for batch in batches], Metrics()
+        if self._reference:
+            frozen = self._reference.forward(batches)
+            filled = [
+                dataclasses.replace(batch, ref_logprob=forward.logprob)
+                for batch, forward in zip(filled, frozen, strict=True)
+            ]
+        rest = iter(filled)
+        return [list(itertools.islice(rest, len(part))) for part in mini_batches], metrics
+
+    def _recomputed(
+        self, batches: Sequence[PackedBatch], step: int
+    ) -> tuple[list[PackedBatch], Metrics]:
+        """With the policy that the step starts from, and how far the one that sampled is off."""
         model, observed = self._policy.model, self._observer is not None
         replay = None
         if self._has_experts and self._mode == "R3":
             replay = [model.view.rollout_routes(batch).experts for batch in batches]
         record = observed or self._mode == "R2"
         forwards = model.forward(batches, replay=replay, record=record)
-        frozen = self._reference.forward(batches) if self._reference else [None] * len(batches)
         metrics = Metrics()
         filled = []
-        for i, (batch, forward, reference) in enumerate(
-            zip(batches, forwards, frozen, strict=True)
-        ):
+        for i, (batch, forward) in enumerate(zip(batches, forwards, strict=True)):
             own = forward.routes.experts if forward.routes else None
             filled.append(
                 dataclasses.replace(
                     batch,
                     old_logprob=forward.logprob,
-                    ref_logprob=reference.logprob if reference else None,
                     old_routes=forward.routes,
                     old_experts=replay[i] if replay else own,
                 )
@@ -78,8 +91,19 @@ class Updater:
                 metrics.update(mismatch_metrics(forward.logprob, batch.rollout_logprob, batch.mask))
         if self._observer:
             metrics.update(self._observer.rollout(filled, step=step))
-        rest = iter(filled)
-        return [list(itertools.islice(rest, len(part))) for part in mini_batches], metrics
+        return filled, metrics
+
+    def _as_sampled(self, batch: PackedBatch) -> PackedBatch:
+        """With the rollout engine's policy, and its experts where somebody needs them."""
+        routes = None
+        if self._has_experts and (self._observer or self._mode == "R3"):
+            routes = self._policy.model.view.rollout_routes(batch)
+        return dataclasses.replace(
+            batch,
+            old_logprob=batch.rollout_logprob,
+            old_routes=routes,
+            old_experts=routes.experts if routes else None,
+        )
 
     def update(
         self,

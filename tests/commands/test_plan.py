@@ -416,6 +416,9 @@ def test_host_memory_by_hand():
     assert made.host.samples == 8 * tokens * 72
     ahead = plan(load(MOE_8, {"rollout.async_steps": "2"}))
     assert ahead.host.samples == 3 * made.host.samples
+    saved = plan(load(MOE_8, {"old_policy": "rollout"}))
+    assert made.step.flops["logprob"] == made.step.flops["rollout"]
+    assert saved.step.flops["logprob"] == 0
     assert made.host.exchange == (1 + 8 / 2) * tokens * routes + 8 * tokens / 2 * 64
     # Weights in bf16, as the optimizer is not on the GPU.
     assert made.host.pinned == 8 * 2 * 2 * stage.parameters

@@ -232,6 +232,7 @@ def test_recipes_as_flags(path):
                 "algorithm.clip_ratio_low=0.5",
             ],
         ),
+        ("algorithm.old_policy", ["algorithm.old_policy=rollout"]),
         ("algorithm.kl_type", ["algorithm.kl_coef=0.1", "algorithm.kl_type=k2"]),
         ("algorithm.entropy_coef", ["algorithm.entropy_coef=0.1"]),
         ("correction.rollout_is", ["correction.rollout_is=icepop"]),

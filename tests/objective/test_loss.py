@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sapo_megatron.metrics import Mean, Metrics
 from sapo_megatron.objective.loss import LOSSES, PolicyLoss, policy_loss, sequence_ess
-from sapo_megatron.recipe.schema import AlgorithmConfig, LossType
+from sapo_megatron.recipe.schema import AlgorithmConfig, CorrectionConfig, LossType
 from sapo_megatron.sample import Denominators, PackedBatch
 from tests.support.gloo import run_ranks
 
@@ -134,6 +134,40 @@ def test_sapo_with_kl_and_entropy_by_hand():
     assert values["ratio/max"] == pytest.approx(math.exp(0.3))
     assert values["sapo/gate_pos_mean"] == pytest.approx((gate(0.3, 1.0) + gate(-0.4, 1.0)) / 2)
     assert values["sapo/gate_neg_mean"] == pytest.approx(2 / 1.05)
+
+
+def test_the_ratio_in_both_readings_by_hand():
+    """A token that the rollout engine gave 0.25, the training engine first 0.4, and now 0.5."""
+    names = ("old_logprob", "logprob", "ref_logprob", "entropy")
+    values = {name: torch.tensor([math.log(0.4)], dtype=torch.float64) for name in names}
+    values |= {"mask": torch.ones(1, dtype=torch.bool), "length": 1}
+    values["advantages"] = torch.ones(1, dtype=torch.float64)
+    recomputed, _, _ = pack([values])
+    sampled = torch.tensor([math.log(0.25)], dtype=torch.float64)
+    recomputed = dataclasses.replace(recomputed, rollout_logprob=sampled)
+    now = torch.tensor([math.log(0.5)], dtype=torch.float64, requires_grad=True)
+
+    def found(batch, correction):
+        loss, _ = policy_loss(
+            batch,
+            now,
+            None,
+            algorithm=AlgorithmConfig(),
+            denominators=Denominators(sequences=1, tokens=1),
+            max_response_length=8,
+            correction=correction,
+        )
+        return loss.item(), torch.autograd.grad(loss, now)[0].item()
+
+    def expected(ratio, factor):
+        gate, weight = 4 / (1 + math.exp(1 - ratio)), 1 / math.cosh((ratio - 1) / 2) ** 2
+        return pytest.approx((-factor * gate, -factor * weight * ratio), rel=1e-12)
+
+    tis = CorrectionConfig(rollout_is="tis", tis_cap=1.5)
+    assert found(recomputed, CorrectionConfig()) == expected(1.25, 1.0)
+    assert found(recomputed, tis) == expected(1.25, 1.5)
+    to_the_sampler = dataclasses.replace(recomputed, old_logprob=recomputed.rollout_logprob)
+    assert found(to_the_sampler, CorrectionConfig()) == expected(2.0, 1.0)
 
 
 ALGORITHMS = {

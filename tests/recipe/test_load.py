@@ -37,6 +37,7 @@ QWEN3_30B = {
     "num_experts_per_tok": 8,
     "moe_intermediate_size": 768,
 }
+SERVERS = {"rollout.engine": "vllm", "rollout.servers": "[http://a]", "old_policy": "rollout"}
 DENSE = {"model_type": "qwen3"}
 MOONLIGHT = {
     "model_type": "deepseek_v3",
@@ -272,6 +273,22 @@ def test_every_number_has_a_lowest_value():
             },
             ["data.chat_template_kwargs.tokenize:", "remove it"],
         ),
+        (
+            {"old_policy": "rollout", "router_replay": "R2"},
+            ["routing.router_replay: expected disabled or R3", "old_policy rollout", "got R2"],
+        ),
+        (
+            {"old_policy": "rollout", "rollout_is": "tis"},
+            ["correction.rollout_is: expected disabled with", "got tis; change one"],
+        ),
+        (
+            {"old_policy": "rollout", "sequence_mask_kl": "0.1"},
+            ["correction.sequence_mask_kl: expected none with", "got 0.1"],
+        ),
+        (
+            {"old_policy": "rollout", "rollout.top_p": "0.9"},
+            ["rollout.top_p: expected 1.0 with", "before top-p, got 0.9"],
+        ),
         ({"data.train.template": "hello"}, ["data.train.template", "{prompt}"]),
         ({"data.train.path": "x.jsonl"}, ["data.train", "tasks or path", "both"]),
         ({"data.train.tasks": "[]"}, ["data.train", "neither"]),
@@ -299,7 +316,7 @@ def test_every_number_has_a_lowest_value():
         ),
         (
             {"rollout_is": "tis", "loss_type": "vespo"},
-            ["correction.rollout_is", "disabled with loss_type vespo", "got tis"],
+            ["correction.rollout_is: expected disabled with", "loss_type vespo", "got tis"],
         ),
         ({"clip_ratio_low": "0.2"}, ["algorithm.clip_ratio_low", "sapo", "soft gate"]),
         ({"clip_ratio_high": "0.3"}, ["algorithm.clip_ratio_high", "sapo", "got 0.3"]),
@@ -474,6 +491,7 @@ def test_yaml_anchors_work(write):
         ({}, []),
         ({"tau_neg": "0.9"}, ["tau_neg 0.9 < algorithm.tau_pos 1"]),
         ({"num_mini_batches": "1"}, ["num_mini_batches is 1"]),
+        ({"num_mini_batches": "1", "old_policy": "rollout"}, []),
         ({"tau_neg": "0.9", "num_mini_batches": "1"}, ["tau_neg", "num_mini_batches"]),
         ({"tau_neg": "0.9", "num_mini_batches": "1", "loss_type": "grpo"}, []),
     ],
@@ -576,6 +594,10 @@ def test_the_number_of_processes(write, layout, world_size, parts):
         ({"router_replay": "R3"}, DENSE, ["routing.router_replay", "got R3"]),
         ({"router_replay": "R3"}, {}, None),
         ({}, DENSE, None),
+        (SERVERS, {}, ["routing.observe: expected false with algorithm.old_policy rollout"]),
+        (SERVERS, DENSE, None),
+        (SERVERS | {"observe": "false"}, {}, None),
+        (SERVERS | {"router_replay": "R3"}, {}, None),
     ],
 )
 def test_the_layout_against_the_model(write, layout, arch, parts):

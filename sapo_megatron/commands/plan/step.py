@@ -44,11 +44,14 @@ def step(recipe: Recipe, arch: Architecture, layout: Layout, stages: list[Stage]
     """What a step costs at most (:class:`Step`)."""
     batches, parameters = Batches.of(recipe, layout), Parameters.of(arch, stages)
     forward = batches.sequences * forward_flops(arch, parameters, batches.longest)
-    models = 2 if recipe.algorithm.kl_coef > 0 else 1
     again = 1 if recipe.parallel.recompute_granularity == "full" else 0
     return Step(
         tokens=batches.tokens,
-        flops={"rollout": forward, "logprob": models * forward, "update": (3 + again) * forward},
+        flops={
+            "rollout": forward,
+            "logprob": _frozen(recipe) * forward,
+            "update": (3 + again) * forward,
+        },
         bytes_sent=_bytes_sent(recipe, arch, layout, stages, batches),
     )
 
@@ -72,13 +75,18 @@ def forward_flops(arch: Architecture, parameters: Parameters, length: int) -> fl
     return 2 * (parameters.active_without_embeddings + head) * length + attention
 
 
+def _frozen(recipe: Recipe) -> int:
+    """Forward passes before the updates: the old policy's and the reference's."""
+    return (recipe.algorithm.old_policy == "recompute") + (recipe.algorithm.kl_coef > 0)
+
+
 def _bytes_sent(
     recipe: Recipe, arch: Architecture, layout: Layout, stages: list[Stage], batches: Batches
 ) -> dict[str, float]:
     """Bytes that one GPU of the busiest stage sends, by group, in rings and all-to-alls."""
     dtype = BYTES[recipe.model.params_dtype]
     again = 1 if recipe.parallel.recompute_granularity == "full" else 0
-    models = 2 if recipe.algorithm.kl_coef > 0 else 1
+    models = _frozen(recipe)
     forwards, backwards = models + 1 + again, 1
     tokens = batches.sequences_per_rank * batches.longest / layout.cp
     hidden = tokens * arch.hidden_size * dtype
