@@ -90,15 +90,13 @@ class Queue:
 class Ahead:
     """Gives a run's steps their groups; methods are collective over all ranks."""
 
-    def __init__(
-        self, collector: Collector, source: PromptSource, recipe: Recipe, *, with_routes: bool
-    ) -> None:
-        """Begins with the first step; ``with_routes``: whether training wants them."""
-        rollout = recipe.rollout
+    def __init__(self, collector: Collector, source: PromptSource, recipe: Recipe) -> None:
+        """Begins with the first step."""
+        rollout, routing = recipe.rollout, recipe.routing
         self._collector = collector
         self._source = source
         self._rollout = rollout
-        self._with_routes = with_routes
+        self._with_routes = routing.observe or routing.router_replay == "R3"
         self._params = SamplingParams(
             temperature=rollout.temperature,
             top_p=rollout.top_p,

@@ -182,8 +182,7 @@ def open_session(
         if recipe.routing.observe:
             observer = Observer(recipe, model, run.path / "dumps")
         collector = _open_collector(stack, recipe, inputs, policy, run)
-        with_routes = recipe.routing.observe or recipe.routing.router_replay == "R3"
-        ahead = Ahead(collector, inputs.source, recipe, with_routes=with_routes)
+        ahead = Ahead(collector, inputs.source, recipe)
         if run.checkpoint and run.state:
             ahead.load(run.checkpoint, run.state)
         yield Session(

@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from sapo_megatron.errors import RunFailed
 from sapo_megatron.metrics import Metrics, Sum
-from sapo_megatron.recipe.schema import RolloutConfig
+from sapo_megatron.recipe.schema import RolloutConfig, RoutingConfig
 from sapo_megatron.rollout.ahead import Ahead
 from sapo_megatron.rollout.collect import Collector, describe, rewards
 from sapo_megatron.rollout.engine import SamplingParams
@@ -109,10 +109,12 @@ def collector(reward, *, parts=1, stop_ids=(EOS,), engine=None):
 def ahead(reward, source, *, steps=5, stop_ids=(EOS,), engine=None, **config):
     values = {"rollout_batch_size": 4, "num_generations": 3, "max_response_length": 5}
     recipe = SimpleNamespace(
-        rollout=RolloutConfig(**(values | config)), train=SimpleNamespace(seed=3, steps=steps)
+        rollout=RolloutConfig(**(values | config)),
+        routing=RoutingConfig(),
+        train=SimpleNamespace(seed=3, steps=steps),
     )
     c = collector(reward, stop_ids=stop_ids, engine=engine)
-    return Ahead(c, source, recipe, with_routes=True)
+    return Ahead(c, source, recipe)
 
 
 PARAMS = SamplingParams(temperature=1.0, top_p=1.0, max_new_tokens=5, stop_ids=(EOS,), seed=3)

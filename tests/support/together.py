@@ -7,6 +7,7 @@ from typing import Any, get_args
 from sapo_megatron.errors import UserError
 from sapo_megatron.recipe.load import load
 from sapo_megatron.recipe.schema import LossType
+from sapo_megatron.training import observe
 from tests.support.tiny import write_recipe
 from tests.support.whole_runs import run, without_reports_and_checkpoints
 
@@ -68,6 +69,7 @@ def chosen(recipe: Path) -> list[dict[str, str]]:
 def runs(folder: Path) -> list[dict[str, str]]:
     """Two steps of each chosen cell, of one update each, below ``folder`` by number."""
     without_reports_and_checkpoints()
+    observe.BOTH_ORDERS = 1
     small = {"rollout_batch_size": 2, "num_generations": 4, "max_response_length": 4}
     recipe = write_recipe(
         folder,

@@ -44,7 +44,7 @@ def test_recomputed_ratios_start_at_one_however_old_the_responses_are(done):
     for cell, lines in of(done, algorithm__old_policy="recompute"):
         for line in lines:
             assert line["ratio/min"] == line["ratio/max"] == 1, cell
-            assert line["routing/flip_fraction"] == 0, cell
+            assert line["routing/slot_flip"] == 0, cell
         assert lines[0]["rollout_train/logprob_abs_diff"] < 1e-5
         stale = cell["rollout.async_steps"] == "2"
         assert (lines[1]["rollout_train/logprob_abs_diff"] > 1e-3) == stale, cell
@@ -56,7 +56,7 @@ def test_ratios_to_the_engine_that_sampled_see_how_old_the_responses_are(done):
         assert lines[0]["ratio/log_var"] < 1e-9
         assert (lines[1]["ratio/log_var"] > 1e-5) == stale, cell
         assert not [name for line in lines for name in line if name.startswith("rollout_train/")]
-        assert (lines[1]["routing/flip_fraction"] > 0) == stale, cell
+        assert (lines[1]["routing/slot_flip"] > 0) == stale, cell
         # The split is of the very ratio that the loss sees: at the rollout's experts under R3.
         seen = "weights" if cell["routing.router_replay"] == "R3" else "total"
         found, ratio = lines[1][f"variance/{seen}"], lines[1]["ratio/log_var"]
