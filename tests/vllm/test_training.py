@@ -73,6 +73,24 @@ def test_the_next_rollout_goes_on_while_a_step_trains(servers, tmp_path):
     assert all(abs(line["rollout_train/is_weight_mean"] - 1) > 1e-6 for line in steps[1:])
 
 
+def test_ratios_to_servers_that_are_two_steps_ahead(servers, tmp_path):
+    """The engine that sampled is the old policy: its age is in the ratio."""
+    recipe = recipe_in(
+        tmp_path,
+        rollout={"servers": list(servers.urls), "async_steps": 2},
+        algorithm={"old_policy": "rollout"},
+        correction={"rollout_is": "disabled"},
+        routing={"observe": False},
+        train={"steps": 4, "num_mini_batches": 1},
+    )
+    done = cli("train", recipe, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    steps = read_metrics(tmp_path / "runs" / "recipe" / "run-001")
+    assert [line["rollout/staleness"] for line in steps] == [0, 1, 2, 2]
+    fresh, *stale = (line["ratio/log_var"] for line in steps)
+    assert fresh < 1e-6 < min(stale)
+
+
 def test_routes_that_a_server_does_not_return_are_missed(servers, tmp_path):
     rollout = {"servers": list(servers.urls)}
     recipe = recipe_in(tmp_path, rollout=rollout, routing={"router_replay": "R3"})
