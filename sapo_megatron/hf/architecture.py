@@ -300,4 +300,10 @@ def _rope(c: Config, *, latent: bool) -> Rope:
         r.only("partial_rotary_factor", 1.0)
     if c.kind != "glm4_moe":  # which has no default
         r.values.setdefault("partial_rotary_factor", 1.0)
-    return Rope(theta=r.number("rope_theta"), fraction=r.number("partial_rotary_factor"), yarn=yarn)
+    fraction = r.number("partial_rotary_factor")
+    if fraction > 1:
+        raise UserError(
+            f"{c.path}: partial_rotary_factor: expected a share of a head up to 1 (rotary_dim up to "
+            f"head_dim), got {fraction:g}; correct it"
+        )
+    return Rope(theta=r.number("rope_theta"), fraction=fraction, yarn=yarn)

@@ -66,15 +66,16 @@ class Config:
         count, kinds = self.whole("num_hidden_layers"), self.given("mlp_layer_types", list)
         if not kinds:
             return tuple(range(self.whole("first_k_dense_replace", least=0), count))
-        if len(kinds) != count or not {*kinds} <= {"dense", "sparse"}:
+        if len(kinds) != count or any(kind not in ("dense", "sparse") for kind in kinds):
             raise UserError(
                 f"{self.path}: mlp_layer_types: expected dense or sparse for each of {count} "
                 f"layers, got {json.dumps(kinds)}; correct it"
             )
         layers = tuple(layer for layer, kind in enumerate(kinds) if kind == "sparse")
-        first = self.values.get("first_k_dense_replace")
-        if first is not None and layers != tuple(range(first, count)):
-            raise self._contradiction("first_k_dense_replace", first, "mlp_layer_types", kinds)
+        if self.values.get("first_k_dense_replace") is not None:
+            first = self.whole("first_k_dense_replace", least=0)
+            if layers != tuple(range(first, count)):
+                raise self._contradiction("first_k_dense_replace", first, "mlp_layer_types", kinds)
         return layers
 
     def rope(self) -> "Config":

@@ -62,7 +62,7 @@ def text_model(config: dict[str, Any]) -> dict[str, Any]:
     ]
     kind = text.get("model_type")
     text["model_type"] = kind = _TEXT.get(kind, kind) if isinstance(kind, str) else kind
-    if kind in CLASSES:
+    if isinstance(kind, str) and kind in CLASSES:
         text["architectures"] = [CLASSES[kind]]
     for key in ("rope_scaling", "rope_parameters"):
         if isinstance(text.get(key), dict):  # positions in an image; those of text are all one

@@ -98,3 +98,27 @@ def test_a_tokenizer_for_both():
     }
     older = {"tokenizer_class": "Qwen2Tokenizer", "extra_special_tokens": {"a": "<a>"}}
     assert tokenizer_for_both(older) == older
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "part"),
+    [
+        ("glm-4.7-flash", {"mlp_layer_types": [["dense"]] * 4}, "mlp_layer_types: expected dense"),
+        ("glm-4.7-flash", {"mlp_layer_types": [None] * 4}, "mlp_layer_types: expected dense"),
+        (
+            "glm-4.7-flash",
+            {"first_k_dense_replace": "1"},
+            "first_k_dense_replace: expected a whole",
+        ),
+        ("glm-4.7-flash", {"first_k_dense_replace": 2}, "mlp_layer_types: expected 2"),
+        ("minimax-m2", {"rotary_dim": 99}, "partial_rotary_factor: expected a share"),
+        ("glm-4.5", {"partial_rotary_factor": 1.5}, "partial_rotary_factor: expected a share"),
+        ("qwen3", {"text_config": {"model_type": ["qwen3"]}}, "model_type: expected qwen3"),
+        ("qwen3", {"text_config": {"model_type": {}}}, "model_type: expected qwen3"),
+    ],
+)
+def test_values_of_the_wrong_kind(family, changes, part):
+    with pytest.raises(UserError) as caught:
+        parse_architecture(FAMILIES[family] | changes, "here/config.json")
+    assert part in str(caught.value)
+    assert "\n" not in str(caught.value)
