@@ -303,7 +303,7 @@ def _rope(c: Config, *, latent: bool) -> Rope:
     fraction = r.number("partial_rotary_factor")
     if fraction > 1:
         raise UserError(
-            f"{c.path}: partial_rotary_factor: expected a share of a head up to 1 (rotary_dim up to "
-            f"head_dim), got {fraction:g}; correct it"
+            f"{c.path}: partial_rotary_factor: expected a share of a head up to 1 (rotary_dim up "
+            f"to head_dim), got {fraction:g}; correct it"
         )
     return Rope(theta=r.number("rope_theta"), fraction=fraction, yarn=yarn)
