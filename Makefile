@@ -46,7 +46,7 @@ HOSTS_STAMP := $(HOSTS)/.installed
 
 BENCHMARKS := logprob loss step recording
 
-.PHONY: venv train test test-mcore-0.19 test-transformers-4 test-py312 test-vllm test-hosts test-all lint bench
+.PHONY: venv train test torture test-mcore-0.19 test-transformers-4 test-py312 test-vllm test-hosts test-all lint bench
 
 venv: $(STAMP)
 
@@ -101,6 +101,10 @@ $(TRANSFORMERS_4_STAMP): requirements-transformers-4.txt | $(STAMP)
 test-all: venv $(MCORE_019_STAMP) $(TRANSFORMERS_4_STAMP)
 	$(PYTEST) -m "slow or not slow" $(or $(ARGS),$(ALL_CORES))
 	$(ON_MCORE_019) $(PYTEST) -m "slow or not slow" $(or $(ARGS),$(ALL_CORES))
+
+# Kills, damage, mutations, bad data and hostile files by the hundred: make torture SEED=1
+torture: venv
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.torture $(SEED) $(ARGS)
 
 $(MCORE_019_STAMP): requirements-mcore-0.19.txt | $(STAMP)
 	rm -rf $(MCORE_019)
