@@ -56,9 +56,8 @@ def pairs(cell: dict[str, str]) -> set[Any]:
     return set(itertools.combinations(cell.items(), 2))
 
 
-def chosen(recipe: Path) -> list[dict[str, str]]:
-    """Few cells that have every pair which any cell has; the same each time."""
-    every = cells(recipe)
+def chosen(every: list[dict[str, str]]) -> list[dict[str, str]]:
+    """Few of these cells that have every pair which any of them has; the same each time."""
     left, found = set().union(*map(pairs, every)), []
     while left:
         found.append(max(every, key=lambda cell: len(pairs(cell) & left)))
@@ -66,24 +65,26 @@ def chosen(recipe: Path) -> list[dict[str, str]]:
     return found
 
 
-def runs(folder: Path) -> list[dict[str, str]]:
-    """Two steps of each chosen cell, of one update each, below ``folder`` by number."""
+def runs(folder: Path, found: list[dict[str, str]], **sections: dict[str, Any]) -> None:
+    """Two steps of each cell, of one update each, below ``folder`` by number.
+
+    ``sections`` are merged into the recipe; a cell may have any key of it beside the axes.
+    """
     without_reports_and_checkpoints()
     observe.BOTH_ORDERS = 1
     small = {"rollout_batch_size": 2, "num_generations": 4, "max_response_length": 4}
-    recipe = write_recipe(
+    write_recipe(
         folder,
-        rollout=small,
-        routing={"decompose_every": 1},
+        arch=sections.get("arch"),
+        rollout={**small, **sections.get("rollout", {})},
+        routing={"decompose_every": 1, **sections.get("routing", {})},
         train={"steps": 2, "num_mini_batches": 1},
         eval={"num_problems": 1, "k": 1},
     )
-    found = chosen(recipe)
     for number, cell in enumerate(found):
         settings = {k: v for k, v in cell.items() if k != "correction"}
         settings |= CORRECTIONS[cell["correction"]] | {"train.run_dir": str(folder / str(number))}
         run(folder, **{k.replace(".", "__"): v for k, v in settings.items()})
-    return found
 
 
 def table(recipe: Path) -> str:

@@ -6,14 +6,17 @@ import pytest
 
 from tests.support.gloo import run_ranks
 from tests.support.tiny import ROOT, read_metrics, write_recipe
-from tests.support.together import cells, pairs, runs, table
+from tests.support.together import cells, chosen, pairs, runs, table
 
 
-@pytest.fixture(scope="module")
-def done(tmp_path_factory):
-    """[(cell, lines of its metrics)] of runs that have every pair of settings."""
+@pytest.fixture(scope="module", params=["pairs", pytest.param("cells", marks=pytest.mark.slow)])
+def done(request, tmp_path_factory):
+    """[(cell, its metrics by step)] of runs that have every pair of settings, or are every cell."""
     folder = tmp_path_factory.mktemp("together")
-    (found,) = run_ranks(1, runs, folder)
+    found = cells(write_recipe(folder))
+    if request.param == "pairs":
+        found = chosen(found)
+    run_ranks(1, runs, folder, found)
     return [(cell, read_metrics(folder / str(number))) for number, cell in enumerate(found)]
 
 

@@ -9,9 +9,8 @@ import time
 import psutil
 import pytest
 
-from sapo_megatron.recipe.load import load
-from sapo_megatron.rollout.vllm.servers import LocalServers
 from tests.support.tiny import cli, read_metrics, write_recipe
+from tests.vllm.conftest import ARCH
 
 TP2 = {"tensor_model_parallel_size": 2, "expert_model_parallel_size": 2}
 VLLM = {"engine": "vllm", "max_response_length": 12, "server_timeout_s": 200.0}
@@ -28,18 +27,7 @@ def recipe_in(folder, **changes):
     }
     for name, values in changes.items():
         sections[name] = {**sections.get(name, {}), **values}
-    arch = {"head_dim": 32}  # vLLM's attention on CPUs takes no smaller heads
-    return write_recipe(folder, arch=arch, **sections)
-
-
-@pytest.fixture(scope="module")
-def servers(tmp_path_factory):
-    """A server that no run has started."""
-    folder = tmp_path_factory.mktemp("servers")
-    python = os.environ["SAPO_VLLM_PYTHON"]
-    recipe = load(recipe_in(folder, rollout={"vllm_python": python}))
-    with LocalServers(recipe, folder / "model", folder / "servers") as local:
-        yield local
+    return write_recipe(folder, arch=ARCH, **sections)
 
 
 def test_a_run_starts_its_server_and_hands_over_its_weights(tmp_path):
