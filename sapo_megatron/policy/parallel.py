@@ -171,6 +171,49 @@ def data_parallel_blocks(groups: ParallelGroups) -> list[list[int]]:
     ]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Nodes:
+    """The machines of a run, and this rank's place on its own."""
+
+    firsts: tuple[int, ...]
+    """The global rank of each node's first process."""
+    number: int
+    """This rank's node."""
+    local: int
+    """This rank's place on it."""
+    peers: ProcessGroup | None
+    """The ranks in the same place on their nodes; None where there is one node."""
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this rank speaks for its node."""
+        return self.local == 0
+
+
+def nodes(groups: ParallelGroups) -> Nodes:
+    """The machines, as torchrun says where one ends. Collective over all ranks.
+
+    Raises UserError where they do not have as many processes each.
+    """
+    locals_: list[Any] = [None] * dist.get_world_size()
+    # Over the world: each rank says its place on its node.
+    dist.all_gather_object(locals_, int(os.environ.get("LOCAL_RANK", "0")), group=groups.world)
+    firsts = tuple(rank for rank, local in enumerate(locals_) if local == 0)
+    size = len(locals_) // len(firsts)
+    if locals_ != list(range(size)) * len(firsts):
+        raise UserError(
+            f"LOCAL_RANK: expected 0, 1, ... on every node, as many on each, got {locals_}; start "
+            f"the run with torchrun, and the same --nproc-per-node everywhere"
+        )
+    number, local = divmod(dist.get_rank(), size)
+    peers = None
+    if len(firsts) > 1:
+        # New groups are made by all ranks, each of all groups.
+        made = [dist.new_group([first + place for first in firsts]) for place in range(size)]
+        peers = made[local]
+    return Nodes(firsts=firsts, number=number, local=local, peers=peers)
+
+
 def on_first_rank(groups: ParallelGroups, function: Callable[[], T]) -> T:
     """``function()`` of global rank 0, on every rank; so is an error that it raises."""
     box: list[Any] = [None, None]

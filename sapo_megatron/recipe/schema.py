@@ -118,14 +118,25 @@ class RolloutConfig:
     """URLs of vLLM servers, such as ``http://node7:8000``; none: the trainer starts its own."""
     vllm_python: str | None = None
     """The Python of an environment with vLLM, for the servers that the trainer starts."""
-    num_servers: Count = 1
-    """Servers that the trainer starts."""
+    num_servers: Count | None = None
+    """Servers that the trainer starts on each node; None: as many as its GPUs hold, and one where
+    there are none."""
+    server_tensor_parallel_size: Count = 1
+    """GPUs of one server that the trainer starts."""
+    min_servers: Count = 1
+    """Servers, of those that one process speaks to, without which a run ends with a checkpoint."""
     async_steps: Annotated[int, Field(ge=0, le=8)] = 0
     """Steps that responses are sampled ahead of their training, with the weights of then: at most
     so many batches and one are asked for and not yet trained on. Servers do it meanwhile."""
     colocate: bool = False
     """The servers are on the GPUs of the trainer, and asleep while it trains: they give up their
-    weights and memory after every rollout. Not run on a GPU yet."""
+    weights and memory after every rollout. Else they are on those that no process trains on. Not
+    run on a GPU yet."""
+    colocate_offload: Literal["gradients", "optimizer", "weights"] = "gradients"
+    """What leaves the trainer's GPUs while servers on them are awake: gradients, also the
+    optimizer's state, or weights as well."""
+    gpu_memory_utilization: Annotated[float, Field(gt=0, lt=1)] = 0.6
+    """Part of a GPU's memory that a server on the trainer's GPUs takes while it is awake."""
     weight_transfer: Literal["folder", "nccl"] = "folder"
     """How servers get weights: a folder on a file system that they share, or NCCL, with vLLM's
     sending side. nccl has not been run on GPUs yet."""

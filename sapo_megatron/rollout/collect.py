@@ -125,7 +125,9 @@ class Collector:
             for p in prompts
             for k in range(num_generations)
         ]
-        mine = part_of(requests, *self._place)
+        # Servers keep what they have computed of a prompt for its other responses.
+        together = num_generations if self._engine.by_prompt else 1
+        mine = part_of(requests, *self._place, together=together)
         arguments = (mine, prompts, num_generations, params)
         with self._engine.serving(record=record) as metrics:
             if self._thread:

@@ -36,6 +36,8 @@ class Engine(Protocol):
 
     background: bool
     """Whether :meth:`generate` waits for no other rank, and may run in a thread."""
+    by_prompt: bool
+    """Whether all responses to a prompt are to come from one part of the ranks."""
 
     def serving(self, *, record: bool) -> AbstractContextManager[Metrics]:
         """The engine with the policy's present weights; what it took. Collective over all ranks.
@@ -51,8 +53,16 @@ class Engine(Protocol):
         """
 
 
-def part_of(requests: Sequence[Request], rank: int, size: int) -> list[Request]:
-    """This rank's part of ``requests``, as many on every rank; fillers have uid -1."""
-    mine = list(requests[rank::size])
+def part_of(
+    requests: Sequence[Request], rank: int, size: int, *, together: int = 1
+) -> list[Request]:
+    """This rank's part of ``requests``, as many on every rank; fillers have uid -1.
+
+    Every ``together`` of them that follow one another are in one part.
+    """
+    starts = range(0, len(requests), together)
+    mine = [
+        request for start in starts[rank::size] for request in requests[start : start + together]
+    ]
     filler = dataclasses.replace(requests[0], uid=-1)
-    return mine + [filler] * (-(-len(requests) // size) - len(mine))
+    return mine + [filler] * (-(-len(starts) // size) * together - len(mine))

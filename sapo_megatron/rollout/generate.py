@@ -47,6 +47,7 @@ class InProcess:
     """The training model as the engine of rollouts: its weights are always the policy's."""
 
     background = False
+    by_prompt = False
 
     def __init__(self, decoder: Decoder, *, batch_size: int) -> None:
         """``batch_size``: sequences that one rank generates at once."""

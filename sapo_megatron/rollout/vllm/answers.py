@@ -24,8 +24,13 @@ PLAIN_FLAG = ("--hf-overrides", '{"quantization_config": null}')
 the model's folder has fp8."""
 TRANSFER_FLAG = '--weight-transfer-config \'{"backend": "nccl"}\''
 
-# vLLM writes -9999 for minus infinity, which no token that was drawn can have.
-LogProb = Annotated[float, Field(gt=-9999.0, le=0.0, allow_inf_nan=False)]
+MINUS_INFINITY = -9999.0
+"""What vLLM writes for it, which no token that was drawn can have."""
+LogProb = Annotated[float, Field(gt=MINUS_INFINITY, le=0.0, allow_inf_nan=False)]
+
+
+class Unusable(Exception):
+    """A response that may be drawn again: its log-probs are missing, or no numbers."""
 
 
 class Description(BaseModel):
@@ -74,7 +79,7 @@ class Awake(BaseModel):
 
 
 class _LogProbs(BaseModel):
-    token_logprobs: list[LogProb]
+    token_logprobs: list[float | None]
 
 
 class _Response(BaseModel):
@@ -190,17 +195,23 @@ def to_sample(
     *,
     with_routes: bool,
 ) -> Sample:
-    """The response to ``request``. Raises RunFailed, or UserError where routes are missing."""
+    """The response to ``request``.
+
+    Raises Unusable for log-probs that are none, RunFailed for what else is wrong, or UserError
+    where routes are missing.
+    """
     (choice,) = answer.choices
     tokens = choice.token_ids
     logprobs = choice.logprobs.token_logprobs if choice.logprobs else []
     if not tokens:
         raise _wrong(url, "token_ids: expected at least one token, got none")
     if len(logprobs) != len(tokens):
-        raise _wrong(
-            url,
-            f"token_logprobs: expected one of each of {len(tokens)} tokens, got {len(logprobs)}",
+        raise Unusable(
+            f"token_logprobs: expected one of each of {len(tokens)} tokens, got {len(logprobs)}"
         )
+    if not all(logprob is not None and MINUS_INFINITY < logprob <= 0 for logprob in logprobs):
+        wrong = next(x for x in logprobs if x is None or not MINUS_INFINITY < x <= 0)
+        raise Unusable(f"token_logprobs: expected numbers of at most 0, got {wrong}")
     for token in tokens:
         if not 0 <= token < arch.vocab_size:
             raise _wrong(

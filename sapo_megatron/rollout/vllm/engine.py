@@ -15,7 +15,6 @@ import asyncio
 import hashlib
 import logging
 import uuid
-from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -28,8 +27,14 @@ from sapo_megatron.errors import RunFailed
 from sapo_megatron.hf.architecture import Architecture
 from sapo_megatron.recipe.schema import RolloutConfig
 from sapo_megatron.rollout.engine import Request, SamplingParams
-from sapo_megatron.rollout.vllm.answers import ROUTES_FLAG, Description, check_description
+from sapo_megatron.rollout.vllm.answers import (
+    ROUTES_FLAG,
+    Description,
+    Unusable,
+    check_description,
+)
 from sapo_megatron.rollout.vllm.client import Away, Server
+from sapo_megatron.rollout.vllm.work import Work
 from sapo_megatron.sample import Sample
 
 logger = logging.getLogger(__name__)
@@ -39,8 +44,6 @@ RETRY_S = 0.5
 """Seconds between looks at a server that is away."""
 PROGRESS_S = 30.0
 """Seconds between lines that say how far a rollout is."""
-ATTEMPTS = 3
-"""How often a request is sent before the failure is taken to be its own."""
 RESET_S = 30.0
 """Seconds for the last requests on a server to end before its prefix cache can be dropped."""
 
@@ -77,34 +80,6 @@ class _State:
     checking: asyncio.Lock = field(default_factory=asyncio.Lock)
 
 
-class _Work:
-    """The requests of one rollout: in the queue, in flight, or answered."""
-
-    def __init__(self, requests: Sequence[Request]) -> None:
-        self.requests = requests
-        self.samples: dict[int, Sample] = {}
-        self.done = asyncio.Event()
-        self.queue: asyncio.Queue[int] = asyncio.Queue()
-        self._failures: Counter[int] = Counter()
-        for index in range(len(requests)):
-            self.queue.put_nowait(index)
-
-    def answer(self, index: int, sample: Sample) -> None:
-        self.samples[index] = sample
-        if len(self.samples) == len(self.requests):
-            self.done.set()
-
-    def fail(self, index: int, url: str, reason: str) -> None:
-        """Put a request back. Raises RunFailed when it has failed too often."""
-        self._failures[index] += 1
-        if self._failures[index] == ATTEMPTS:
-            raise RunFailed(
-                f"{url}: expected a response to request {self.requests[index].uid}, got its "
-                f"failure number {ATTEMPTS}: {reason}; look at the server's log"
-            )
-        self.queue.put_nowait(index)
-
-
 class VllmEngine:
     """Samples from vLLM servers; ``check`` them and ``load`` weights before the first ``sample``.
 
@@ -126,6 +101,7 @@ class VllmEngine:
         """
         self._urls = tuple(urls)
         self._config = config
+        self._least = min(config.min_servers, len(self._urls))
         self._arch = arch
         self._with_routes = with_routes
         self._exited = exited
@@ -134,6 +110,8 @@ class VllmEngine:
         self._verified: dict[str, tuple[str, float]] = {}
         """URL -> the weights that were verified there, and their difference."""
         self._without_routes: set[str] = set()
+        self.redrawn = 0
+        """Responses so far that could not be used, and were drawn again."""
 
     def check(self) -> None:
         """Wait for every server, and see that all serve this model as we need it.
@@ -224,8 +202,8 @@ class VllmEngine:
             for state, problem in zip(states, problems, strict=True):
                 if not state.ready:
                     logger.warning("%s is left out for now: %s", state.server.url, problem)
-            if not any(state.ready for state in states):
-                raise RunFailed(_lost(states))
+            if sum(not state.lost for state in states) < self._least:
+                raise RunFailed(_lost(states, self._least))
 
     async def _label(self, label: str) -> None:
         async with self._connected() as states:
@@ -236,7 +214,7 @@ class VllmEngine:
             await asyncio.gather(*(state.server.sleep() for state in states))
 
     async def _sample(self, requests: Sequence[Request], params: SamplingParams) -> list[Sample]:
-        work = _Work(requests)
+        work = Work(requests)
         # No server gets more than its part at once, or the first one to answer would get it all.
         part = -(-len(requests) // len(self._urls))
         async with self._connected() as states:
@@ -246,19 +224,20 @@ class VllmEngine:
                 for _ in range(min(part, self._config.server_concurrency))
             ]
             try:
-                await _finished(work, slots, states)
+                await _finished(work, slots, states, self._least)
             finally:
                 for task in slots:
                     task.cancel()
                 await asyncio.gather(*slots, return_exceptions=True)
+        self.redrawn += work.redrawn.total()
         return [work.samples[index] for index in range(len(requests))]
 
-    async def _slot(self, state: _State, work: _Work, params: SamplingParams) -> None:
+    async def _slot(self, state: _State, work: Work, params: SamplingParams) -> None:
         """Work on one request after the other, until cancelled or the server is given up."""
         while await self._wait_for(state):
-            index = await work.queue.get()
+            index = await work.take(state.server.url)
             if not state.ready:
-                work.queue.put_nowait(index)
+                await work.put_back(index)
                 continue
             request = work.requests[index]
             state.in_flight += 1
@@ -266,7 +245,7 @@ class VllmEngine:
                 sample = await state.server.complete(
                     request,
                     params,
-                    _seed(params.seed, request.uid),
+                    _seed(params.seed, request.uid, work.redrawn[index]),
                     self._arch,
                     with_routes=self._with_routes,
                 )
@@ -274,7 +253,10 @@ class VllmEngine:
                 if state.ready:
                     logger.warning("%s is away: %s", state.server.url, error)
                 state.ready = False
-                work.fail(index, state.server.url, str(error))
+                await work.lose(state.server.url)
+                await work.fail(index, state.server.url, str(error))
+            except Unusable as error:
+                await work.draw_again(index, state.server.url, str(error))
             else:
                 work.answer(index, sample)
             finally:
@@ -376,9 +358,15 @@ async def _forget_prefixes(server: Server) -> None:
 
 
 async def _finished(
-    work: _Work, slots: Sequence[asyncio.Task[None]], states: Sequence[_State]
+    work: Work,
+    slots: Sequence[asyncio.Task[None]],
+    states: Sequence[_State],
+    least: int,
 ) -> None:
-    """Wait for all samples. Raises what a slot raises, and RunFailed where none is left."""
+    """Wait for all samples.
+
+    Raises what a slot raises, and RunFailed where fewer servers than ``least`` are left.
+    """
     done = asyncio.create_task(work.done.wait())
     pending: set[asyncio.Task] = {done, *slots}
     try:
@@ -388,8 +376,8 @@ async def _finished(
             )
             for task in ended:
                 task.result()
-            if pending == {done}:
-                raise RunFailed(_lost(states))
+            if sum(not state.lost for state in states) < least:
+                raise RunFailed(_lost(states, least))
             if not ended:
                 flights = ", ".join(f"{s.in_flight} in flight at {s.server.url}" for s in states)
                 logger.info(
@@ -399,15 +387,17 @@ async def _finished(
         done.cancel()
 
 
-def _lost(states: Sequence[_State]) -> str:
-    reasons = "; ".join(f"{s.server.url}: {s.lost}" for s in states)
+def _lost(states: Sequence[_State], least: int = 1) -> str:
+    reasons = "; ".join(f"{s.server.url}: {s.lost}" for s in states if s.lost)
+    left = sum(not s.lost for s in states)
     return (
-        f"rollout.servers: expected a vLLM server that answers, got none ({reasons}); look at "
-        f"their logs, or raise rollout.server_timeout_s"
+        f"rollout.min_servers: expected at least {least} vLLM servers that answer, got {left} of "
+        f"{len(states)} ({reasons}); look at their logs, or raise rollout.server_timeout_s"
     )
 
 
-def _seed(seed: int, uid: int) -> int:
-    """63 bits that differ for every request of every step."""
-    digest = hashlib.blake2b(f"{seed} {uid}".encode(), digest_size=8).digest()
+def _seed(seed: int, uid: int, redrawn: int) -> int:
+    """63 bits that differ for every request of every step, and every time it is drawn again."""
+    words = [seed, uid, redrawn] if redrawn else [seed, uid]
+    digest = hashlib.blake2b(" ".join(map(str, words)).encode(), digest_size=8).digest()
     return int.from_bytes(digest) >> 1

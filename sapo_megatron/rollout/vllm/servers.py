@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -17,7 +18,7 @@ import torch
 
 import sapo_megatron
 from sapo_megatron.errors import RunFailed, UserError
-from sapo_megatron.recipe.schema import Recipe
+from sapo_megatron.recipe.schema import Recipe, RolloutConfig
 from sapo_megatron.rollout.vllm import guard
 from sapo_megatron.rollout.vllm.answers import PLAIN_FLAG, ROUTES_FLAG, SLEEP_FLAG
 from sapo_megatron.rollout.vllm.client import EXTENSION
@@ -25,12 +26,17 @@ from sapo_megatron.rollout.vllm.client import EXTENSION
 logger = logging.getLogger(__name__)
 
 POLL_S = 0.5
-COLOCATED_MEMORY = 0.4
-"""Part of a GPU's memory for a server on the trainer's GPUs, while the trainer keeps its weights
-and its optimizer there: vLLM does not start where less than it asks for is free, and asks for 0.92
-otherwise."""
 LOG_LINES = 3
 """Last lines of a log that an error shows."""
+
+
+OF_THE_TRAINER = re.compile(
+    "(RANK|LOCAL_RANK|WORLD_SIZE|LOCAL_WORLD_SIZE|MASTER_ADDR|MASTER_PORT)$|MEGATRON_CORE_VERSION$"
+    # vLLM's tensor parallelism dies of segments that can grow (vllm issue 42609).
+    "|PYTORCH_(CUDA_)?ALLOC_CONF$|CUDA_DEVICE_MAX_CONNECTIONS$"
+    "|TORCHELASTIC_|TORCH_NCCL_|GROUP_|ROLE_|PYTHON"
+)
+"""Variables that torchrun and the trainer set for themselves, by how their names begin."""
 
 
 @dataclass(frozen=True)
@@ -38,10 +44,14 @@ class _Process:
     url: str
     log: Path
     guard: subprocess.Popen
+    port: socket.socket
+    """Keeps the server's port from others who ask for a free one."""
 
 
 class LocalServers:
     """``rollout.num_servers`` servers on free loopback ports, without weights until the first load.
+
+    One process of each node has some.
 
     They end with ``close``, with a ``with`` statement, and when this process dies. Logs and what
     else they need are in a folder of the run.
@@ -60,18 +70,14 @@ class LocalServers:
                 f"rollout.vllm_python: expected the Python of an environment with vLLM, got "
                 f"{python}, which is no program; make test-vllm sets one up in venvs/vllm"
             )
-        if recipe.rollout.colocate and recipe.rollout.num_servers > torch.cuda.device_count():
-            raise UserError(
-                f"rollout.num_servers: expected at most one for each of the "
-                f"{torch.cuda.device_count()} GPUs of this machine with rollout.colocate, got "
-                f"{recipe.rollout.num_servers}; start fewer"
-            )
+        gpus = _gpus_of_servers(recipe.rollout)
         folder.mkdir(parents=True, exist_ok=True)
         environment = _environment(folder)
         self._processes: list[_Process] = []
         try:
-            for number in range(recipe.rollout.num_servers):
-                self._processes.append(_start(recipe, model, folder, number, environment))
+            for number, visible in enumerate(gpus):
+                theirs = environment if visible is None else {**environment, _VISIBLE: visible}
+                self._processes.append(_start(recipe, model, folder, number, theirs))
             self._wait(recipe.rollout.server_timeout_s)
         except BaseException:
             self.close()
@@ -96,6 +102,7 @@ class LocalServers:
             process.guard.stdin.close()
         for process in self._processes:
             process.guard.wait(2 * guard.GRACE_S)
+            process.port.close()
         self._processes = []
 
     def __enter__(self) -> Self:
@@ -131,10 +138,9 @@ def _start(
     recipe: Recipe, model: Path, folder: Path, number: int, environment: dict[str, str]
 ) -> _Process:
     port = _free_port()
-    url, log = f"http://127.0.0.1:{port}", folder / f"{number}.log"
-    command = [sys.executable, "-m", guard.__name__, *_command(recipe, model, port)]
-    if recipe.rollout.colocate:
-        environment = environment | {"CUDA_VISIBLE_DEVICES": _gpu_name(number)}
+    number_of_port = port.getsockname()[1]
+    url, log = f"http://127.0.0.1:{number_of_port}", folder / f"{number}.log"
+    command = [sys.executable, "-m", guard.__name__, *_command(recipe, model, number_of_port)]
     with log.open("wb") as file:
         process = subprocess.Popen(
             command,
@@ -144,7 +150,7 @@ def _start(
             stderr=subprocess.STDOUT,
             start_new_session=True,  # a Ctrl-C is the trainer's, which ends its servers
         )
-    return _Process(url, log, process)
+    return _Process(url, log, process, port)
 
 
 def _command(recipe: Recipe, model: Path, port: int) -> list[str]:
@@ -154,12 +160,13 @@ def _command(recipe: Recipe, model: Path, port: int) -> list[str]:
     words += ["--model", str(model), "--load-format", "dummy", "--skip-tokenizer-init"]
     words += ["--host", "127.0.0.1", "--port", str(port)]
     words += ["--dtype", recipe.model.params_dtype, "--generation-config", "vllm"]
+    words += ["--tensor-parallel-size", str(rollout.server_tensor_parallel_size)]
     words += ["--max-model-len", str(rollout.max_prompt_length + rollout.max_response_length)]
     words += ["--worker-extension-cls", EXTENSION, *PLAIN_FLAG]
     if recipe.routing.router_replay == "R3":
         words += [ROUTES_FLAG]
     if rollout.colocate:
-        words += [SLEEP_FLAG, "--gpu-memory-utilization", str(COLOCATED_MEMORY)]
+        words += [SLEEP_FLAG, "--gpu-memory-utilization", str(rollout.gpu_memory_utilization)]
     if not torch.cuda.is_available():
         words += ["--enforce-eager"]  # compiling takes longer than a small model runs
     return words
@@ -167,13 +174,7 @@ def _command(recipe: Recipe, model: Path, port: int) -> list[str]:
 
 def _environment(folder: Path) -> dict[str, str]:
     """A server's environment: the trainer's, without what torchrun and its own packages left."""
-    kept = {
-        name: value
-        for name, value in os.environ.items()
-        if not name.startswith(("TORCHELASTIC_", "GROUP_", "ROLE_", "PYTHON"))
-        and name not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
-        and name not in ("MASTER_ADDR", "MASTER_PORT", "MEGATRON_CORE_VERSION")
-    }
+    kept = {name: value for name, value in os.environ.items() if not OF_THE_TRAINER.match(name)}
     # The package alone: beside it may lie everything else that the trainer has installed.
     link = folder / "path" / "sapo_megatron"
     link.parent.mkdir(exist_ok=True)
@@ -189,16 +190,39 @@ def _environment(folder: Path) -> dict[str, str]:
     return {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"} | kept | ours
 
 
-def _gpu_name(number: int) -> str:
-    """The name of the trainer's GPU with this number, for ``CUDA_VISIBLE_DEVICES``."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return visible.split(",")[number] if visible else str(number)
+_VISIBLE = "CUDA_VISIBLE_DEVICES"
 
 
-def _free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
+def _gpus_of_servers(rollout: RolloutConfig) -> list[str | None]:
+    """For each server of this node, what of ``CUDA_VISIBLE_DEVICES`` it gets; None without GPUs.
+
+    The trainer's own, or those behind the last that a process of the trainer has. Raises UserError
+    where there are too few.
+    """
+    count, size = torch.cuda.device_count(), rollout.server_tensor_parallel_size
+    if not count and not rollout.colocate:
+        return [None] * (rollout.num_servers or 1)
+    first = 0 if rollout.colocate else int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    number = rollout.num_servers or max(1, (count - first) // size)
+    if first + number * size > count:
+        whose = "of the trainer" if rollout.colocate else "that no process trains on"
+        raise UserError(
+            f"rollout.num_servers: expected at most {max(0, count - first) // size} servers with "
+            f"rollout.server_tensor_parallel_size {size} on the {max(0, count - first)} GPUs of "
+            f"this node {whose}, got {number}; start fewer, or smaller ones"
+        )
+    names = os.environ.get(_VISIBLE, "").split(",")
+    names = names if names != [""] else [str(gpu) for gpu in range(count)]
+    starts = range(first, first + number * size, size)
+    return [",".join(names[start : start + size]) for start in starts]
+
+
+def _free_port() -> socket.socket:
+    """A socket that holds a free loopback port, and lets a server have it, too."""
+    free = socket.socket()
+    free.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    free.bind(("127.0.0.1", 0))
+    return free
 
 
 def _answers(http: httpx.Client, url: str) -> bool:

@@ -57,7 +57,7 @@ def server(servers):
     return servers[0]
 
 
-def engine(*urls, timeout_s=60.0, **changes):
+def engine(*urls, timeout_s=60.0, min_servers=1, **changes):
     config = RolloutConfig(
         engine="vllm",
         servers=urls,
@@ -65,6 +65,7 @@ def engine(*urls, timeout_s=60.0, **changes):
         max_response_length=6,
         server_timeout_s=timeout_s,
         server_concurrency=4,
+        min_servers=min_servers,
     )
     return VllmEngine(urls, config, MODEL, **changes)
 
@@ -165,7 +166,7 @@ def test_a_slow_server_is_waited_for(server, caplog, monkeypatch):
 def test_a_server_that_stays_away_ends_the_run(server):
     client = loaded(server, timeout_s=1.0)
     server.die()
-    with pytest.raises(RunFailed, match=f"got none .{server.url}: away for 1 s: ConnectError"):
+    with pytest.raises(RunFailed, match=f"got 0 of 1 .{server.url}: away for 1 s: ConnectError"):
         client.sample(REQUESTS, PARAMS)
 
 
@@ -187,12 +188,6 @@ def test_a_server_whose_process_has_ended_is_not_waited_for(server):
         (completion([7, EOS], token_ids=None), "choices.0.token_ids: .* got None"),
         (completion([7, EOS], token_ids=[7.5, 1]), "choices.0.token_ids.0: .* got 7.5"),
         (completion([7, EOS], token_ids=[]), "token_ids: expected at least one token"),
-        (completion([7, EOS], logprobs=None), "token_logprobs: expected one of each of 2 tokens"),
-        (completion([7, EOS], logprobs={"token_logprobs": [-1.0]}), "of each of 2 tokens, got 1"),
-        (completion([7], logprobs={"token_logprobs": [float("nan")]}), "finite number, got nan"),
-        (completion([7], logprobs={"token_logprobs": [0.5]}), "less than or equal to 0, got 0.5"),
-        (completion([7], logprobs={"token_logprobs": [-9999.0]}), "greater than -9999"),
-        (completion([7], logprobs={"token_logprobs": [None]}), "a valid number, got None"),
         (completion([7, EOS], finish_reason="error"), "finish_reason: .* got 'error'"),
         (completion([104, EOS]), "token_ids: expected ids from 0 to 103, got 104"),
         (completion([-1, EOS]), "token_ids: expected ids from 0 to 103, got -1"),
@@ -210,6 +205,74 @@ def test_answers_that_are_wrong(server, answer, message):
         loaded(server).sample(REQUESTS[:1], PARAMS)
     assert "\n" not in str(error.value)
     assert len(server.prompts()) == 1
+
+
+UNUSABLE = [
+    (None, "expected one of each of 1 tokens, got 0"),
+    ([-1.0, -1.0], "expected one of each of 1 tokens, got 2"),
+    ([float("nan")], "expected numbers of at most 0, got nan"),
+    ([float("-inf")], "got -inf"),
+    ([0.5], "got 0.5"),
+    ([-9999.0], "got -9999.0"),
+    ([None], "got None"),
+]
+
+
+@pytest.mark.parametrize(("logprobs", "message"), UNUSABLE)
+def test_a_response_without_logprobs_is_drawn_again_and_many_end_the_run(server, logprobs, message):
+    answer = completion([EOS], logprobs=logprobs and {"token_logprobs": logprobs})
+    spoilt = iter([True])
+    server.fault = lambda path, body, own: (
+        (200, answer) if "seed" in body and next(spoilt, False) else own()
+    )
+    client = loaded(server)
+    samples = client.sample(REQUESTS, PARAMS)
+    assert [s.uid for s in samples] == [r.uid for r in REQUESTS]
+    assert client.redrawn == 1
+    sent = server.prompts()
+    assert len(sent) == len(REQUESTS) + 1
+    server.fault = completions(lambda: (200, answer))
+    with pytest.raises(RunFailed, match=f"^{server.url}: token_logprobs: .*{message}.* at most 3"):
+        client.sample(REQUESTS, PARAMS)
+
+
+def test_another_draw_has_another_seed(server):
+    seeds = []
+
+    def fault(path, body, own):
+        if "seed" not in body:
+            return own()
+        seeds.append(body["seed"])
+        return (200, completion([EOS], logprobs=None)) if len(seeds) == 1 else own()
+
+    server.fault = fault
+    loaded(server).sample(REQUESTS[:1], PARAMS)
+    assert len(set(seeds)) == len(seeds) == 2
+
+
+def test_responses_to_one_prompt_come_from_one_server(servers):
+    requests = [Request(uid=i, prompt_tokens=(5, 9, i // 6)) for i in range(48)]
+    samples = loaded(*servers).sample(requests, PARAMS)
+    assert [s.uid for s in samples] == list(range(48))
+    one, two = (s.prompts() for s in servers)
+    assert len(one) + len(two) == 48
+    # The last prompt alone may be shared, by a server that has nothing else left.
+    assert len(set(one) & set(two)) <= 1
+    assert min(len(set(one)), len(set(two))) > 1
+
+
+def test_fewer_servers_than_the_least_end_the_run(servers):
+    gone = []
+    client = loaded(
+        *servers,
+        min_servers=2,
+        exited=lambda url: "it has ended" if url in gone else None,
+    )
+    servers[1].die()
+    gone.append(servers[1].url)
+    message = rf"min_servers: .* at least 2 .* got 1 of 2 \({servers[1].url}: it has ended\)"
+    with pytest.raises(RunFailed, match=message):
+        client.sample(REQUESTS, PARAMS)
 
 
 def test_a_request_that_is_refused_is_not_sent_again(server):
@@ -448,23 +511,57 @@ def test_a_python_that_is_none(tmp_path):
         LocalServers(recipe(tmp_path, tmp_path / "no"), tmp_path, tmp_path / "servers")
 
 
-def test_servers_on_the_gpus_of_the_trainer(tmp_path, monkeypatch):
-    said = tmp_path / "said"
-    python = program(tmp_path, f'echo "$CUDA_VISIBLE_DEVICES $@" >> {said}; exec sleep 100')
-    config = recipe(tmp_path, python, colocate=True, num_servers=2, server_timeout_s=2.0)
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
-    monkeypatch.setattr(servers_module.torch.cuda, "device_count", lambda: 2)
-    with pytest.raises(RunFailed, match="got none yet"):
-        LocalServers(config, tmp_path, tmp_path / "servers")
+def visible_to(servers, folder, monkeypatch, *, gpus=8, **rollout):
+    """What servers that do not come up were started with, by what they see of the GPUs."""
+    said = folder / "said"
+    words = "$CUDA_VISIBLE_DEVICES|$PYTORCH_ALLOC_CONF$CUDA_DEVICE_MAX_CONNECTIONS$RANK|$@"
+    python = program(folder, f'echo "{words}" >> {said}; exit 3')
+    config = recipe(folder, python, **rollout)
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setattr(servers_module.torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(LocalServers, "_wait", lambda self, timeout_s: None)
+    with LocalServers(config, folder, folder / "servers") as local:
+        assert len(local.urls) == servers
+        for process in local._processes:
+            assert process.guard.wait() == 3
     lines = sorted(said.read_text().splitlines())
-    assert [line.split()[0] for line in lines] == ["4", "7"]
-    assert all("--enable-sleep-mode --gpu-memory-utilization 0.4" in line for line in lines)
+    assert all(line.split("|")[1] == "" for line in lines), "the trainer's own settings"
+    return {line.split("|")[0]: line.split("|")[2] for line in lines}
 
 
-def test_more_servers_than_gpus_of_the_trainer(tmp_path, monkeypatch):
-    config = recipe(tmp_path, program(tmp_path, "exit 3"), colocate=True, num_servers=2)
+def test_servers_on_the_gpus_of_the_trainer(tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7,2,3")
+    found = visible_to(
+        2, tmp_path, monkeypatch, gpus=4, colocate=True, server_tensor_parallel_size=2
+    )
+    assert sorted(found) == ["2,3", "4,7"]
+    for words in found.values():
+        assert "--tensor-parallel-size 2" in words
+        assert "--enable-sleep-mode --gpu-memory-utilization 0.6" in words
+
+
+def test_servers_beside_the_trainer_have_the_gpus_that_it_leaves(tmp_path, monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    found = visible_to(2, tmp_path, monkeypatch, server_tensor_parallel_size=2)
+    assert sorted(found) == ["4,5", "6,7"]
+    assert not any("--enable-sleep-mode" in words for words in found.values())
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"colocate": True, "num_servers": 2}, "at most 1 servers .* 1 GPUs .* the trainer, got 2"),
+        ({"colocate": True, "server_tensor_parallel_size": 2}, "at most 0 servers .* got 1"),
+        ({}, "at most 0 servers .* the 0 GPUs of this node that no process trains on, got 1"),
+    ],
+)
+def test_more_servers_than_gpus(settings, message, tmp_path, monkeypatch):
+    config = recipe(tmp_path, program(tmp_path, "exit 3"), **settings)
     monkeypatch.setattr(servers_module.torch.cuda, "device_count", lambda: 1)
-    with pytest.raises(UserError, match=r"rollout\.num_servers: .* the 1 GPUs .* got 2"):
+    with pytest.raises(UserError, match=rf"rollout\.num_servers: expected {message}"):
         LocalServers(config, tmp_path, tmp_path / "servers")
 
 
