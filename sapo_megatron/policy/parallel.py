@@ -249,6 +249,14 @@ def failing_together(groups: ParallelGroups) -> Iterator[None]:
         raise first from None
 
 
+def greatest(groups: ParallelGroups, value: float) -> float:
+    """The greatest ``value`` of all ranks, on each of them. Collective over all ranks."""
+    values: list[Any] = [None] * dist.get_world_size()
+    # Over the world: each rank brings its own.
+    dist.all_gather_object(values, value, group=groups.world)
+    return max(values)
+
+
 def shutdown() -> None:
     """Leave the process group at the end of a program."""
     dist.destroy_process_group()

@@ -2,9 +2,10 @@
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -33,6 +34,9 @@ logger = logging.getLogger(__name__)
 
 LossFunction = Callable[[PackedBatch, Tensor, Tensor], tuple[Tensor, Metrics]]
 """(micro-batch, logprob [T], entropy [T]) -> (its part of the global loss, metrics)."""
+
+Offload = Literal["gradients", "optimizer", "weights"]
+"""What leaves a GPU, each with those before it."""
 
 SEQUENCE_ESS = "ratio/sequence_ess"
 """The metric of a loss function that ``optimizer.ess_scaling`` goes by."""
@@ -97,6 +101,44 @@ class Policy:
     def updates(self) -> int:
         """Optimizer steps behind the weights, those before a resume included."""
         return self.scheduler.num_steps
+
+    @contextmanager
+    def aside(self, what: Offload) -> Iterator[Callable[[], None]]:
+        """Leave this rank's GPU to others for a while: yields the call that does.
+
+        Gradients are freed, the optimizer's state and weights wait in host memory; all are back
+        behind the block, zero gradients among them. Collective over all ranks: the call ends when
+        all have left, and the block when all are through it, or at once where all raise.
+        """
+        on_gpu = self.groups.device.type == "cuda"
+        buffers = [b for ddp in self.ddp for b in [*ddp.buffers, *ddp.expert_parallel_buffers]]
+
+        def leave() -> None:
+            for ddp in self.ddp:
+                ddp.offload_grad_buffers(synchronize=on_gpu, empty_cache=on_gpu)
+            if what != "gradients":
+                self.optimizer.offload_to_cpu()
+            if what == "weights":
+                for buffer in buffers:
+                    buffer.offload_to_cpu(move_params=True, move_grads=False)
+            if on_gpu:
+                torch.cuda.synchronize()
+                torch.cuda.empty_cache()
+            # Over the world: the servers of no rank wake before all GPUs are free.
+            dist.barrier(self.groups.world)
+
+        try:
+            yield leave
+            # Over the world: no rank trains before the servers of all sleep.
+            dist.barrier(self.groups.world)
+        finally:
+            if what == "weights":
+                for buffer in buffers:
+                    buffer.reload_from_cpu(move_params=True, move_grads=False)
+            if what != "gradients":
+                self.optimizer.restore_from_cpu()
+            for ddp in self.ddp:
+                ddp.restore_grad_buffers(synchronize=on_gpu)
 
     @torch.no_grad()
     def logprobs(self, samples: Sequence[Sample], cut: MicroBatching) -> tuple[float, ...]:

@@ -10,25 +10,26 @@ import json
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import transformers
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from sapo_megatron.files import whole_folder
+from sapo_megatron.files import whole_file, whole_folder
 from sapo_megatron.hf.architecture import Architecture
 from sapo_megatron.hf.config import in_both_spellings, tokenizer_for_both
 from sapo_megatron.hf.folder import INDEX, NOT_WEIGHTS, Listed, WeightFiles
 from sapo_megatron.hf.names import Entry, Named, Plain, entry
 from sapo_megatron.policy import parallel
 from sapo_megatron.policy.gpt import LogprobGPT
-from sapo_megatron.policy.parallel import ParallelGroups
+from sapo_megatron.policy.parallel import Nodes, ParallelGroups
 from sapo_megatron.policy.spec import DTYPES
 from sapo_megatron.recipe.schema import ModelConfig
 
@@ -79,6 +80,15 @@ class _Weight:
         if isinstance(self.entry, Plain) and self.tensor.shape == self.entry.shape:
             return 0, 1  # whole on every rank, though other layers of this name are cut
         return self.group.rank(), self.group.size()
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a hand-over has written."""
+
+    bytes: int
+    changed: int
+    """Bytes of elements that differ from those that were there; all where nothing was."""
 
 
 class HuggingFaceWeights:
@@ -139,26 +149,79 @@ class HuggingFaceWeights:
         one weight at a time; some are the model's own memory, for who keeps them to copy.
         """
         rank = dist.get_rank()
+        for owner, listed, mine in self._in_turn():
+            tensor = self._empty(listed) if rank == 0 and mine is None else mine
+            if tensor is None:
+                continue
+            # Between two ranks, which come to the tensors of the schedule in its order.
+            if owner != 0 and rank == 0:
+                dist.recv(tensor, src=owner)
+            elif owner != 0:
+                dist.send(tensor, dst=0)
+            if rank == 0:
+                yield listed.name, tensor
+
+    def save_on_nodes(self, folder: Path, nodes: Nodes) -> Written:
+        """Write the present weights into ``folder`` of every node, in place of those of before.
+
+        For a file system that a node has for itself. Each rank writes what those in its place on
+        all nodes hold, a file at a time, so that a node never has more than the model and a file
+        for each of its ranks. The folder is whole when all ranks are through. Collective over all
+        ranks. Returns what this node has written.
+        """
+        with parallel.failing_together(self._groups):
+            folder.mkdir(parents=True, exist_ok=True)
+            tensors = self._of_peers(nodes)
+            try:
+                mine = _replace(tensors, folder, f"rank-{nodes.local:05d}")
+            finally:
+                for _ in tensors:  # others wait for this rank's pieces
+                    pass
+        found: list[Any] = [None] * dist.get_world_size()
+        # Over the world: every rank says what it has written, the first of a node makes the index.
+        dist.all_gather_object(found, (nodes.number, *mine), group=self._groups.world)
+        here = [(files, changed) for number, files, changed in found if number == nodes.number]
+        files = [file for some, _ in here for file in some]
+        with parallel.failing_together(self._groups):
+            if nodes.is_first:
+                _write_places(files, folder)
+                self._write_rest(folder, None)
+        return Written(bytes=sum(f.size for f in files), changed=sum(bytes for _, bytes in here))
+
+    def _of_peers(self, nodes: Nodes) -> Iterator[Named]:
+        """The tensors that any rank in this rank's place on its node is to write.
+
+        Collective over all ranks.
+        """
+        size = dist.get_world_size() // len(nodes.firsts)
+        for owner, listed, mine in self._in_turn():
+            if owner % size == nodes.local:
+                tensor = self._empty(listed) if mine is None else mine
+                if nodes.peers:
+                    # Over those in the same place on their nodes, in the order of the schedule.
+                    dist.broadcast(tensor, src=owner, group=nodes.peers)
+                yield listed.name, tensor
+
+    def _in_turn(self) -> Iterator[tuple[int, Listed, Tensor | None]]:
+        """(owner, what it is, on the owner itself) of every tensor of the model.
+
+        Collective over all ranks, each of which must come to its end.
+        """
         weights = enumerate(self._weights())
         position, tensors = -1, iter(list[Named]())
         for turn, owner, listed in self._schedule():
             while position < turn:  # every rank of a weight's group comes to it in the same turn
                 position, weight = next(weights, (turn, None))
                 tensors = iter(self._whole(weight) if weight else [])
-            if owner == rank:
+            if owner == dist.get_rank():
                 name, tensor = next(tensors)
                 assert Listed(name, tensor.dtype, tensor.shape) == listed, name
-                tensor = tensor.contiguous()
-            elif rank == 0:
-                tensor = torch.empty(listed.shape, dtype=listed.dtype, device=self._groups.device)
-            if owner != 0 and rank in (0, owner):
-                # Between two ranks, which come to the tensors of the schedule in its order.
-                if rank == 0:
-                    dist.recv(tensor, src=owner)
-                else:
-                    dist.send(tensor, dst=0)
-            if rank == 0:
-                yield listed.name, tensor
+                yield owner, listed, tensor.contiguous()
+            else:
+                yield owner, listed, None
+
+    def _empty(self, listed: Listed) -> Tensor:
+        return torch.empty(listed.shape, dtype=listed.dtype, device=self._groups.device)
 
     def _schedule(self) -> list[_Turn]:
         """The tensors of all ranks by turn, of which each rank has one for each of its weights."""
@@ -259,25 +322,48 @@ class _File:
 def _write(tensors: Iterator[Named], folder: Path, prefix: str) -> list[_File]:
     """Write files of about ``SHARD_BYTES``, holding one at a time."""
     files: list[_File] = []
+    for number, shard in enumerate(_shards(tensors)):
+        name = f"{prefix}-{number:05d}.safetensors"
+        save_file(shard, folder / name, metadata={"format": "pt"})
+        files.append(_File(name, list(shard), sum(t.nbytes for t in shard.values())))
+    return files
+
+
+def _replace(tensors: Iterator[Named], folder: Path, prefix: str) -> tuple[list[_File], int]:
+    """``_write`` in place of what was written before; also the bytes that have changed."""
+    files: list[_File] = []
+    changed = 0
+    for number, shard in enumerate(_shards(tensors)):
+        path = folder / f"{prefix}-{number:05d}.safetensors"
+        if path.exists():
+            with safe_open(path, framework="pt") as before:
+                changed += sum(_differ(before.get_tensor(n), t) for n, t in shard.items())
+        else:
+            changed += sum(t.nbytes for t in shard.values())
+        with whole_file(path) as temporary:
+            save_file(shard, temporary, metadata={"format": "pt"})
+        files.append(_File(path.name, list(shard), sum(t.nbytes for t in shard.values())))
+    return files, changed
+
+
+def _shards(tensors: Iterator[Named]) -> Iterator[dict[str, Tensor]]:
+    """Copies of the tensors, about ``SHARD_BYTES`` at a time."""
     shard: dict[str, Tensor] = {}
     size = 0
-
-    def flush() -> None:
-        nonlocal size
-        name = f"{prefix}-{len(files):05d}.safetensors"
-        save_file(shard, folder / name, metadata={"format": "pt"})
-        files.append(_File(name, list(shard), size))
-        shard.clear()
-        size = 0
-
     for name, tensor in tensors:
         if shard and size + tensor.nbytes > SHARD_BYTES:
-            flush()
+            yield shard
+            shard, size = {}, 0
         shard[name] = tensor.cpu().contiguous().clone()
         size += tensor.nbytes
     if shard:
-        flush()
-    return files
+        yield shard
+
+
+def _differ(before: Tensor, after: Tensor) -> int:
+    """Bytes of the elements that differ."""
+    bits = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[after.itemsize]
+    return int((before.view(bits) != after.view(bits)).sum()) * after.itemsize
 
 
 def _beside_weights(source: Path) -> list[Path]:
@@ -290,11 +376,17 @@ def _beside_weights(source: Path) -> list[Path]:
 
 def _write_index(files: list[_File], folder: Path) -> None:
     """Give the ranks' files their usual names, and say which tensor is where."""
-    places = {}
+    named = []
     for number, file in enumerate(files, 1):
         name = f"model-{number:05d}-of-{len(files):05d}.safetensors"
         (folder / file.name).rename(folder / name)
-        places.update(dict.fromkeys(file.tensors, name))
+        named.append(replace(file, name=name))
+    _write_places(named, folder)
+
+
+def _write_places(files: list[_File], folder: Path) -> None:
+    """Say which tensor is where."""
+    places = {tensor: file.name for file in files for tensor in file.tensors}
     index = {"metadata": {"total_size": sum(f.size for f in files)}, "weight_map": places}
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 

@@ -134,7 +134,10 @@ class Collector:
                 found = self._thread.submit(self._generate, *arguments)
             else:
                 found = Future()
-                found.set_result(self._generate(*arguments))
+                try:
+                    found.set_result(self._generate(*arguments))
+                except (RunFailed, UserError) as error:  # for finish, where all ranks hear of it
+                    found.set_exception(error)
         return Pending(
             prompts=list(prompts), num_generations=num_generations, part=found, metrics=metrics
         )

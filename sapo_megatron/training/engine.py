@@ -1,14 +1,12 @@
 """The engine of a run's rollouts: the training model itself, or vLLM servers that follow it.
 
-Servers get the policy's weights as a Hugging Face folder on a file system that they share, or over
-NCCL, and must then give a probe the log-probs that the training engine gives it; a run whose
-servers do not stops.
+Servers get the policy's weights before they serve (:mod:`.handover`), and must then give a probe
+the log-probs that the training engine gives it; a run whose servers do not stops.
 """
 
-import functools
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -19,7 +17,8 @@ from sapo_megatron.data.batch import MicroBatching
 from sapo_megatron.metrics import Max, Metrics
 from sapo_megatron.policy import parallel
 from sapo_megatron.policy.decode import MegatronDecoder
-from sapo_megatron.policy.step import Policy
+from sapo_megatron.policy.parallel import Nodes, ParallelGroups
+from sapo_megatron.policy.step import Offload, Policy
 from sapo_megatron.recipe.schema import Recipe
 from sapo_megatron.rollout.engine import Engine, Request, SamplingParams
 from sapo_megatron.rollout.generate import InProcess, generate
@@ -27,6 +26,7 @@ from sapo_megatron.rollout.vllm.engine import Probe, VllmEngine
 from sapo_megatron.rollout.vllm.servers import LocalServers
 from sapo_megatron.rollout.vllm.transfer import Transfer
 from sapo_megatron.sample import Sample
+from sapo_megatron.training.handover import Handover, OverFolder, OverNccl, folder_in_memory
 from sapo_megatron.training.inputs import Inputs
 
 logger = logging.getLogger(__name__)
@@ -43,8 +43,13 @@ first hardly differed, by the tolerance over this."""
 
 
 @contextmanager
-def open_engine(recipe: Recipe, inputs: Inputs, policy: Policy, run: Path) -> Iterator[Engine]:
+def open_engine(
+    recipe: Recipe, inputs: Inputs, policy: Policy, run: Path, nodes: Nodes | None
+) -> Iterator[Engine]:
     """The engine that the recipe asks for, while the block lasts. Collective over all ranks.
+
+    ``nodes``: where the run starts servers of its own, of which one process of each node has some;
+    to others the first rank speaks.
 
     Raises UserError for servers that do not serve the model, RunFailed where there are none.
     """
@@ -53,39 +58,49 @@ def open_engine(recipe: Recipe, inputs: Inputs, policy: Policy, run: Path) -> It
         yield InProcess(MegatronDecoder(policy.model), batch_size=batch_size)
         return
     probe = _probe_samples(recipe, inputs, policy)
+    groups, rollout = policy.groups, recipe.rollout
+    speaks = nodes.is_first if nodes else dist.get_rank() == 0
+    memory = folder_in_memory(policy, nodes) if nodes else None
+    weights = memory or run / "servers" / "weights"
     with ExitStack() as stack:
-        rollout, is_first = recipe.rollout, dist.get_rank() == 0
-        servers = transfer = listing = None
-        with parallel.failing_together(policy.groups):
-            if is_first:
-                servers = _connect(stack, recipe, inputs, run / "servers")
-        if over_nccl := rollout.weight_transfer == "nccl":
-            listing = policy.model.weights.listing()
-        with parallel.failing_together(policy.groups):
-            if is_first and listing is not None:
-                transfer = Transfer(rollout.servers, listing, timeout_s=rollout.server_timeout_s)
+        servers = None
+        with parallel.failing_together(groups):
+            if speaks:
+                servers = _connect(stack, recipe, inputs, run / "servers", nodes, weights)
+        _agree_on_routes(recipe, inputs, groups, servers)
+        handover: Handover
+        if rollout.weight_transfer == "nccl":
+            handover = _over_nccl(recipe, policy, servers)
+        else:
+            handover = OverFolder(policy, servers, weights, nodes if memory else None)
         yield Following(
             policy,
             servers,
-            run / "servers" / "weights",
+            handover,
             probe=probe,
             tolerance=PROBE_TOLERANCE[recipe.model.params_dtype],
-            cut=policy.groups.micro_batching(recipe),
-            colocate=rollout.colocate,
-            over_nccl=over_nccl,
-            transfer=transfer,
+            cut=groups.micro_batching(recipe),
+            offload=rollout.colocate_offload if rollout.colocate else None,
         )
 
 
-def _connect(stack: ExitStack, recipe: Recipe, inputs: Inputs, folder: Path) -> VllmEngine:
-    """On the first rank: the servers of the recipe, or some of the trainer's own."""
+def _connect(
+    stack: ExitStack,
+    recipe: Recipe,
+    inputs: Inputs,
+    folder: Path,
+    nodes: Nodes | None,
+    weights: Path,
+) -> VllmEngine:
+    """The servers of the recipe, or some of this node's own."""
     with_routes = recipe.routing.router_replay == "R3"
-    if recipe.rollout.servers:
+    if nodes is None:
         engine = VllmEngine(
             recipe.rollout.servers, recipe.rollout, inputs.arch, with_routes=with_routes
         )
     else:
-        local = stack.enter_context(LocalServers(recipe, inputs.model, folder))
+        logs = folder / f"node-{nodes.number}" if len(nodes.firsts) > 1 else folder
+        local = stack.enter_context(LocalServers(recipe, inputs.model, logs, weights))
         engine = VllmEngine(
             local.urls,
             recipe.rollout,
@@ -94,72 +109,95 @@ def _connect(stack: ExitStack, recipe: Recipe, inputs: Inputs, folder: Path) -> 
             exited=local.exited,
         )
     engine.check()
-    if recipe.routing.observe and inputs.arch.experts and not with_routes:
-        engine.take_routes()
     return engine
+
+
+def _agree_on_routes(
+    recipe: Recipe, inputs: Inputs, groups: ParallelGroups, servers: VllmEngine | None
+) -> None:
+    """Have samples carry the experts where someone looks at them and all servers return them.
+
+    Collective over all ranks.
+    """
+    if not (recipe.routing.observe and inputs.arch.experts):
+        return
+    missing = parallel.greatest(groups, float(servers is not None and not servers.returns_routes))
+    if servers is not None and recipe.routing.router_replay != "R3":
+        servers.take_routes(everywhere=not missing)
+
+
+def _over_nccl(recipe: Recipe, policy: Policy, servers: VllmEngine | None) -> OverNccl:
+    listing, transfer, rollout = policy.model.weights.listing(), None, recipe.rollout
+    with parallel.failing_together(policy.groups):
+        if servers is not None:
+            transfer = Transfer(rollout.servers, listing, timeout_s=rollout.server_timeout_s)
+    return OverNccl(policy, servers, transfer)
 
 
 class Following:
     """vLLM servers whose weights are made the policy's whenever they are to serve.
 
-    The first rank speaks to them, for all.
+    The ranks that speak to some do so for all.
     """
 
-    background = True
+    by_prompt = True
 
     def __init__(
         self,
         policy: Policy,
         servers: VllmEngine | None,
-        folder: Path,
+        handover: Handover,
         *,
         probe: Sequence[Sample],
         tolerance: float,
         cut: MicroBatching,
-        colocate: bool = False,
-        over_nccl: bool = False,
-        transfer: Transfer | None = None,
+        offload: Offload | None = None,
     ) -> None:
-        """``servers``: on the first rank; ``folder``: where weights are handed over; ``cut``: how
-        the probe is, whose ``tolerance`` is that of the first load; ``colocate``: the servers sleep
-        between rollouts, which costs them their weights; ``over_nccl``: they get weights by the
-        first rank's ``transfer``.
+        """``servers``: on the ranks that speak to some; ``cut``: how the probe is, whose
+        ``tolerance`` is that of the first load; ``offload``: what leaves the GPUs for servers on
+        the same, which sleep between rollouts, at the cost of their weights.
         """
+        self.background = offload is None
         self._policy = policy
         self._servers = servers
-        self._folder = folder.absolute()
+        self._handover = handover
         self._probe = probe
         self._tolerance = tolerance
         self._cut = cut
-        self._colocate = colocate
-        self._over_nccl = over_nccl
-        self._transfer = transfer
+        self._offload = offload
         self._updates: int | None = None
         """Optimizer steps behind the servers' weights; None: they have none of ours."""
 
     @contextmanager
     def serving(self, *, record: bool) -> Iterator[Metrics]:
-        metrics = Metrics()
-        if self._colocate or self._updates != self._policy.updates:
-            metrics = self._hand_over()
-            self._updates = self._policy.updates
-        yield metrics
+        if self._offload is None:
+            metrics = Metrics()
+            if self._updates != self._policy.updates:
+                metrics = self._hand_over()
+            yield metrics
+            return
+        with self._policy.aside(self._offload) as leave:
+            yield self._hand_over(leave)
 
     def generate(self, requests: Sequence[Request], params: SamplingParams) -> list[Sample]:
         if self._servers is None:
             return []
-        samples = self._servers.sample(requests, params)
-        if self._colocate:
-            self._servers.sleep()  # before any rank has the samples and trains on them
-        return samples
+        asked = [request for request in requests if request.uid >= 0]
+        if self._offload is None:
+            return self._servers.sample(asked, params)
+        try:
+            return self._servers.sample(asked, params)
+        finally:
+            self._servers.sleep()
 
-    def _hand_over(self) -> Metrics:
+    def _hand_over(self, leave: Callable[[], None] = lambda: None) -> Metrics:
+        """``leave``: leaves the GPUs to the servers, on all ranks, once the weights are written."""
         began = time.monotonic()
         logprobs = self._policy.logprobs(self._probe, self._cut)
-        if self._colocate:
-            torch.cuda.empty_cache()  # what training has kept; the servers are about to need it
+        metrics = self._handover.write()
+        leave()
         probe = Probe(samples=self._probe, logprobs=logprobs, tolerance=self._tolerance)
-        difference = self._send(probe) if self._over_nccl else self._share(probe)
+        difference = self._handover.load(probe)
         if self._updates is None:
             self._tolerance = _later_tolerance(self._tolerance, difference)
             logger.info(
@@ -167,38 +205,12 @@ class Following:
                 difference,
                 self._tolerance,
             )
-        metrics = Metrics()
+        self._updates = self._policy.updates
         metrics.add("time/sync", Max(time.monotonic() - began))
         metrics.add("rollout/probe_diff", Max(difference))
         if dist.get_rank() == 0:
             logger.debug("servers have the weights of update %d", self._policy.updates)
         return metrics
-
-    def _share(self, probe: Probe) -> float:
-        """By a folder; the probe's largest difference."""
-        # No rank is through before all have come, so that their memory is free as well.
-        self._policy.model.weights.save(self._folder)
-
-        def load() -> float:
-            assert self._servers is not None
-            return max(self._servers.load(self._folder, probe).values())
-
-        return parallel.on_first_rank(self._policy.groups, load)
-
-    def _send(self, probe: Probe) -> float:
-        """Over NCCL; the probe's largest difference."""
-        found: dict[str, float] = {}
-        tensors = self._policy.model.weights.stream()
-        with parallel.failing_together(self._policy.groups):
-            try:
-                if self._servers is not None:
-                    assert self._transfer is not None
-                    send = functools.partial(self._transfer.send, tensors)
-                    found = self._servers.receive(send, probe)
-            finally:
-                for _ in tensors:  # others wait for the first rank to take their tensors
-                    pass
-        return parallel.on_first_rank(self._policy.groups, lambda: max(found.values()))
 
 
 def _later_tolerance(tolerance: float, first: float) -> float:

@@ -252,20 +252,24 @@ def _open_policy(
 def _open_collector(
     stack: ExitStack, recipe: Recipe, inputs: Inputs, policy: Policy, run: RunFolder
 ) -> Collector:
-    groups = policy.groups
-    in_process = recipe.rollout.engine == "in_process"
-    # On the ranks that get responses: leaders, or the one that speaks to the servers.
-    scores = groups.is_leader if in_process else dist.get_rank() == 0
+    groups, nodes = policy.groups, None
+    part, parts, gets_responses = 0, 1, dist.get_rank() == 0
+    if recipe.rollout.engine == "in_process":
+        part, parts = groups.dp_cp.rank(), groups.dp_cp.size()
+        gets_responses = groups.is_leader
+    elif not recipe.rollout.servers:
+        nodes = parallel.nodes(groups)
+        part, parts, gets_responses = nodes.number, len(nodes.firsts), nodes.is_first
     scorer: AbstractContextManager[Scorer | None] = nullcontext()
-    if scores:
+    if gets_responses:
         scorer = Scorer(recipe.reward)
     return Collector(
         scorer=stack.enter_context(scorer),
-        engine=stack.enter_context(open_engine(recipe, inputs, policy, run.path)),
+        engine=stack.enter_context(open_engine(recipe, inputs, policy, run.path, nodes)),
         tokenizer=inputs.tokenizer,
         stop_ids=inputs.endings.stop_ids,
-        part=groups.dp_cp.rank() if in_process else 0,
-        parts=groups.dp_cp.size() if in_process else 1,
+        part=part,
+        parts=parts,
         world=groups.world,
     )
 

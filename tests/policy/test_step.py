@@ -2,12 +2,15 @@
 
 import dataclasses
 import math
+import time
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from sapo_megatron.data.batch import denominators, micro_batches
 from sapo_megatron.hf.architecture import parse_architecture
+from sapo_megatron.metrics import Metrics
 from sapo_megatron.objective.loss import policy_loss, sequence_ess
 from sapo_megatron.policy import parallel
 from sapo_megatron.policy.step import SEQUENCE_ESS, Policy
@@ -68,6 +71,55 @@ def steps(folder):
         policy.close()
     parallel.teardown()
     return found, seen
+
+
+def aside(folder):
+    """Times on this rank, bytes of gradients meanwhile, and the weights of a step afterwards."""
+    recipe = make_recipe(LAYOUT, folder, "float64")
+    groups = parallel.setup(recipe.parallel, seed=1)
+    found = []
+    for left in (False, True):
+        policy = Policy(
+            recipe,
+            parse_architecture(MODELS[LAYOUT.model]),
+            groups,
+            folder,
+            optimizer=dataclasses.replace(recipe.optimizer, lr=1e-3),
+            total_updates=1,
+        )
+        batches = [
+            dataclasses.replace(batch, old_logprob=batch.rollout_logprob)
+            for batch in micro_batches(samples(LAYOUT), groups.micro_batching(recipe))
+        ]
+        if left:
+            with policy.aside("gradients") as leave:
+                if dist.get_rank() == 1:
+                    time.sleep(0.3)  # the one that all wait for
+                came = time.monotonic()
+                leave()
+                went = time.monotonic()
+                sizes = [b.grad_data.untyped_storage().size() for b in policy.ddp[0].buffers]
+                if dist.get_rank() == 1:
+                    time.sleep(0.3)
+                slept = time.monotonic()
+            times = (came, went, slept, time.monotonic())
+        policy.update(batches, lambda batch, logprob, _: (-logprob.sum(), Metrics()), where="here")
+        found.append([p.detach() for chunk in policy.model.chunks for p in chunk.parameters()])
+        policy.close()
+    parallel.teardown()
+    return times, sizes, all(map(torch.equal, *found))
+
+
+def test_gradients_are_away_while_others_have_the_memory(tmp_path):
+    """No rank's servers wake before all have left, none trains before all servers sleep."""
+    random_weights(MODELS[LAYOUT.model], tmp_path / "weights")
+    ranks = run_ranks(LAYOUT.world, aside, tmp_path / "weights")
+    came, went, slept, back = zip(*(times for times, _, _ in ranks), strict=True)
+    assert min(went) >= max(came)
+    assert min(back) >= max(slept)
+    for _, sizes, same in ranks:
+        assert not any(sizes)
+        assert same, "the step afterwards is another one"
 
 
 def test_a_step_is_as_long_as_its_effective_number_of_sequences_allows(tmp_path):

@@ -1,4 +1,4 @@
-"""Random weights; and all tensors of a model, one after the other, on the first rank."""
+"""Random weights; all tensors of a model, one after the other, on the first rank or each node."""
 
 import json
 
@@ -26,8 +26,19 @@ PLACES = [
 ]
 
 
+def on_nodes(weights, groups, local, out):
+    """What is written where ``local`` is this rank's place on its node, and this rank's node."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LOCAL_RANK", str(local))
+        nodes = parallel.nodes(groups)
+        return weights.save_on_nodes(out / f"{len(nodes.firsts)}-{nodes.number}", nodes)
+
+
 def streamed(cases):
-    """What a rank got of two streams, and what was listed before; the model is saved as well."""
+    """What a rank got of two streams, what was listed before, and what it wrote for nodes.
+
+    The model is saved as well, and written again where one thing in it has changed.
+    """
     found = []
     for place, source, out in cases:
         groups = parallel.setup(place.recipe.parallel, seed=1)
@@ -41,11 +52,14 @@ def streamed(cases):
         )
         listed = policy.model.weights.listing()
         policy.model.weights.save(out)
+        weights, rank = policy.model.weights, dist.get_rank()
+        written = [on_nodes(weights, groups, local, out) for local in (rank, 0, 0)]
         first = {name: tensor.clone() for name, tensor in policy.model.weights.stream()}
         with torch.no_grad():
             for weight in policy.model.chunks[0].parameters():
                 weight.mul_(2)
-        found.append((listed, first, list(policy.model.weights.stream())))
+        written += [on_nodes(weights, groups, 0, out)]
+        found.append((listed, first, list(policy.model.weights.stream()), written))
         policy.close()
         parallel.teardown()
         dist.barrier()
@@ -65,7 +79,7 @@ def results(tmp_path_factory):
 
 @pytest.mark.parametrize("place", PLACES, ids=lambda place: place.name)
 def test_the_stream_is_what_is_saved(results, place):
-    out, (listed, got, _), (same, nothing, _) = results[place]
+    out, (listed, got, *_), (same, nothing, *_) = results[place]
     expected = {}
     for file in out.glob("*.safetensors"):
         expected |= load_file(file)
@@ -79,10 +93,30 @@ def test_the_stream_is_what_is_saved(results, place):
 
 @pytest.mark.parametrize("place", PLACES, ids=lambda place: place.name)
 def test_a_second_stream_has_the_weights_of_then(results, place):
-    _, (listed, before, after), _ = results[place]
+    _, (listed, before, after, _), _ = results[place]
     assert [name for name, _ in after] == [name for name, _, _ in listed]
     changed = {name for name, tensor in after if not torch.equal(tensor, before[name])}
     assert "model.embed_tokens.weight" in changed
+
+
+@pytest.mark.parametrize("place", PLACES, ids=lambda place: place.name)
+def test_every_node_has_the_whole_model(results, place):
+    """Ranks of one node share the work, those of two bring each other what they have."""
+    out, (_, before, after, one), (*_, two) = results[place]
+    size = sum(tensor.nbytes for tensor in before.values())
+    for first, second, again, changed in (one, two):
+        assert first.bytes == second.bytes == size
+        assert (first.changed, second.changed, again.changed) == (size, size, 0)
+        differ = sum(int((before[n] != t).sum()) * t.itemsize for n, t in after)
+        assert changed.changed == differ > 0
+    for folder, expected in (("1-0", before), ("2-0", dict(after)), ("2-1", dict(after))):
+        index = json.loads((out / folder / "model.safetensors.index.json").read_text())
+        assert (out / folder / "config.json").exists()
+        assert index["weight_map"].keys() == expected.keys()
+        for file in set(index["weight_map"].values()):
+            for name, tensor in load_file(out / folder / file).items():
+                assert index["weight_map"][name] == file
+                assert torch.equal(tensor, expected[name]), name
 
 
 def test_the_gradient_of_every_id_of_random_weights_is_of_the_usual_size(tmp_path):

@@ -43,7 +43,7 @@ class FakeVllm:
         self.calls: list[tuple[str, dict[str, Any]]] = []
         self.description: dict[str, Any] = dict(DESCRIPTION)
         self.weights = "initial"
-        self.asleep = False
+        self.asleep: set[str] = set()
         self.folders: list[str] = []
         self.fault: Callable[[str, dict[str, Any], Callable[[], Answer]], Answer] | None = None
         self._open: set[Any] = set()
@@ -82,12 +82,14 @@ class FakeVllm:
         if path == "/health":
             return 200, b""
         if path == "/sleep?level=2":
-            self.asleep = True
+            self.asleep = {"weights", "kv_cache"}
             return 200, {"status": "sleeping", "level": 2}
-        if path == "/wake_up":
-            self.asleep = False
-            return 200, {"status": "awake", "tags": None}
-        if self.asleep and body.get("method") != "sapo_describe":
+        if path.startswith("/wake_up?tags="):
+            tag = path.split("=")[1]
+            self.asleep -= {tag}
+            return 200, {"status": "sleeping" if self.asleep else "awake", "tags": [tag]}
+        loads = "weights" not in self.asleep and body.get("method") == "sapo_load"
+        if self.asleep and not loads and body.get("method") != "sapo_describe":
             return 500, b"asleep"
         if path == "/reset_prefix_cache":
             return 200, {"success": True}

@@ -1,8 +1,8 @@
 """Servers that follow the policy, against servers without a model; tests/on_vllm has real ones."""
 
+import contextlib
 import sys
 from concurrent.futures import ThreadPoolExecutor, wait
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -19,6 +19,7 @@ from sapo_megatron.rollout.vllm.engine import VllmEngine
 from sapo_megatron.rollout.vllm.transfer import Transfer
 from sapo_megatron.sample import Sample
 from sapo_megatron.training.engine import Following
+from sapo_megatron.training.handover import OverFolder, OverNccl
 from tests.support import fakevllm
 from tests.support.fakevllm import EOS, FakeVllm, logprob
 from tests.support.gloo import run_ranks
@@ -37,7 +38,8 @@ PROBE = [
 ]
 PARAMS = SamplingParams(temperature=0.7, top_p=0.9, max_new_tokens=6, stop_ids=(EOS,), seed=3)
 REQUESTS = [Request(uid=uid, prompt_tokens=(5, 9, 2 + uid)) for uid in range(4)]
-ROUND = ["wake_up", "load", "forget", "probe", "sample", "sleep"]
+AWAKE = ["load", "forget", "probe", "sample"]
+ROUND = ["wake weights", "load", "wake kv_cache", *AWAKE[1:], "sleep"]
 
 
 @pytest.fixture
@@ -109,6 +111,13 @@ def over_nccl(folder, *servers, **changes):
     return following(folder, *servers, weight_transfer="nccl", **changes)
 
 
+@contextlib.contextmanager
+def aside(what):
+    """Stands in for a policy that has a GPU to leave."""
+    assert what == "gradients"
+    yield lambda: None
+
+
 def following(folder, *servers, timeout_s=60.0, **changes):
     """A policy that never trains unless told to, and servers that follow it."""
     policy = SimpleNamespace(
@@ -116,6 +125,7 @@ def following(folder, *servers, timeout_s=60.0, **changes):
         groups=SimpleNamespace(world=dist.group.WORLD),
         model=SimpleNamespace(weights=FakeWeights()),
         logprobs=lambda samples, cut: [logprob(t) for s in samples for t in s.response_tokens],
+        aside=aside,
     )
     config = RolloutConfig(
         engine="vllm",
@@ -127,17 +137,18 @@ def following(folder, *servers, timeout_s=60.0, **changes):
     )
     engine = VllmEngine(config.servers, config, parse_architecture(ARCH))
     engine.check()
-    nccl = config.weight_transfer == "nccl"
+    handover = OverFolder(policy, engine, folder / "weights")
+    if config.weight_transfer == "nccl":
+        transfer = Transfer(config.servers, LISTING, timeout_s=timeout_s)
+        handover = OverNccl(policy, engine, transfer)
     return policy, Following(
         policy,
         engine,
-        folder / "weights",
+        handover,
         probe=PROBE,
         tolerance=1e-3,
         cut=None,
-        colocate=config.colocate,
-        over_nccl=nccl,
-        transfer=Transfer(config.servers, LISTING, timeout_s=timeout_s) if nccl else None,
+        offload=config.colocate_offload if config.colocate else None,
     )
 
 
@@ -152,7 +163,8 @@ def calls(server):
     """What the server was asked to do, one after the other and each once."""
     found = []
     for path, body in server.calls:
-        name = {"/sleep?level=2": "sleep", "/wake_up": "wake_up", "/reset_prefix_cache": "forget"}
+        name = {"/sleep?level=2": "sleep", "/reset_prefix_cache": "forget"}
+        name |= {f"/wake_up?tags={what}": f"wake {what}" for what in ("weights", "kv_cache")}
         name |= {path: path[1:].split("_weight")[0] for path in fakevllm.TRANSFER}
         if body.get("method") == "sapo_load":
             found.append("load")
@@ -173,7 +185,7 @@ def test_servers_elsewhere_get_weights_that_have_changed_and_stay_awake(tmp_path
     assert rollout(engine) == {}
     policy.updates += 1
     rollout(engine)
-    assert calls(server) == ROUND[1:5] * 2  # the same weights twice
+    assert calls(server) == AWAKE * 2  # the same weights twice
 
 
 def test_colocated_servers_sleep_after_every_rollout_and_get_weights_before(tmp_path, server):
@@ -193,9 +205,10 @@ def test_a_colocated_server_that_is_back_is_woken_before_it_gets_weights(tmp_pat
         rollout(engine)
     server.fault = fakevllm.after(0.1)
     with engine.serving(record=True), FakeVllm(away.port) as back:
-        back.description["sleep_mode"] = back.asleep = True
+        back.description["sleep_mode"] = True
+        back.asleep = {"weights", "kv_cache"}
         engine.generate(REQUESTS * 4, PARAMS)
-        assert calls(back)[:4] == ROUND[:4]
+        assert calls(back)[:5] == ROUND[:5]
         assert back.asleep
     assert server.asleep
 
@@ -223,7 +236,7 @@ def test_a_colocated_server_that_does_not_sleep_ends_the_run(tmp_path, server, a
 
 def test_a_colocated_server_that_does_not_wake_ends_the_run(tmp_path, server):
     _, engine = following(tmp_path, server, colocate=True)
-    server.fault = lambda path, body, own: (500, b"CUDA OOM") if path == "/wake_up" else own()
+    server.fault = lambda path, body, own: (500, b"CUDA OOM") if "/wake_up" in path else own()
     with pytest.raises(RunFailed, match=r"got HTTP 500: CUDA OOM; .* --gpu-memory-utilization"):
         rollout(engine)
 
@@ -333,21 +346,16 @@ def failing_on_two_ranks(url):
         raise RunFailed(f"{url}: gone")
 
     first = dist.get_rank() == 0
-    engine = Following(
-        SimpleNamespace(
-            updates=0,
-            groups=SimpleNamespace(world=dist.group.WORLD),
-            model=SimpleNamespace(weights=SimpleNamespace(stream=stream)),
-            logprobs=lambda samples, cut: (),
-        ),
-        SimpleNamespace(receive=receive) if first else None,
-        Path(),
-        probe=PROBE,
-        tolerance=1e-3,
-        cut=None,
-        over_nccl=True,
-        transfer=SimpleNamespace(send=list) if first else None,
+    policy = SimpleNamespace(
+        updates=0,
+        groups=SimpleNamespace(world=dist.group.WORLD),
+        model=SimpleNamespace(weights=SimpleNamespace(stream=stream)),
+        logprobs=lambda samples, cut: (),
     )
+    servers = SimpleNamespace(receive=receive) if first else None
+    transfer = SimpleNamespace(send=list) if first else None
+    handover = OverNccl(policy, servers, transfer)
+    engine = Following(policy, servers, handover, probe=PROBE, tolerance=1e-3, cut=None)
     try:
         with engine.serving(record=True):
             return None

@@ -1,6 +1,7 @@
 """Which engine a recipe gets, and what of the recipe reaches it."""
 
 import contextlib
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -9,11 +10,13 @@ import torch.distributed as dist
 from sapo_megatron.data.endings import Endings
 from sapo_megatron.errors import RunFailed, UserError
 from sapo_megatron.hf.architecture import parse_architecture
+from sapo_megatron.policy.parallel import Nodes
 from sapo_megatron.recipe.load import load
 from sapo_megatron.rollout.generate import InProcess
 from sapo_megatron.sample import Prompt, Sample
 from sapo_megatron.training import engine as engines
 from sapo_megatron.training.engine import Following, open_engine
+from sapo_megatron.training.handover import OverFolder
 from tests.support.fakevllm import EOS, FakeVllm
 from tests.support.tiny import ARCH, write_recipe
 
@@ -83,7 +86,9 @@ def opened(tmp_path, monkeypatch):
             endings=Endings(stop_ids=(EOS, 7), turn_id=EOS),
             problems=[Prompt(uid=9, text="", answer="", tokens=tokens) for tokens in problems],
         )
-        return open_engine(recipe, inputs, policy, tmp_path / "run")
+        own = recipe.rollout.vllm_python
+        nodes = Nodes(firsts=(0,), number=0, local=0, peers=None) if own else None
+        return open_engine(recipe, inputs, policy, tmp_path / "run", nodes)
 
     return opened
 
@@ -130,7 +135,8 @@ def test_servers_of_the_trainers_own_end_with_the_block(opened, server, monkeypa
     ended = []
 
     class Local:
-        def __init__(self, recipe, model, folder):
+        def __init__(self, recipe, model, folder, weights):
+            assert weights.parent == Path("/dev/shm")
             self.urls, self.exited = [server.url], lambda url: None
             self.started = (recipe.rollout.vllm_python, model.name, folder.name)
 
@@ -163,7 +169,7 @@ def test_the_probe_answers_the_shortest_held_out_prompts(
     opened, server, monkeypatch, problems, longest, prompts, tokens
 ):
     seen = []
-    monkeypatch.setattr(Following, "_share", lambda self, probe: seen.append(probe) or 0.0)
+    monkeypatch.setattr(OverFolder, "load", lambda self, probe: seen.append(probe) or 0.0)
     server.description["max_model_len"] = sum(longest)
     lengths = dict(zip(("max_prompt_length", "max_response_length"), longest, strict=True))
     with (

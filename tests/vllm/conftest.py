@@ -18,5 +18,5 @@ def servers(tmp_path_factory):
     folder = tmp_path_factory.mktemp("servers")
     rollout = {"engine": "vllm", "vllm_python": os.environ["SAPO_VLLM_PYTHON"]}
     recipe = load(write_recipe(folder, arch=ARCH, rollout={**rollout, "max_response_length": 12}))
-    with LocalServers(recipe, folder / "model", folder / "servers") as local:
+    with LocalServers(recipe, folder / "model", folder / "servers", folder / "weights") as local:
         yield local

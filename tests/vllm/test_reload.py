@@ -36,7 +36,7 @@ def test_weights_are_right_after_every_load(family, fp8, tmp_path):
         "server_timeout_s": 240.0,
     }
     recipe = load(write_recipe(tmp_path, rollout=rollout, train={"max_tokens_per_gpu": 256}))
-    with LocalServers(recipe, start, tmp_path / "servers") as servers:
+    with LocalServers(recipe, start, tmp_path / "servers", tmp_path / "gone") as servers:
         engine = make_engine(recipe, start, servers)
         engine.check()
         for number in (0, 1, 0):

@@ -46,7 +46,7 @@ def served(tmp_path_factory):
             train={"max_tokens_per_gpu": 512},
         )
     )
-    with LocalServers(recipe, folder / "0", folder / "servers") as servers:
+    with LocalServers(recipe, folder / "0", folder / "servers", folder / "weights") as servers:
         yield SimpleNamespace(
             folder=folder,
             models=models,

@@ -75,7 +75,8 @@ class Reset(BaseModel):
 class Awake(BaseModel):
     """``/wake_up``."""
 
-    status: Literal["awake"]
+    status: Literal["awake", "sleeping"]
+    """Whether all of its memory is there again."""
 
 
 class _LogProbs(BaseModel):
@@ -209,8 +210,9 @@ def to_sample(
         raise Unusable(
             f"token_logprobs: expected one of each of {len(tokens)} tokens, got {len(logprobs)}"
         )
-    if not all(logprob is not None and MINUS_INFINITY < logprob <= 0 for logprob in logprobs):
-        wrong = next(x for x in logprobs if x is None or not MINUS_INFINITY < x <= 0)
+    usable = [x for x in logprobs if x is not None and MINUS_INFINITY < x <= 0]
+    if len(usable) < len(tokens):
+        wrong = next(x for x in logprobs if x not in usable)
         raise Unusable(f"token_logprobs: expected numbers of at most 0, got {wrong}")
     for token in tokens:
         if not 0 <= token < arch.vocab_size:
@@ -232,7 +234,7 @@ def to_sample(
         uid=request.uid,
         prompt_tokens=request.prompt_tokens,
         response_tokens=tokens,
-        rollout_logprobs=logprobs,
+        rollout_logprobs=usable,
         truncated=truncated,
         routes=routes,
     )

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import httpx
 
@@ -85,13 +85,13 @@ class Server:
                 f"look at its log; it needs VLLM_SERVER_DEV_MODE=1 and {SLEEP_FLAG}"
             ) from None
 
-    async def wake_up(self) -> None:
-        """Take the memory again, without weights in it; nothing for a server that is awake.
+    async def wake_up(self, what: Literal["weights", "kv_cache"]) -> None:
+        """Take the memory for weights, or for keys and values, again, with nothing in it.
 
-        Raises RunFailed where it cannot.
+        Nothing for a server that is awake. Raises RunFailed where it cannot.
         """
         try:
-            content = await self._call("POST", "/wake_up")
+            content = await self._call("POST", f"/wake_up?tags={what}")
         except _Trouble as error:
             raise RunFailed(
                 f"{self.url}: /wake_up: expected it to take its memory again, got {error}; look at "

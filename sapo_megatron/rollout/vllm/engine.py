@@ -120,9 +120,14 @@ class VllmEngine:
         """
         asyncio.run(self._check())
 
-    def take_routes(self) -> None:
-        """From here on samples carry the experts, if all servers return them; after ``check``."""
-        self._with_routes = not self._without_routes
+    @property
+    def returns_routes(self) -> bool:
+        """Whether all of these servers return the experts; after ``check``."""
+        return not self._without_routes
+
+    def take_routes(self, *, everywhere: bool) -> None:
+        """From here on samples carry the experts, if all servers of the run return them."""
+        self._with_routes = everywhere
         for url in sorted(self._without_routes):
             logger.info(
                 "%s returns no routes, so rollout_train/variance is left out; %s would have it",
@@ -307,11 +312,13 @@ class VllmEngine:
         if description.weights == seen == weights.label:
             return
         if self._config.colocate:
-            await server.wake_up()
+            await server.wake_up("weights")
         if weights.folder:
             await server.load(weights.folder, weights.label)
         elif description.weights != weights.label:
             raise Away("it has not got the weights that the others were sent")
+        if self._config.colocate:
+            await server.wake_up("kv_cache")  # now that what loading took for itself is free again
         await _forget_prefixes(server)
         tolerance = weights.probe.tolerance
         diff = await probe_difference(server, weights.probe)

@@ -1,12 +1,14 @@
 """Run a command for as long as the process that started this one lives.
 
-``python -m sapo_megatron.rollout.vllm.guard COMMAND...`` with a pipe as standard input, which is
-never written to: it closes when its owner lets go of it or dies, however that comes about. The
-command and all it has started are then terminated, and killed where they do not end in time.
+``python -m sapo_megatron.rollout.vllm.guard FOLDER COMMAND...`` with a pipe as standard input that
+is never written to: it closes when its owner lets go of it or dies, however that comes about. The
+command and all it has started are then terminated, and killed where they do not end in time, and
+the folder, of what the owner had for the command, is removed.
 """
 
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,16 +20,21 @@ GRACE_S = 10.0
 
 def main() -> int:
     """Returns the command's exit status."""
-    process = subprocess.Popen(sys.argv[1:], stdin=subprocess.DEVNULL, start_new_session=True)
-    threading.Thread(target=_end_with_owner, args=(process,), daemon=True).start()
+    folder, *command = sys.argv[1:]
+    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
+    let_go = threading.Event()
+    threading.Thread(target=_end_with_owner, args=(process, let_go), daemon=True).start()
     status = process.wait()
     _signal(process, signal.SIGKILL)  # whatever the command has left behind
+    if let_go.is_set():
+        shutil.rmtree(folder, ignore_errors=True)  # another guard may be at it
     return status
 
 
-def _end_with_owner(process: subprocess.Popen) -> None:
+def _end_with_owner(process: subprocess.Popen, let_go: threading.Event) -> None:
     while os.read(0, 1):  # not by sys.stdin, whose lock would be held when this process ends
         pass
+    let_go.set()
     _signal(process, signal.SIGTERM)
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(GRACE_S)

@@ -57,8 +57,10 @@ class LocalServers:
     else they need are in a folder of the run.
     """
 
-    def __init__(self, recipe: Recipe, model: Path, folder: Path) -> None:
+    def __init__(self, recipe: Recipe, model: Path, folder: Path, weights: Path) -> None:
         """Start them and wait until they answer; ``model`` holds ``config.json``.
+
+        ``weights``: where they will get theirs from, which is removed with them.
 
         Raises UserError where there is no such Python, and RunFailed for a server that exits or
         is not up within ``rollout.server_timeout_s``.
@@ -73,11 +75,12 @@ class LocalServers:
         gpus = _gpus_of_servers(recipe.rollout)
         folder.mkdir(parents=True, exist_ok=True)
         environment = _environment(folder)
+        self._weights = weights
         self._processes: list[_Process] = []
         try:
             for number, visible in enumerate(gpus):
                 theirs = environment if visible is None else {**environment, _VISIBLE: visible}
-                self._processes.append(_start(recipe, model, folder, number, theirs))
+                self._processes.append(_start(recipe, model, folder, number, theirs, weights))
             self._wait(recipe.rollout.server_timeout_s)
         except BaseException:
             self.close()
@@ -103,6 +106,7 @@ class LocalServers:
         for process in self._processes:
             process.guard.wait(2 * guard.GRACE_S)
             process.port.close()
+        shutil.rmtree(self._weights, ignore_errors=True)
         self._processes = []
 
     def __enter__(self) -> Self:
@@ -135,12 +139,23 @@ class LocalServers:
 
 
 def _start(
-    recipe: Recipe, model: Path, folder: Path, number: int, environment: dict[str, str]
+    recipe: Recipe,
+    model: Path,
+    folder: Path,
+    number: int,
+    environment: dict[str, str],
+    weights: Path,
 ) -> _Process:
     port = _free_port()
     number_of_port = port.getsockname()[1]
     url, log = f"http://127.0.0.1:{number_of_port}", folder / f"{number}.log"
-    command = [sys.executable, "-m", guard.__name__, *_command(recipe, model, number_of_port)]
+    command = [
+        sys.executable,
+        "-m",
+        guard.__name__,
+        str(weights),
+        *_command(recipe, model, number_of_port),
+    ]
     with log.open("wb") as file:
         process = subprocess.Popen(
             command,

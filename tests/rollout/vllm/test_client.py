@@ -494,7 +494,7 @@ def program(folder, text):
 def test_a_server_that_does_not_start(tmp_path):
     python = program(tmp_path, "echo one; echo two; echo three; echo 'ValueError: no' >&2; exit 3")
     with pytest.raises(RunFailed, match=r"status 3; .*0.log are: two \| three \| ValueError: no"):
-        LocalServers(recipe(tmp_path, python), tmp_path, tmp_path / "servers")
+        LocalServers(recipe(tmp_path, python), tmp_path, tmp_path / "servers", tmp_path / "weights")
 
 
 def test_a_server_that_is_not_up_in_time_is_ended(tmp_path, monkeypatch):
@@ -502,13 +502,15 @@ def test_a_server_that_is_not_up_in_time_is_ended(tmp_path, monkeypatch):
     config = recipe(tmp_path, python, server_timeout_s=1.0)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(RunFailed, match=r"within rollout\.server_timeout_s 1 s, got none yet"):
-        LocalServers(config, tmp_path, tmp_path / "servers")
+        LocalServers(config, tmp_path, tmp_path / "servers", tmp_path / "weights")
     assert not alive(int((tmp_path / "pid").read_text()))
 
 
 def test_a_python_that_is_none(tmp_path):
     with pytest.raises(UserError, match=r"rollout\.vllm_python: expected the Python of an"):
-        LocalServers(recipe(tmp_path, tmp_path / "no"), tmp_path, tmp_path / "servers")
+        LocalServers(
+            recipe(tmp_path, tmp_path / "no"), tmp_path, tmp_path / "servers", tmp_path / "weights"
+        )
 
 
 def visible_to(servers, folder, monkeypatch, *, gpus=8, **rollout):
@@ -522,7 +524,7 @@ def visible_to(servers, folder, monkeypatch, *, gpus=8, **rollout):
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setattr(servers_module.torch.cuda, "device_count", lambda: gpus)
     monkeypatch.setattr(LocalServers, "_wait", lambda self, timeout_s: None)
-    with LocalServers(config, folder, folder / "servers") as local:
+    with LocalServers(config, folder, folder / "servers", folder / "weights") as local:
         assert len(local.urls) == servers
         for process in local._processes:
             assert process.guard.wait() == 3
@@ -562,7 +564,7 @@ def test_more_servers_than_gpus(settings, message, tmp_path, monkeypatch):
     config = recipe(tmp_path, program(tmp_path, "exit 3"), **settings)
     monkeypatch.setattr(servers_module.torch.cuda, "device_count", lambda: 1)
     with pytest.raises(UserError, match=rf"rollout\.num_servers: expected {message}"):
-        LocalServers(config, tmp_path, tmp_path / "servers")
+        LocalServers(config, tmp_path, tmp_path / "servers", tmp_path / "weights")
 
 
 def alive(pid):
@@ -580,7 +582,7 @@ def test_servers_end_when_the_trainer_is_killed(tmp_path):
         from sapo_megatron.recipe.load import load
         from sapo_megatron.rollout.vllm import servers
         here = Path({str(tmp_path)!r})
-        servers.LocalServers(load(here / "recipe.yaml"), here, here / "servers")
+        servers.LocalServers(load(here / "recipe.yaml"), here, here / "servers", here / "weights")
     """
     recipe(tmp_path, python)
     trainer = subprocess.Popen([sys.executable, "-c", textwrap.dedent(script)], cwd=tmp_path)
@@ -597,7 +599,7 @@ def test_a_server_that_does_not_end_when_asked_is_killed(tmp_path):
         import sys
         from sapo_megatron.rollout.vllm import guard
         guard.GRACE_S = 0.2
-        sys.argv = ["guard", {str(command)!r}]
+        sys.argv = ["guard", {str(tmp_path / "weights")!r}, {str(command)!r}]
         sys.exit(guard.main())
     """
     process = subprocess.Popen(
