@@ -6,6 +6,7 @@
 #   PYTHON        interpreter of the environment that has vLLM (default: python3)
 #   ROLLOUT_HOST  address to listen on (default: 127.0.0.1, this machine only)
 #   ROLLOUT_PORT  port to listen on (default: 8000)
+#   ROLLOUT_TP    GPUs that hold the model together (default: all of this machine)
 #   DRY_RUN=1     print the command and start nothing
 #
 # The server has no password, and the trainer may change its weights: let it listen on a network
@@ -16,6 +17,9 @@ launch=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 source "$launch/env.sh"
 # shellcheck source=launch/common.sh
 source "$launch/common.sh"
+# For processes that train. vLLM's tensor parallelism dies of segments that can grow: its all-reduce
+# asks CUDA for handles that such memory has not got (vllm issue 42609).
+unset PYTORCH_ALLOC_CONF PYTORCH_CUDA_ALLOC_CONF CUDA_DEVICE_MAX_CONNECTIONS OMP_NUM_THREADS
 
 (($# > 0)) || fail "usage: launch/rollout_server.sh MODEL [VLLM_OPTION...]"
 model=$1
@@ -31,5 +35,5 @@ export PYTHONPATH="${launch%/*}${PYTHONPATH:+:$PYTHONPATH}"
 
 become "$PYTHON" -m vllm.entrypoints.openai.api_server --model "$model" \
     --host "${ROLLOUT_HOST:-127.0.0.1}" --port "${ROLLOUT_PORT:-8000}" \
-    --tensor-parallel-size "$gpus" --generation-config vllm \
+    --tensor-parallel-size "${ROLLOUT_TP:-$gpus}" --generation-config vllm \
     --worker-extension-cls sapo_megatron.rollout.vllm.worker.Worker "$@"
