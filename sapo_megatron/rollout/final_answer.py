@@ -97,10 +97,10 @@ def candidates(response: str) -> Iterator[Found]:
 
 def outside_thinking(response: str) -> str:
     """A response without its thought; nothing of one that never stops to think."""
-    *_, last = [None, *_THINKING.finditer(response)]
-    if last is None:
+    tags = list(_THINKING.finditer(response))
+    if not tags:
         return response
-    return response[last.end() :] if last[1] else ""
+    return response[tags[-1].end() :] if tags[-1][1] else ""
 
 
 def choice(text: str) -> tuple[str, str]:

@@ -52,6 +52,7 @@ def math_verify(prompt: Prompt, response: str) -> float:
     import math_verify as library
 
     right = _given(_answer(prompt))
+    response = f"<think>{response}" if prompt.thinking else response
     for found in candidates(response):
         if found.final or says_something(found.text) or squeezed(found.text) == squeezed(right):
             return float(found.text != "" and _same(right, found.text))
@@ -80,6 +81,13 @@ BUILT_IN: dict[str, RewardFunction] = {
     "math_verify": math_verify,
     "reasoning_gym": reasoning_gym,
 }
+
+
+def why_unverifiable(name: str) -> Callable[[str], str]:
+    """What says why an answer is of no use to a reward function, and nothing of one that is."""
+    if name == "math_verify":
+        return unverifiable
+    return lambda answer: "empty" if name == "exact_match" and not answer.strip() else ""
 
 
 def find_function(name: str) -> RewardFunction:

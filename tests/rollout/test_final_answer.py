@@ -33,3 +33,9 @@ def test_answers_that_nothing_can_be_compared_with(answer):
     prompt = Prompt(uid=0, text="", answer=answer, tokens=(1,))
     with pytest.raises(ValueError, match="answer"):
         math_verify(prompt, "34")
+
+
+def test_a_thought_that_the_prompt_began():
+    prompt = Prompt(uid=0, text="", answer="34", tokens=(1,), thinking=True)
+    worth = {"it is \\boxed{34}": 0, "34</think>": 0, "35</think>34": 1, "\\boxed{34}</think>35": 0}
+    assert {text: math_verify(prompt, text) for text in worth} == worth
