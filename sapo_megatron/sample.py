@@ -32,6 +32,8 @@ class Prompt:
     task: str = ""
     entry: dict[str, Any] = field(default_factory=dict)
     """The source's own record, as its scorer wants it back (a JSONL row, a reasoning-gym item)."""
+    thinking: bool = False
+    """Whether it ends with ``<think>``, as some chat templates do: the response begins inside."""
 
 
 @dataclass(frozen=True, kw_only=True)

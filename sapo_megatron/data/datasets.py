@@ -1,28 +1,28 @@
-"""Published data -> problems: JSONL and parquet files, of this machine or of the Hugging Face hub.
+"""Published data -> problems: JSON and parquet files, of this machine or of the Hugging Face hub.
 
 Files are read row by row; of rows with the same prompt and answer only the first is kept, so that
 a set that was published with its epochs written out takes the memory of one.
 """
 
 import glob
-import json
 import logging
+import math
 import re
 import reprlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
+from sapo_megatron.data.rows import SUFFIXES, Row, read_rows
 from sapo_megatron.data.tokenizer import Message
 from sapo_megatron.errors import UserError, one_line
 from sapo_megatron.recipe.schema import DataConfig, SourceConfig
 
 logger = logging.getLogger(__name__)
 
-SUFFIXES = (".parquet", ".jsonl")
 ROLES = ("system", "user", "assistant")
 COLUMNS = (
     ("prompt", "reward_model.ground_truth"),
@@ -33,8 +33,6 @@ COLUMNS = (
     ("question", "answer"),
 )
 """(prompt_key, answer_key) of sets that people train and evaluate on."""
-BATCH = 4096
-"""Rows of a parquet file that are in memory at once."""
 _SPLIT = re.compile(r"(?<![a-z])(train|test|validation|valid|val|dev)(?![a-z])")
 
 
@@ -50,57 +48,78 @@ class Problem(NamedTuple):
     """A row of the file; or reasoning-gym's item, with the task's ``options`` added."""
     messages: tuple[Message, ...] = ()
     """The conversation that the prompt is; empty where it is a text."""
+    at: str = ""
+    """Where it stands, for messages."""
 
 
-class _Row(NamedTuple):
-    at: str
-    """The file and the row's number in it, for messages."""
-    fields: dict[str, Any]
-    """The fields that the keys lead into, and maybe others."""
-    whole: Callable[[], dict[str, Any]]
+Unverifiable = Callable[[str], str]
+"""Why no response can be compared with an answer; nothing where one can."""
 
 
-def read_problems(data: DataConfig, where: str) -> list[Problem]:
+def read_problems(
+    data: DataConfig, where: str, unverifiable: Unverifiable | None = None
+) -> list[Problem]:
     """The problems of ``data.train.path``, each once, in the order of the files.
 
-    ``where`` names the source in messages. Raises UserError for files that are missing, malformed
+    ``where`` names the source in messages; ``data.on_unverifiable`` says what becomes of problems
+    with answers that are ``unverifiable``. Raises UserError for files that are missing, malformed
     or hold something else.
     """
     source = data.train
     assert source.path is not None
-    task = re.sub(r"\.(parquet|jsonl)$", "", source.path.rsplit("/", 1)[-1])
+    task = re.sub(r"\.(parquet|jsonl?)$", "", source.path.rsplit("/", 1)[-1])
     problems: list[Problem] = []
     seen: set[tuple[str, str]] = set()
+    useless: dict[str, list[str]] = {}
     read = 0
     files = find_files(source.path, where)
     for file in files:
-        rows = _parquet_rows if file.suffix == ".parquet" else _jsonl_rows
         try:
-            for row in rows(file, source):
+            for row in read_rows(file, _keys(source)):
                 read += 1
-                prompt, answer = (_field(row, key, where) for key in _keys(source))
-                identity = repr(prompt), str(answer)
-                if identity not in seen:
-                    seen.add(identity)
+                prompt, given = (_field(row, key, where) for key in _keys(source))
+                answer = _answer(given, f"{row.at}: {source.answer_key}")
+                identity = repr(prompt), answer
+                if identity in seen:
+                    continue
+                seen.add(identity)
+                if unverifiable and (reason := unverifiable(answer)):
+                    useless.setdefault(reason, []).append(row.at)
+                else:
                     problems.append(_problem(prompt, answer, row, data, where, task))
         except (OSError, pa.ArrowException) as error:  # pyarrow raises either for a broken file
             raise UserError(f"{where}.path: cannot read {file}: {one_line(error)}") from None
+    if useless:
+        _answer_for(useless, len(seen), data, where)
     if not problems:
         raise UserError(
             f"{where}.path: expected rows with {source.prompt_key} and {source.answer_key}, got "
-            f"an empty file: {', '.join(map(str, files))}"
+            f"{'none to use in' if read else 'an empty file:'} {', '.join(map(str, files))}"
         )
-    if read > len(problems):
+    if read > len(seen):
         logger.info(
             "%s: %d problems; %d of the %d rows in %s repeat an earlier prompt and answer and are "
             "left out",
             where,
-            len(problems),
-            read - len(problems),
+            len(seen),
+            read - len(seen),
             read,
             source.path,
         )
     return problems
+
+
+def _answer_for(useless: dict[str, list[str]], total: int, data: DataConfig, where: str) -> None:
+    """Refuse what cannot be verified, or say that it is left out: how many for each reason."""
+    reasons = ", ".join(f"{len(at)} {why} (first {at[0]})" for why, at in useless.items())
+    told = f"{sum(map(len, useless.values()))} of {total} that reward.function cannot: {reasons}"
+    if data.on_unverifiable == "drop":
+        logger.warning("%s: left out of the answers to compare with: %s", where, told)
+        return
+    raise UserError(
+        f"{where}.path: expected answers to compare responses with, got {told}; correct them, or "
+        f"set data.on_unverifiable=drop to leave them out"
+    )
 
 
 def find_files(path: str, where: str) -> list[Path]:
@@ -119,9 +138,10 @@ def find_files(path: str, where: str) -> list[Path]:
     if found:
         return found
     if place.is_dir():
+        others = ", ".join(sorted(f.name for f in place.iterdir() if f.is_file())) or "no file"
         raise UserError(
-            f"{where}.path: expected {' or '.join(SUFFIXES)} files in {place}, got none; name a "
-            f"folder that has some"
+            f"{where}.path: expected {' or '.join(SUFFIXES)} files in {place}, got none "
+            f"({one_line(others, 80)}); name a file, or a folder that has some"
         )
     raise UserError(f"{where}.path: no such file: {place}; correct the path")
 
@@ -167,45 +187,11 @@ def _check_splits(path: str, names: list[str], where: str) -> None:
         )
 
 
-def _jsonl_rows(file: Path, source: SourceConfig) -> Iterator[_Row]:
-    with file.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                at = f"{file}:{number}"
-                row = _parse(line, at)
-                yield _Row(at, row, row.copy)
-
-
-def _parse(line: bytes, at: str) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{at}: not JSON: {error.msg} at column {error.colno}") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{at}: not UTF-8: {error.reason}") from None
-    if not isinstance(row, dict):
-        raise UserError(f"{at}: expected a JSON object, got {line.decode()[:40].strip()}")
-    return row
-
-
-def _parquet_rows(file: Path, source: SourceConfig) -> Iterator[_Row]:
-    """Most columns stay packed: they become objects for the few rows that are asked for whole."""
-    number = 0
-    with pq.ParquetFile(file) as table:
-        heads = {head for key in _keys(source) for head in (key, key.split(".")[0])}
-        columns = [name for name in table.schema_arrow.names if name in heads]
-        for batch in table.iter_batches(BATCH):
-            for i, fields in enumerate(batch.select(columns).to_pylist()):
-                number += 1
-                whole = lambda batch=batch, i=i: batch.slice(i, 1).to_pylist()[0]  # noqa: E731
-                yield _Row(f"{file}: row {number}", fields, whole)
-
-
 def _keys(source: SourceConfig) -> tuple[str, str]:
     return source.prompt_key, source.answer_key
 
 
-def _field(row: _Row, key: str, where: str) -> Any:
+def _field(row: Row, key: str, where: str) -> Any:
     try:
         return _pick(row.fields, key)
     except KeyError:
@@ -241,16 +227,36 @@ def _has(fields: dict[str, Any], key: str) -> bool:
     return True
 
 
+def _answer(given: Any, at: str) -> str:
+    """An answer as a text; numbers keep their value, and whole ones have no point."""
+    if isinstance(given, str):
+        return _encodable(given, at)
+    number = isinstance(given, int | float | Decimal) and not isinstance(given, bool)
+    if not (number and math.isfinite(given)):
+        raise UserError(f"{at}: expected a text or a number, got {reprlib.repr(given)}")
+    text = f"{Decimal(repr(given) if isinstance(given, float) else given):f}"
+    text = text.rstrip("0").rstrip(".") if "." in text else text
+    return "0" if text == "-0" else text
+
+
+def _encodable(text: str, at: str) -> str:
+    """``text``, if UTF-8 has all of it, as tokenizers want. Raises UserError."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"{at}: expected Unicode, got half of a surrogate pair as character {error.start + 1}"
+        ) from None
+    return text
+
+
 def _problem(
-    prompt: Any, answer: Any, row: _Row, data: DataConfig, where: str, task: str
+    prompt: Any, answer: str, row: Row, data: DataConfig, where: str, task: str
 ) -> Problem:
     at, source = row.at, data.train
-    if isinstance(answer, bool) or not isinstance(answer, str | int | float):
-        raise UserError(
-            f"{at}: {source.answer_key}: expected a text or a number, got {reprlib.repr(answer)}"
-        )
     if isinstance(prompt, str) and prompt:
-        return Problem(prompt, str(answer), task, row.whole())
+        text = _encodable(prompt, f"{at}: {source.prompt_key}")
+        return Problem(text, answer, task, row.whole(), at=at)
     if not (isinstance(prompt, list) and prompt):
         raise UserError(
             f"{at}: {source.prompt_key}: expected a text or a list of messages, got "
@@ -272,7 +278,7 @@ def _problem(
             f"{where}.template: expected none where prompts are messages, as in {at} (the chat "
             f"template renders them as they are), got {source.template!r}; remove it"
         )
-    return Problem(messages[-1]["content"], str(answer), task, row.whole(), messages)
+    return Problem(messages[-1]["content"], answer, task, row.whole(), messages, at)
 
 
 def _message(message: Any, at: str) -> Message:
@@ -284,4 +290,4 @@ def _message(message: Any, at: str) -> Message:
         raise UserError(f"{at}.role: expected {', '.join(ROLES)}, got {reprlib.repr(role)}")
     if not (isinstance(content, str) and content):
         raise UserError(f"{at}.content: expected a text, got {reprlib.repr(content)}")
-    return {"role": role, "content": content}
+    return {"role": role, "content": _encodable(content, f"{at}.content")}

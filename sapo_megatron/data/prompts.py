@@ -16,9 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from sapo_megatron.data.datasets import Problem, read_problems
+from sapo_megatron.data.datasets import Problem, Unverifiable, read_problems
 from sapo_megatron.data.tokenizer import Tokenizer
-from sapo_megatron.errors import UserError, nearest, one_line
+from sapo_megatron.errors import UserError, nearest, one_line, with_type
 from sapo_megatron.recipe.schema import DataConfig, TaskConfig
 from sapo_megatron.sample import Prompt
 
@@ -58,13 +58,15 @@ class PromptSource:
         *,
         max_prompt_length: int,
         where: str = "data.train",
+        unverifiable: Unverifiable | None = None,
     ) -> None:
         """``max_prompt_length`` in tokens, template included; ``where`` names the source in
-        messages.
+        messages; ``unverifiable`` says why an answer is of no use to the reward function.
 
-        Raises UserError for an unknown task, bad options, a missing or malformed file.
+        Raises UserError for an unknown task, bad options, a missing or malformed file, and for
+        conversations that cannot be rendered.
         """
-        self._problems = (_Rows if data.train.path else _Tasks)(data, where)
+        self._problems = (_Rows if data.train.path else _Tasks)(data, where, unverifiable)
         self._template = data.template if data.train.template is None else data.train.template
         self._apply_chat_template = data.apply_chat_template
         self._tokenizer = tokenizer
@@ -73,6 +75,8 @@ class PromptSource:
         self._where = where
         self._index = 0
         self.skipped = {"too_long": 0, "held_out": 0, "failed": 0}
+        for problem in self._problems.kinds():
+            self._tokenize(problem)
 
     def next(self, n: int) -> list[Prompt]:
         """The next ``n`` prompts. Raises UserError when the source has none that can be used."""
@@ -115,6 +119,7 @@ class PromptSource:
                         tokens=tuple(tokens),
                         task=problem.task,
                         entry=problem.entry,
+                        thinking=self._tokenizer.decode(tokens[-8:]).rstrip().endswith("<think>"),
                     )
                 self._skip_long(index, len(tokens))
         wasted = ", ".join(f"{n - before[why]} {why}" for why, n in self.skipped.items())
@@ -126,6 +131,20 @@ class PromptSource:
         )
 
     def _tokenize(self, problem: Problem) -> list[int]:
+        try:
+            tokens = self._encode(problem)
+        except UserError as error:
+            raise UserError(f"{problem.at}: {error}") from None
+        except Exception as error:  # whatever a tokenizer makes of texts and arguments
+            raise UserError(f"{problem.at}: cannot be tokenized: {with_type(error, 200)}") from None
+        if not tokens:
+            raise UserError(
+                f"{problem.at}: expected a prompt of at least one token, got none from "
+                f"{'the chat template' if self._apply_chat_template else 'the text'}; change it"
+            )
+        return tokens
+
+    def _encode(self, problem: Problem) -> list[int]:
         text = self._template.replace("{prompt}", problem.text)
         if not self._apply_chat_template:
             return self._tokenizer.encode_prompt(text)
@@ -146,7 +165,12 @@ class PromptSource:
 
 
 def held_out(
-    data: DataConfig, tokenizer: Tokenizer, n: int, *, max_prompt_length: int
+    data: DataConfig,
+    tokenizer: Tokenizer,
+    n: int,
+    *,
+    max_prompt_length: int,
+    unverifiable: Unverifiable | None = None,
 ) -> list[Prompt]:
     """``n`` evaluation problems with different texts; fewer, with a warning, if there are fewer.
 
@@ -162,6 +186,7 @@ def held_out(
         tokenizer,
         max_prompt_length=max_prompt_length,
         where=where,
+        unverifiable=unverifiable,
     )
     while len(found) < n:
         try:
@@ -181,7 +206,9 @@ class _Tasks:
 
     patience = PATIENCE
 
-    def __init__(self, data: DataConfig, where: str) -> None:
+    def __init__(
+        self, data: DataConfig, where: str, unverifiable: Unverifiable | None = None
+    ) -> None:
         source = data.train
         self._source = source
         self._datasets: dict[int, tuple[int, Any]] = {}
@@ -189,12 +216,17 @@ class _Tasks:
         for i, task in enumerate(source.tasks):
             _check_task(task, f"{where}.tasks.{i}")
             try:
-                self._item(i, 0)
+                first = _answer_of(self._item(i, 0))
             except Exception as error:  # whatever the task's own validation raises
                 raise UserError(
                     f"{where}.tasks.{i}.options: {task.name} refuses {task.options}: "
                     f"{one_line(error)}; change them"
                 ) from None
+            if unverifiable and (reason := unverifiable(first)):
+                raise UserError(
+                    f"{where}.tasks.{i}: expected answers to compare responses with, got one of "
+                    f"{task.name} that is {reason}; set reward.function=reasoning_gym"
+                )
 
     def get(self, index: int) -> Problem | None:
         tasks = self._source.tasks
@@ -209,8 +241,10 @@ class _Tasks:
                 self._failed.add(name)
             return None
         entry = {**item, "options": tasks[i].options}
-        answer = "" if item["answer"] is None else str(item["answer"])
-        return Problem(item["question"], answer, name, entry)
+        return Problem(item["question"], _answer_of(item), name, entry, at=f"{name} {index}")
+
+    def kinds(self) -> list[Problem]:
+        return []
 
     def digest(self) -> str:
         return ""
@@ -236,8 +270,10 @@ class _Tasks:
 class _Rows:
     """The problems of a dataset, shuffled anew in each epoch."""
 
-    def __init__(self, data: DataConfig, where: str) -> None:
-        self._rows = read_problems(data, where)
+    def __init__(
+        self, data: DataConfig, where: str, unverifiable: Unverifiable | None = None
+    ) -> None:
+        self._rows = read_problems(data, where, unverifiable)
         self._seed = data.train.seed
         self._epoch = -1
         self._order: list[int] = []
@@ -250,11 +286,22 @@ class _Rows:
             random.Random(f"{self._seed}/{epoch}").shuffle(self._order)
         return self._rows[self._order[place]]
 
+    def kinds(self) -> list[Problem]:
+        """A problem of each sequence of roles: chat templates refuse some."""
+        found: dict[tuple[str, ...], Problem] = {}
+        for row in self._rows:
+            found.setdefault(tuple(turn["role"] for turn in row.messages), row)
+        return list(found.values())
+
     def digest(self) -> str:
         content = hashlib.sha256()
         for problem in self._rows:
             content.update(repr((problem.messages, problem.text, problem.answer)).encode())
         return content.hexdigest()
+
+
+def _answer_of(item: dict[str, Any]) -> str:
+    return "" if item["answer"] is None else str(item["answer"])
 
 
 def _check_task(task: TaskConfig, where: str) -> None:

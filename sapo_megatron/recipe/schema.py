@@ -106,6 +106,9 @@ class DataConfig:
     apply_chat_template: bool = False
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
     """Variables for the chat template, such as ``{enable_thinking: false}``."""
+    on_unverifiable: Literal["error", "drop"] = "error"
+    """What becomes of rows whose answer the reward function cannot compare with a response, such as
+    ``proof``: the run is refused, or does without them; either says how many there are, and why."""
 
 
 @dataclass(frozen=True, kw_only=True)

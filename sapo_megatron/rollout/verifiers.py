@@ -13,7 +13,6 @@ import logging
 import math
 import numbers
 import os
-import re
 import signal
 import sys
 from collections.abc import Callable
@@ -21,13 +20,21 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from sapo_megatron.errors import nearest, with_type
+from sapo_megatron.rollout.final_answer import (
+    bare,
+    candidates,
+    choice,
+    given_answer,
+    last_choice,
+    number_in_full,
+    outside_thinking,
+    says_something,
+    squeezed,
+    unverifiable,
+)
 from sapo_megatron.sample import Prompt
 
 RewardFunction = Callable[[Prompt, str], float]
-
-_ANSWER_LINE = re.compile(
-    r"^[^a-z0-9\n]*(final )?answer[^a-z0-9\n]*:", re.IGNORECASE | re.MULTILINE
-)
 
 
 def exact_match(prompt: Prompt, response: str) -> float:
@@ -36,17 +43,24 @@ def exact_match(prompt: Prompt, response: str) -> float:
 
 
 def math_verify(prompt: Prompt, response: str) -> float:
-    """1 where math-verify finds an expression in the response that equals the answer; else 0.
+    """1 where the response's answer equals the right one, as choice, text or mathematics; else 0.
 
-    The answer may stand bare, as LaTeX or as text. What precedes the last line that begins with
-    "Answer:" does not count. Raises ValueError when the right answer cannot be parsed.
+    The answer is what stands last outside the thinking: in a box, in ``<answer>``, after "Answer:"
+    or its likes; where there is none of these, the last expression. Raises ValueError when the
+    right answer cannot be compared with anything.
     """
     import math_verify as library
 
-    *_, last = [None, *_ANSWER_LINE.finditer(response)]
-    target = library.parse(response[last.start() :], parsing_timeout=None) if last else []
-    target = target or library.parse(response, parsing_timeout=None)
-    return float(library.verify(_gold(_answer(prompt)), target, timeout_seconds=None))
+    right = _given(_answer(prompt))
+    response = f"<think>{response}" if prompt.thinking else response
+    for found in candidates(response):
+        if found.final or says_something(found.text) or squeezed(found.text) == squeezed(right):
+            return float(found.text != "" and _same(right, found.text))
+    said = bare(outside_thinking(response))
+    if squeezed(right) == squeezed(said) or choice(right)[0] == last_choice(said) != "":
+        return 1.0
+    target = library.parse(said, parsing_timeout=None)
+    return float(library.verify(_parsed(right), target, timeout_seconds=None))
 
 
 def reasoning_gym(prompt: Prompt, response: str) -> float:
@@ -67,6 +81,13 @@ BUILT_IN: dict[str, RewardFunction] = {
     "math_verify": math_verify,
     "reasoning_gym": reasoning_gym,
 }
+
+
+def why_unverifiable(name: str) -> Callable[[str], str]:
+    """What says why an answer is of no use to a reward function, and nothing of one that is."""
+    if name == "math_verify":
+        return unverifiable
+    return lambda answer: "empty" if name == "exact_match" and not answer.strip() else ""
 
 
 def find_function(name: str) -> RewardFunction:
@@ -110,14 +131,37 @@ def _dataset(task: str, options: str) -> Any:
 
 
 @functools.lru_cache(maxsize=4096)
-def _gold(answer: str) -> list:
+def _given(answer: str) -> str:
+    if reason := unverifiable(answer):
+        raise ValueError(f"no response can be compared with the answer {answer!r}: {reason}")
+    return given_answer(answer)
+
+
+def _same(right: str, got: str) -> bool:
+    """Whether two answers are the same: choices by letter, others as texts or as mathematics."""
+    import math_verify as library
+
+    got = number_in_full(bare(got))
+    if squeezed(right).casefold() == squeezed(got).casefold() and "\\" not in squeezed(got):
+        return True
+    (letter, value), (other, given) = choice(right), choice(got)
+    if letter and other:
+        return letter == other
+    if letter or other:
+        right, got = value if letter else right, given if other else got
+    texts = squeezed(right), squeezed(got)
+    if not all(texts) or texts[0] == texts[1]:
+        return all(texts)
+    return library.verify(_parsed(right), _parsed(got), timeout_seconds=None)
+
+
+@functools.lru_cache(maxsize=4096)
+def _parsed(answer: str) -> list:
+    """An answer as mathematics; empty where it is none."""
     import math_verify as library
 
     marked = any(mark in answer for mark in ("$", "\\(", "\\[", "\\boxed"))
-    gold = library.parse(answer if marked else f"${answer}$", parsing_timeout=None)
-    if not gold:
-        raise ValueError(f"math-verify cannot parse the answer {answer!r}")
-    return gold
+    return library.parse(answer if marked else f"${answer}$", parsing_timeout=None)
 
 
 def _answer(prompt: Prompt) -> str:

@@ -14,6 +14,7 @@ from sapo_megatron.policy.machine import check_machine
 from sapo_megatron.recipe.check import check_architecture, check_world
 from sapo_megatron.recipe.schema import Recipe
 from sapo_megatron.rollout.reward import Scorer
+from sapo_megatron.rollout.verifiers import why_unverifiable
 from sapo_megatron.sample import Prompt, Sample
 
 logger = logging.getLogger(__name__)
@@ -45,8 +46,15 @@ def read_inputs(recipe: Recipe, world_size: int) -> Inputs:
         template_arguments=recipe.data.chat_template_kwargs,
     )
     longest = recipe.rollout.max_prompt_length
-    source = PromptSource(recipe.data, tokenizer, max_prompt_length=longest)
-    problems = held_out(recipe.data, tokenizer, recipe.eval.num_problems, max_prompt_length=longest)
+    useless = why_unverifiable(recipe.reward.function)
+    source = PromptSource(recipe.data, tokenizer, max_prompt_length=longest, unverifiable=useless)
+    problems = held_out(
+        recipe.data,
+        tokenizer,
+        recipe.eval.num_problems,
+        max_prompt_length=longest,
+        unverifiable=useless,
+    )
     source.exclude(p.text for p in problems)
     return Inputs(
         arch=arch,

@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from sapo_megatron.data import datasets
+from sapo_megatron.data import rows as rows_of
 from sapo_megatron.data.datasets import find_files, read_problems
 from sapo_megatron.errors import UserError
 from sapo_megatron.recipe.load import load
@@ -124,7 +124,7 @@ def test_a_column_with_a_dot_in_its_name(tmp_path):
 
 
 def test_repeated_rows_are_left_out_and_counted_once(tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr(datasets, "BATCH", 7)
+    monkeypatch.setattr(rows_of, "BATCH", 7)
     rows = [verl(*problem) for _ in range(20) for problem in PROBLEMS]
     rows.append(verl(PROBLEMS[0][0], "35"))  # the same prompt with another answer
     write(tmp_path / "d" / "a.parquet", rows, row_group_size=11)

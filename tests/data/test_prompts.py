@@ -183,12 +183,17 @@ def test_a_source_may_have_a_template_of_its_own(rows):
 class Chat:
     """A tokenizer that keeps what it is asked to encode."""
 
+    ending = "<|im_start|>assistant\n"
+
     def encode_prompt(self, text):
         raise AssertionError("the chat template was not used")
 
     def encode_chat(self, messages):
         self.turns = [(m["role"], m["content"]) for m in messages]
         return [1]
+
+    def decode(self, ids):
+        return self.ending
 
 
 def test_a_text_becomes_the_users_turn_with_the_template_around_it(rows):
@@ -197,6 +202,15 @@ def test_a_text_becomes_the_users_turn_with_the_template_around_it(rows):
     chat = Chat()
     PromptSource(data, chat, max_prompt_length=1).next(1)
     assert chat.turns == [("user", "Q x")]
+
+
+@pytest.mark.parametrize("ending", ["assistant\n", "<think>\n", "<think>\n\n</think>\n\n"])
+def test_whether_the_response_begins_inside_a_thought(rows, ending):
+    chat = Chat()
+    chat.ending = ending
+    data = dataclasses.replace(rows({"prompt": "x", "answer": ""}), apply_chat_template=True)
+    (prompt,) = PromptSource(data, chat, max_prompt_length=1).next(1)
+    assert prompt.thinking == (ending == "<think>\n")
 
 
 def test_a_text_without_chat_template_begins_with_the_tokenizers_bos(rows, tmp_path):

@@ -12,7 +12,6 @@ import reasoning_gym
 from sapo_megatron.errors import UserError
 from sapo_megatron.recipe.schema import RewardConfig
 from sapo_megatron.rollout.reward import Scorer
-from sapo_megatron.rollout.verifiers import math_verify
 from sapo_megatron.sample import Group, Prompt, Sample
 
 VERIFIERS = """
@@ -159,55 +158,6 @@ def test_math_verify_compares_values():
     )
     assert rewards == [[1.0, 1.0, 1.0, 0.0, 0.0], [1.0, 0.0, 0.0]]
     assert metrics["reward/errors"] == 0
-
-
-LEMMA = "First $\\boxed{7}$ is a lemma, with x = 12.\n\n"
-
-
-@pytest.mark.parametrize(
-    ("answer", "right", "wrong"),
-    [
-        (
-            "34",
-            [
-                "Answer: 34",
-                "Answer: $34$",
-                "Answer: \\boxed{34}.",
-                "**Answer:** 34",
-                "### Final Answer: $x = 34$",
-                "Answer:\n\n$$34$$",
-                f"{LEMMA}Answer: 34",
-                f"{LEMMA}**Answer:** 34\n",
-                f"{LEMMA}Answer: 12\n\nNo.\n\nAnswer: 34",
-                f"{LEMMA}so it is $\\boxed{{34}}$",
-                "\\boxed{34}\n\nAnswer: see above",
-            ],
-            [
-                "Answer: 35",
-                "It is 34.\nAnswer: 35",
-                "\\boxed{34}\nAnswer: 35",
-                "Answer: 34\nAnswer: 35",
-                "so it is \\boxed{35}",
-                LEMMA,
-            ],
-        ),
-        ("033", ["\\boxed{33}", "\\boxed{033}", "Answer: 33"], ["\\boxed{330}", "Answer: 3"]),
-        ("33", ["\\boxed{033}", "Answer: 033", "33.0"], ["\\boxed{0}", "Answer: 0.33"]),
-        ("009", ["\\boxed{9}", "Answer: 09"], ["\\boxed{90}"]),
-        ("000", ["\\boxed{0}"], ["\\boxed{1}"]),
-        ("336^\\circ", ["\\boxed{336}", "Answer: $336^\\circ$"], ["\\boxed{337}"]),
-    ],
-)
-def test_math_verify_on_the_formats_of_competition_sets(answer, right, wrong):
-    prompt = Prompt(uid=0, text="", answer=answer, tokens=(1,))
-    assert {text: math_verify(prompt, text) for text in right} == dict.fromkeys(right, 1.0)
-    assert {text: math_verify(prompt, text) for text in wrong} == dict.fromkeys(wrong, 0.0)
-
-
-def test_math_verify_says_that_an_answer_cannot_be_parsed():
-    prompt = Prompt(uid=0, text="", answer="$ $", tokens=(1,))
-    with pytest.raises(ValueError, match="cannot parse the answer"):
-        math_verify(prompt, "1")
 
 
 def test_a_users_function(verifiers):
