@@ -12,8 +12,8 @@ import argparse
 import json
 import math
 import multiprocessing
-from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -41,13 +41,10 @@ def run(out: Path, jobs: int) -> None:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["sapo_megatron.training.loop"])
     with ProcessPoolExecutor(jobs, context, cases.quietly, max_tasks_per_child=1) as pool:
-
-        def each(function: Callable[[Any, Path], None], things: list[Any]) -> None:
-            for _ in pool.map(function, things, [out] * len(things)):
-                collect(out)
-
-        each(cases.cold_start, list(cases.SEEDS))
-        each(cases.run, cases.cases())
+        pool.submit(cases.cold_start, out).result()
+        list(pool.map(cases.before, cases.SEEDS, repeat(out)))
+        for _ in pool.map(cases.run, cases.cases(), repeat(out)):
+            collect(out)
 
 
 def collect(out: Path) -> None:

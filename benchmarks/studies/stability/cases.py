@@ -8,21 +8,25 @@ import shutil
 import statistics
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from sapo_megatron.training.inputs import Inputs
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[2]
 RECIPE = ROOT / "recipes" / "tiny-moe-cpu.yaml"
 
 SEEDS = (1, 2, 3)
-"""Of the random weights, the prompts and the samples; seed 7 was used to choose what is below."""
+"""Of prompts and samples. All runs start from the weights of one cold start, with the recipe's own
+seed."""
 LOSSES = ("sapo", "grpo", "gspo", "vespo")
 MINI_BATCHES = (1, 4, 16)
 """N, mini-batches a rollout, with ``rollout.async_steps`` 0."""
 STALENESS = (0, 2, 8)
 """K, ``rollout.async_steps``, with ``ASYNC_N`` mini-batches a rollout."""
 ASYNC_N = 4
-UPDATES = 192
+UPDATES = 128
 """Of every run, of mini-batches of ``PROMPTS`` x ``RESPONSES`` responses: with N the size of the
 rollout grows, as in arXiv 2602.10693, and neither the mini-batch nor the number of updates."""
 PROMPTS, RESPONSES = 4, 8
@@ -30,6 +34,7 @@ EVAL_EVERY = 16
 """Updates between evaluations."""
 PROBLEMS, SAMPLES = 128, 4
 """Held-out problems of an evaluation, and responses to each."""
+PROBLEMS_FILE = "held-out.jsonl"
 SCORE = f"avg@{SAMPLES}"
 SETTINGS: dict[str, Any] = {
     "model.tokenizer": ROOT / "recipes" / "tiny-moe" / "tokenizer.model",
@@ -63,9 +68,15 @@ class Case:
     def name(self) -> str:
         return f"{self.loss}-{self.old_policy}-n{self.n}-k{self.k}-seed{self.seed}"
 
-    def settings(self) -> dict[str, Any]:
-        """What differs from the recipe, without the folder."""
+    def settings(self, out: Path) -> dict[str, Any]:
+        """What differs from the recipe, without the run's folder."""
+        (weights,) = (out / "cold-start").glob("cold-start-*")
         return SETTINGS | {
+            "model.path": weights,
+            "model.init": "pretrained",
+            "cold_start.steps": 0,
+            "data.eval": json.dumps({"path": str(out / PROBLEMS_FILE)}),
+            "data.train.seed": self.seed,
             "train.seed": self.seed,
             "train.steps": UPDATES // self.n,
             "train.num_mini_batches": self.n,
@@ -102,29 +113,36 @@ def quietly() -> None:
     logger.setLevel(logging.INFO)
 
 
-def cold_start(seed: int, out: Path) -> None:
-    """Make the weights that all runs of a seed start from, unless they are there."""
-    folder = out / f"cold-start-seed{seed}"
-    if not (folder / "done").exists():
+def cold_start(out: Path) -> None:
+    """Make the weights that all runs start from, and the held-out problems, which it never saw."""
+    folder = out / "cold-start"
+    if (out / PROBLEMS_FILE).exists():
+        return
+    shutil.rmtree(folder, ignore_errors=True)
+    inputs = _train(SETTINGS | {"train.steps": 0}, folder).inputs
+    rows = [json.dumps({"prompt": p.text, "answer": p.answer}) for p in inputs.problems]
+    (out / PROBLEMS_FILE).write_text("\n".join(rows) + "\n")
+    logger.info("cold start")
+
+
+def before(seed: int, out: Path) -> float:
+    """What the cold start scores with a seed's samples."""
+    folder = out / f"before-seed{seed}"
+    if not (folder / "summary.json").exists():
         shutil.rmtree(folder, ignore_errors=True)
-        _train(Case("sapo", 1, 0, "recompute", seed).settings() | {"train.steps": 0}, folder)
-        (folder / "done").touch()
-        logger.info("%s", folder.name)
+        _train(Case("sapo", 1, 0, "recompute", seed).settings(out) | {"train.steps": 0}, folder)
+    return json.loads((folder / "summary.json").read_text())["eval"]["before"][SCORE]
 
 
 def run(case: Case, out: Path) -> None:
-    """Train a case after its :func:`cold_start`, unless ``out`` has its result."""
+    """Train a case, unless ``out`` has its result."""
     folder, result = out / case.name, out / f"{case.name}.json"
     if result.exists():
         return
     shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    for weights in (out / f"cold-start-seed{case.seed}").glob("cold-start-*"):
-        (folder / weights.name).symlink_to(weights.resolve())
-    failed = _train(case.settings(), folder)
+    failed = _train(case.settings(out), folder).failed
     found = asdict(case) | {"failed": failed} | measure(case, folder)
-    before = json.loads((out / f"cold-start-seed{case.seed}" / "summary.json").read_text())
-    found["curve"].insert(0, [0, before["eval"]["before"][SCORE]])
+    found["curve"].insert(0, [0, before(case.seed, out)])
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     partial = result.with_suffix(".partial")
     partial.write_text(json.dumps(found))
@@ -132,8 +150,14 @@ def run(case: Case, out: Path) -> None:
     logger.info("%s", case.name)
 
 
-def _train(settings: dict[str, Any], folder: Path) -> str | None:
-    """A run in this process; says why it failed, if it did."""
+class Trained(NamedTuple):
+    inputs: "Inputs"
+    failed: str | None
+    """Why the run could not go on."""
+
+
+def _train(settings: dict[str, Any], folder: Path) -> Trained:
+    """A run in this process, without the report that the command line draws."""
     from sapo_megatron.errors import RunFailed
     from sapo_megatron.policy import parallel
     from sapo_megatron.recipe.load import load
@@ -143,13 +167,14 @@ def _train(settings: dict[str, Any], folder: Path) -> str | None:
     os.chdir(ROOT)
     words = {key: str(value) for key, value in (settings | {"train.run_dir": folder}).items()}
     recipe = load(RECIPE, words)
+    inputs = read_inputs(recipe, 1)
+    failed = None
     try:
-        train(recipe, read_inputs(recipe, 1))
+        train(recipe, inputs)
     except RunFailed as failure:
-        return str(failure)
-    finally:
-        parallel.shutdown()
-    return None
+        failed = str(failure)
+    parallel.shutdown()
+    return Trained(inputs, failed)
 
 
 def measure(case: Case, folder: Path) -> dict[str, Any]:

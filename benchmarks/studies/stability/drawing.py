@@ -172,6 +172,6 @@ def draw_curves(results: Results, arms: list[Arm], place: int, title: str, path:
 
 def mean_curve(curves: list[list[list[float]]]) -> tuple[list[float], list[float]]:
     """Over the seeds, at the updates at which all of them were scored."""
-    by_update = [{update: score for update, score in curve} for curve in curves]
+    by_update: list[dict[float, float]] = [dict(curve) for curve in curves]  # type: ignore[arg-type]
     at = sorted(set.intersection(*map(set, by_update)))
     return at, [statistics.fmean(scores[update] for scores in by_update) for update in at]
