@@ -1,7 +1,7 @@
 """Whether SAPO is steadier than GRPO, GSPO and VESPO, over mini-batches a rollout and staleness.
 
-    OMP_NUM_THREADS=1 python benchmarks/studies/stability run
-    python benchmarks/studies/stability figures
+    OMP_NUM_THREADS=1 python -m benchmarks.studies.stability run
+    python -m benchmarks.studies.stability figures
 
 ``run`` trains what is missing of the runs of ``cases.py`` and writes all results into
 ``results.json``; ``figures`` makes the tables and figures of ``docs/stability.md`` of that file
@@ -17,7 +17,7 @@ from itertools import repeat
 from pathlib import Path
 from typing import Any
 
-import cases
+from benchmarks.studies.stability import cases
 
 RESULTS = cases.HERE / "results.json"
 
@@ -68,7 +68,7 @@ def finite(thing: Any) -> Any:
 
 def figures() -> None:
     """Tables and figures of the page."""
-    import drawing
+    from benchmarks.studies.stability import drawing
 
     results = drawing.read(RESULTS)
     drawing.write_page(results)

@@ -89,21 +89,25 @@ class Case:
 
 
 def cases() -> list[Case]:
-    """All runs: the first seed's, then those of the others, last what is there as a control.
+    """All runs: the first seed's, then those of the others, the hardest first; then controls.
 
     Controls are the losses at N = 1, where ratios are 1 and all of them have one gradient, and
     ``old_policy: rollout`` in step, where both engines have one policy.
     """
-    rows = [(loss, n, 0, "recompute") for n in (4, 16) for loss in LOSSES]
-    rows += [(loss, ASYNC_N, k, "recompute") for k in (8, 2) for loss in ("sapo", "grpo", "vespo")]
-    rows += [("sapo", ASYNC_N, k, "rollout") for k in (8, 2)]
-    rows += [("sapo", 1, 0, "recompute")]
-    controls = [(loss, 1, 0, "recompute") for loss in LOSSES[1:]]
-    controls += [("sapo", ASYNC_N, 0, "rollout")]
+    sixteen, four, one = ([(loss, n, 0, "recompute") for loss in LOSSES] for n in (16, 4, 1))
+    eight, two = (
+        [
+            *((loss, ASYNC_N, k, "recompute") for loss in ("sapo", "grpo", "vespo")),
+            ("sapo", ASYNC_N, k, "rollout"),
+        ]
+        for k in (8, 2)
+    )
+    controls = [*one, ("sapo", ASYNC_N, 0, "rollout")]
     first, *others = SEEDS
-    made = [Case(*row, first) for row in [*rows, *controls]]
-    made += [Case(*row, seed) for seed in others for row in rows]
-    return made + [Case(*row, seed) for row in controls for seed in others]
+    made = [Case(*row, first) for row in [*four, *sixteen, *eight, *two]]
+    for rows in (sixteen, eight, four, two):
+        made += [Case(*row, seed) for seed in others for row in rows]
+    return made + [Case(*row, seed) for seed in SEEDS for row in controls]
 
 
 def quietly() -> None:

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from cases import PROBLEMS
+from benchmarks.studies.stability.cases import PROBLEMS
 
 LAST = 3
 """Evaluations whose mean is the end of a run."""

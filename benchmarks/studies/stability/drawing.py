@@ -12,8 +12,9 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from cases import ASYNC_N, LOSSES, MINI_BATCHES, ROOT, SEEDS, STALENESS
-from criterion import better, steadier, verdict
+
+from benchmarks.studies.stability.cases import ASYNC_N, LOSSES, MINI_BATCHES, ROOT, SEEDS, STALENESS
+from benchmarks.studies.stability.criterion import better, steadier, verdict
 
 PAGE = ROOT / "docs" / "stability.md"
 LEAST_SWAPS = 400
@@ -34,6 +35,13 @@ ASYNC: list[Arm] = [
         ("vespo", "recompute"),
     )
 ]
+MEASURED = (
+    ("log_var", "{:.1e}"),
+    ("sampler_kl", "{:.1e}"),
+    ("ratio_max", "{:.1e}"),
+    ("grad_norm_max", "{:.0f}"),
+)
+"""Keys of a run that have a column each."""
 COLOURS = {"sapo": "#1b6ca8", "grpo": "#d95f02", "gspo": "#4d4d4d", "vespo": "#3a923a"}
 
 
@@ -76,23 +84,20 @@ def of_arms(results: Results, arms: Iterable[Arm]) -> list[list[str]]:
     for arm in arms:
         runs = results.get(arm, [])
         verdicts = [verdict(run) for run in runs]
+
+        def cell(values: Iterable[Any], form: str, runs: list[dict[str, Any]] = runs) -> str:
+            by_seed = dict(zip((run["seed"] for run in runs), values, strict=True))
+            return listed([by_seed.get(seed) for seed in SEEDS], form)
+
         rows.append(
             [
                 name_of(arm),
                 str(arm[1]),
                 str(arm[2]),
                 f"{sum(v.collapsed for v in verdicts)} of {len(runs)}",
-                listed([v.end for v in verdicts], "{:.2f}"),
-                listed([v.fall for v in verdicts], "{:.2f}"),
-                *(
-                    listed([run[key] for run in runs], form)
-                    for key, form in (
-                        ("log_var", "{:.1e}"),
-                        ("sampler_kl", "{:.1e}"),
-                        ("ratio_max", "{:.1e}"),
-                        ("grad_norm_max", "{:.0f}"),
-                    )
-                ),
+                cell([v.end for v in verdicts], "{:.2f}"),
+                cell([v.fall for v in verdicts], "{:.2f}"),
+                *(cell([run[key] for run in runs], form) for key, form in MEASURED),
                 share(runs),
             ]
         )
