@@ -1,0 +1,1 @@
+"""Whether SAPO is steadier than other losses: ``docs/stability.md``."""
