@@ -235,7 +235,7 @@ def _gpus_of_servers(rollout: RolloutConfig) -> list[str | None]:
 def _free_port() -> socket.socket:
     """A socket that holds a free loopback port, and lets a server have it, too."""
     free = socket.socket()
-    free.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    free.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     free.bind(("127.0.0.1", 0))
     return free
 
