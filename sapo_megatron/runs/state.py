@@ -40,6 +40,8 @@ class QueuedGroup:
     """Optimizer steps behind the weights that sampled it."""
     kept: bool
     """Whether it will be trained on; others only count in metrics."""
+    unscored: int = 0
+    """Responses that are left out of it."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -74,11 +74,12 @@ def preflight(recipe: Recipe, world_size: int) -> Inputs:
         if left_out:
             logger.info("of the model neither trained nor exported: %s", left_out)
     beginning = inputs.source.state_dict()
-    inputs.source.next(1)
+    (prompt,) = inputs.source.next(1)
     if recipe.cold_start.steps:
         demonstrations(recipe, inputs)
     inputs.source.load_state_dict(beginning)
-    Scorer(recipe.reward).close()
+    with Scorer(recipe.reward) as scorer:
+        scorer.try_on(prompt)
     return inputs
 
 

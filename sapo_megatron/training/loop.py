@@ -81,7 +81,9 @@ def run_step(session: Session, step: int) -> Metrics:
     metrics = collected.metrics
     set_advantages(collected.groups, recipe.algorithm.adv_estimator)
 
-    mini_batches = split_mini_batches(collected.groups, recipe.train.num_mini_batches)
+    parts = split_mini_batches(collected.groups, recipe.train.num_mini_batches)
+    # One without a token makes no update: momentum alone would move the weights.
+    mini_batches = [samples for samples in parts if denominators(samples).tokens]
     session.deliver_routes(mini_batches, collected.held)
     cut = groups.micro_batching(recipe)
     packed = [
