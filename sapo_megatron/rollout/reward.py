@@ -18,7 +18,6 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from types import TracebackType
 from typing import Self
 
 from sapo_megatron.errors import UserError, one_line
@@ -70,9 +69,11 @@ class Scorer:
             verdicts = list(threads.map(self._judge, prompts, [s.text for s in samples]))
         for prompt, sample, (reward, problem) in zip(prompts, samples, verdicts, strict=True):
             sample.reward = reward
-            if problem:
-                sample.problem = self._told(problem, prompt)
-                self._log(problem.split(":")[0], sample.problem)
+            sample.problem = problem and self._told(problem, prompt)
+            kind = problem.split(":")[0]
+            if problem and kind not in self._logged:
+                self._logged.add(kind)
+                logger.warning("%s; it is left out and counted, others silently", sample.problem)
         problems = [problem for _, problem in verdicts if problem]
         timeouts = problems.count(_TIMED_OUT)
         metrics = Metrics()
@@ -97,12 +98,7 @@ class Scorer:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def _judge(self, prompt: Prompt, response: str) -> tuple[float, str]:
@@ -121,13 +117,6 @@ class Scorer:
     def _told(self, problem: str, prompt: Prompt) -> str:
         task = f" ({prompt.task})" if prompt.task else ""
         return f"reward.function {self._config.function}, problem {prompt.uid}{task}: {problem}"
-
-    def _log(self, kind: str, told: str) -> None:
-        if kind not in self._logged:
-            self._logged.add(kind)
-            logger.warning(
-                "%s; such responses are left out and counted, and not logged again", told
-            )
 
 
 _TIMED_OUT = "took longer than reward.timeout_s"

@@ -33,10 +33,6 @@ LONGEST = 300
 MEMORY = max(4 * 2**30, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 16)
 """Bytes of data that a worker, and each process that it starts, may hold: more than a verifier
 takes, and less than what would make the kernel end a rank for want of memory."""
-SIGNATURES = (
-    "function(prompt, response), verl's function(data_source, solution_str, ground_truth, "
-    "extra_info) or TRL's function(prompts, completions, **columns)"
-)
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 
 
@@ -47,7 +43,7 @@ def find_function(name: str) -> RewardFunction:
     module_name, _, path = name.partition(":")
     try:
         found: Any = importlib.import_module(module_name)
-    except Exception as error:
+    except BaseException as error:  # also sys.exit()
         raise ValueError(f"cannot import {module_name!r}: {_told(error)}") from error
     for part in path.split("."):
         if not hasattr(found, part):
@@ -117,8 +113,11 @@ def _as_ours(function: Any) -> RewardFunction:
     try:
         signature.bind(None, None)
     except TypeError:
-        got = one_line(signature, 80)
-        raise ValueError(f"expected {SIGNATURES}, got function{got}") from None
+        raise ValueError(
+            "expected function(prompt, response), or as in verl (data_source, solution_str, "
+            "ground_truth, extra_info), or as in TRL (prompts, completions, **columns), got "
+            f"{one_line(signature, 80)}"
+        ) from None
     return function
 
 
@@ -166,7 +165,7 @@ def _work(connection: Connection, name: str) -> None:
     _leave_unless(own)
     connection.send_bytes(problem.encode(errors="replace"))
     if not problem:
-        with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
+        with contextlib.suppress(EOFError, OSError):
             _serve(connection, function)
 
 
