@@ -98,8 +98,10 @@ def _parser() -> argparse.ArgumentParser:
     plan = recipe_command(
         _plan,
         "Say what a recipe needs of its cluster; needs no GPU itself.",
-        "[--gpu NAME] [--nodes N] [--json]",
+        "[--gpu NAME] [--nodes N] [--mean-length TOKENS] [--json]",
     )
+    mean = "mean tokens of a sequence, prompt included; without it, the longest"
+    plan.add_argument("--mean-length", type=int, metavar="TOKENS", help=mean)
     plan.add_argument("--json", action="store_true", help="print JSON instead of tables")
     checkpoint = "a run folder, or one checkpoint of it"
     evaluate = recipe_command(
@@ -204,9 +206,9 @@ def _plan(arguments: argparse.Namespace) -> int:
     from sapo_megatron.commands.plan import plan
     from sapo_megatron.commands.plan.render import as_json, as_table, verdict
 
-    made = plan(recipe)
-    text = json.dumps(as_json(made), indent=2) + "\n" if arguments.json else as_table(made)
-    sys.stdout.write(text)
+    made = plan(recipe, arguments.mean_length)
+    as_text = as_table(made, colour=sys.stdout.isatty())
+    sys.stdout.write(json.dumps(as_json(made), indent=2) + "\n" if arguments.json else as_text)
     if not made.fits:
         raise RunFailed(f"{recipe.name}: {verdict(made)}")
     return 0
