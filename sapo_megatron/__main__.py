@@ -5,6 +5,7 @@ Exit status: 0 done, 1 the work failed, 2 the input is wrong (one line on stderr
 """
 
 import argparse
+import dataclasses
 import json
 import logging
 import os
@@ -13,13 +14,13 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from sapo_megatron.errors import RunFailed, UserError, one_line
 from sapo_megatron.files import write_whole
 from sapo_megatron.patches import HOSTS
 from sapo_megatron.recipe.check import smallest_world
-from sapo_megatron.recipe.load import load
+from sapo_megatron.recipe.load import expanded, load
 from sapo_megatron.recipe.schema import Recipe
 
 logger = logging.getLogger("sapo_megatron")
@@ -81,20 +82,26 @@ def _parser() -> argparse.ArgumentParser:
 
     def recipe_command(function: Callable, help: str, usage: str) -> argparse.ArgumentParser:
         sub = command(function, help)
-        sub.add_argument("recipe", help="a YAML recipe, or the config.yaml of a run")
+        sub.add_argument("recipe", type=_path, help="a YAML recipe, or the config.yaml of a run")
         sub.usage = f"{sub.prog} RECIPE {usage} [--debug] [--KEY VALUE | SECTION.KEY=VALUE]..."
         return sub
 
     train = recipe_command(
-        _train, "Train a recipe. Anything in it can be changed on the line.", "[--resume auto|PATH]"
+        _train,
+        "Train a recipe. Anything in it can be changed on the line.",
+        "[--resume auto|PATH [--new-data]]",
     )
     resume = "go on with the newest run that has a checkpoint, or with this run or checkpoint"
-    train.add_argument("--resume", metavar="auto|PATH", help=resume)
+    train.add_argument("--resume", type=_path, metavar="auto|PATH", help=resume)
+    new_data = "go on in other training data, at the number of the problem that was to come"
+    train.add_argument("--new-data", action="store_true", help=new_data)
     plan = recipe_command(
         _plan,
         "Say what a recipe needs of its cluster; needs no GPU itself.",
-        "[--gpu NAME] [--nodes N] [--json]",
+        "[--gpu NAME] [--nodes N] [--mean-length TOKENS] [--json]",
     )
+    mean = "mean tokens of a sequence, prompt included; without it, the longest"
+    plan.add_argument("--mean-length", type=int, metavar="TOKENS", help=mean)
     plan.add_argument("--json", action="store_true", help="print JSON instead of tables")
     checkpoint = "a run folder, or one checkpoint of it"
     evaluate = recipe_command(
@@ -102,21 +109,31 @@ def _parser() -> argparse.ArgumentParser:
         "Score a run on the held-out problems of a recipe.",
         "--checkpoint PATH [--out FILE]",
     )
-    evaluate.add_argument("--checkpoint", required=True, metavar="PATH", help=checkpoint)
-    evaluate.add_argument("--out", metavar="FILE", help="write the scores here, as JSON")
+    evaluate.add_argument(
+        "--checkpoint", type=_path, required=True, metavar="PATH", help=checkpoint
+    )
+    evaluate.add_argument("--out", type=_path, metavar="FILE", help="write scores here, as JSON")
     export = recipe_command(
         _export,
         "Write the weights of a run as a Hugging Face folder.",
         "--checkpoint PATH --out FOLDER",
     )
-    export.add_argument("--checkpoint", required=True, metavar="PATH", help=checkpoint)
-    export.add_argument("--out", required=True, metavar="FOLDER", help="a folder that is not there")
+    export.add_argument("--checkpoint", type=_path, required=True, metavar="PATH", help=checkpoint)
+    new = "a folder that is not there"
+    export.add_argument("--out", type=_path, required=True, metavar="FOLDER", help=new)
     report = command(_report, "Draw a run's report: pictures and one HTML page.")
-    report.add_argument("run", help="a run folder, finished or not")
+    report.add_argument("run", type=_path, help="a run folder, finished or not")
     _add_gates(command(_gates, "Compare what gates keep of the gradient of dumped tokens."))
     _add_doctor(command(_doctor, "Check what is installed and what this machine has."))
     _add_qualify(command(_qualify, "Compare what this machine's GPUs compute with the CPU."))
     return parser
+
+
+def _path(word: str) -> str:
+    try:
+        return expanded(word, "path")
+    except UserError as error:  # which argparse would take for any ValueError
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _add_gates(gates: argparse.ArgumentParser) -> None:
@@ -159,18 +176,20 @@ def _add_qualify(qualify: argparse.ArgumentParser) -> None:
 
 
 def _train(arguments: argparse.Namespace) -> int:
+    from sapo_megatron.runs.folder import find_checkpoint
     from sapo_megatron.training.inputs import Inputs
 
     recipe = load(arguments.recipe, _overrides(arguments.rest))
+    fresh = find_checkpoint(recipe, arguments.resume) is None
 
     def work(inputs: Inputs) -> None:
         from sapo_megatron.training.loop import train
 
-        summary = train(recipe, inputs, arguments.resume)
+        summary = train(recipe, inputs, arguments.resume, new_data=arguments.new_data)
         if summary and summary["steps"] and _is_main():
             _report_apart(Path(summary["report"]).parents[1])
 
-    return _on_all_processes(recipe, arguments.words, work)
+    return _on_all_processes(recipe, arguments.words, work, fresh=fresh)
 
 
 def _report_apart(run: Path) -> None:
@@ -187,9 +206,9 @@ def _plan(arguments: argparse.Namespace) -> int:
     from sapo_megatron.commands.plan import plan
     from sapo_megatron.commands.plan.render import as_json, as_table, verdict
 
-    made = plan(recipe)
-    text = json.dumps(as_json(made), indent=2) + "\n" if arguments.json else as_table(made)
-    sys.stdout.write(text)
+    made = plan(recipe, arguments.mean_length)
+    as_text = as_table(made, colour=sys.stdout.isatty())
+    sys.stdout.write(json.dumps(as_json(made), indent=2) + "\n" if arguments.json else as_text)
     if not made.fits:
         raise RunFailed(f"{recipe.name}: {verdict(made)}")
     return 0
@@ -199,6 +218,9 @@ def _eval(arguments: argparse.Namespace) -> int:
     from sapo_megatron.training.inputs import Inputs
 
     recipe = load(arguments.recipe, _overrides(arguments.rest))
+    data = recipe.data  # without that of training, where problems of its own are held out
+    data = dataclasses.replace(data, train=data.eval or data.train)
+    recipe = dataclasses.replace(recipe, data=data)
     out = Path(arguments.out) if arguments.out else None
     if out and (out.is_dir() or not out.parent.is_dir()):
         raise UserError(f"--out: expected a file in a folder that exists, got {out}; name another")
@@ -213,23 +235,23 @@ def _eval(arguments: argparse.Namespace) -> int:
         if out:
             write_whole(out, json.dumps(scores, indent=2) + "\n")
 
-    return _on_all_processes(recipe, arguments.words, work)
+    return _on_all_processes(recipe, arguments.words, work, fresh=False)
 
 
 def _export(arguments: argparse.Namespace) -> int:
-    from sapo_megatron.training.inputs import Inputs
+    from sapo_megatron.hf.architecture import Architecture
 
     recipe = load(arguments.recipe, _overrides(arguments.rest))
     out = Path(arguments.out)
     if out.exists():
         raise UserError(f"--out: expected a folder that is not there yet, got {out}; name another")
 
-    def work(inputs: Inputs) -> None:
+    def work(model: tuple[Path, Architecture]) -> None:
         from sapo_megatron.training.session import export_checkpoint
 
-        export_checkpoint(recipe, inputs, Path(arguments.checkpoint), out)
+        export_checkpoint(recipe, *model, Path(arguments.checkpoint), out)
 
-    return _on_all_processes(recipe, arguments.words, work)
+    return _on_all_processes(recipe, arguments.words, work, model_only=True)
 
 
 def _report(arguments: argparse.Namespace) -> int:
@@ -274,19 +296,29 @@ def _qualify(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _on_all_processes(recipe: Recipe, words: list[str], work: Callable) -> int:
+def _on_all_processes(
+    recipe: Recipe,
+    words: list[str],
+    work: Callable,
+    *,
+    fresh: bool = False,
+    model_only: bool = False,
+) -> int:
     """Do ``work(inputs)`` on each process of the recipe's layout.
 
     Those are the processes that torchrun, or something like it, started; or else as few as the
-    layout takes, on this machine, each with the command line ``words``.
+    layout takes, on this machine, each with the command line ``words``. ``fresh``: as in
+    ``read_inputs``; ``model_only``: the inputs are those of ``read_model``.
     """
     # Here, not above: other commands, and mistakes in the recipe, do without.
-    from sapo_megatron.training.inputs import preflight, read_inputs
+    from sapo_megatron.training.inputs import preflight, read_inputs, read_model
 
     launched = "RANK" in os.environ
     processes = _launched_world() if launched else smallest_world(recipe.parallel)
-    # Once a machine: what all would stumble over, one looks for and tells.
-    inputs = preflight(recipe, processes) if _speaks() else read_inputs(recipe, processes)
+    if model_only:
+        inputs: Any = read_model(recipe, processes)
+    else:  # once a machine: what all would stumble over, one looks for and tells
+        inputs = (preflight if _speaks() else read_inputs)(recipe, processes, fresh=fresh)
     if not launched and processes > 1:
         return _launch(processes, words)
     work(inputs)

@@ -90,8 +90,15 @@ class Sample:
     truncated: bool
     text: str = ""
     reward: float = 0.0
+    """NaN where it could not be scored: then it is no sample of its group."""
+    problem: str = ""
+    """Why it could not be scored, on the rank that tried."""
     advantage: float = 0.0
     routes: SampleRoutes | None = None
+
+    @property
+    def scored(self) -> bool:
+        return not math.isnan(self.reward)
 
 
 @dataclass(kw_only=True)

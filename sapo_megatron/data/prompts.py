@@ -7,6 +7,7 @@ epochs, each in an order of its own.
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import logging
 import os
@@ -96,8 +97,8 @@ class PromptSource:
         self.skipped = dict(state["skipped"])
 
     def digest(self) -> str:
-        """Stands for the dataset as it was read; tasks are what their configuration says."""
-        return self._problems.digest()
+        """Stands for the problems and their order, and so for what a place in them means."""
+        return self._problems.digest
 
     def _draw(self) -> Prompt:
         before = dict(self.skipped)
@@ -246,8 +247,9 @@ class _Tasks:
     def kinds(self) -> list[Problem]:
         return []
 
+    @property
     def digest(self) -> str:
-        return ""
+        return repr((self._source.seed, self._source.tasks))
 
     def _item(self, i: int, index: int) -> dict[str, Any]:
         import reasoning_gym  # seconds to import
@@ -293,8 +295,9 @@ class _Rows:
             found.setdefault(tuple(turn["role"] for turn in row.messages), row)
         return list(found.values())
 
+    @functools.cached_property  # asked at each checkpoint
     def digest(self) -> str:
-        content = hashlib.sha256()
+        content = hashlib.sha256(str(self._seed).encode())
         for problem in self._rows:
             content.update(repr((problem.messages, problem.text, problem.answer)).encode())
         return content.hexdigest()

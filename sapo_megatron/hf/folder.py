@@ -10,7 +10,7 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,13 +43,14 @@ LFS = b"version https://git-lfs"
 """How a file begins that stands for one which git LFS has not fetched."""
 
 
-def find_model(path: str) -> Path:
+def find_model(path: str, *, weights: bool = True) -> Path:
     """The folder of a model: ``path`` itself, or what the hub has under that name.
 
-    Weights from the hub go to the Hugging Face cache; many processes may ask for them at once.
-    Raises UserError where there is no such folder and no such model.
+    ``weights``: whether they are asked for as well. What comes from the hub goes to the Hugging
+    Face cache; many processes may ask for it at once. Raises UserError where
+    there is no such folder and no such model.
     """
-    return _find(path, ["*.safetensors", *NOT_WEIGHTS])
+    return _find(path, [*(["*.safetensors"] if weights else []), *NOT_WEIGHTS])
 
 
 def _find(path: str, patterns: list[str]) -> Path:
@@ -133,7 +134,7 @@ def check_same(arch: Architecture, path: str, expected: str | None) -> Architect
     """
     if expected is None:
         return arch
-    wanted, got = _sizes(_expected(expected)), _sizes(arch)
+    wanted, got = sizes(_expected(expected), SAME), sizes(arch, SAME)
     for name in wanted | got:
         if wanted.get(name) != got.get(name):
             raise UserError(
@@ -143,14 +144,14 @@ def check_same(arch: Architecture, path: str, expected: str | None) -> Architect
     return arch
 
 
-def _sizes(arch: Architecture) -> dict[str, Any]:
-    """What ``SAME`` names, by dotted name."""
-    sizes: dict[str, Any] = {}
-    for name in SAME:
+def sizes(arch: Architecture, names: Iterable[str]) -> dict[str, Any]:
+    """What ``names`` are, by dotted name."""
+    found: dict[str, Any] = {}
+    for name in names:
         value = getattr(arch, name)
         parts = vars(value) if dataclasses.is_dataclass(value) else {"": value}
-        sizes.update({f"{name}.{part}".rstrip("."): x for part, x in parts.items()})
-    return sizes
+        found.update({f"{name}.{part}".rstrip("."): x for part, x in parts.items()})
+    return found
 
 
 def _expected(file: str) -> Architecture:

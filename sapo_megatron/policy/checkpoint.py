@@ -21,6 +21,9 @@ from sapo_megatron.policy import compat
 from sapo_megatron.policy.step import Policy
 from sapo_megatron.runs.state import RunState, checkpoints, write_state
 
+SETTINGS = ("lr", "max_lr", "min_lr", "betas", "eps")
+"""What a parameter group of Adam has of the recipe; the schedule sets its weight decay."""
+
 
 def save(
     policy: Policy,
@@ -33,8 +36,10 @@ def save(
     """Write a checkpoint of ``state.step`` below ``folder`` and prune all but ``keep``.
 
     ``beside`` writes what else belongs into its folder, on each rank. Collective over all ranks.
+    Raises RunFailed, and writes nothing, where a weight is not finite.
     """
     target = folder / f"step-{state.step:06d}"
+    policy.model.weights.check_finite(target)
     temporary = folder / f".{target.name}.tmp"
     if dist.get_rank() == 0:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -64,19 +69,37 @@ def save(
 
 
 def load(policy: Policy, checkpoint: Path, state: RunState) -> None:
-    """Fill ``policy`` from a checkpoint whose ``state`` has been read. Collective."""
+    """Fill ``policy`` from a checkpoint whose ``state`` has been read. Collective.
+
+    Adam's settings and the schedule stay the recipe's; of the schedule comes the place in it.
+    """
     same_world = state.world_size == dist.get_world_size()
     with torch.no_grad():
         template = _sharded_state(policy, _metadata(policy), loading=True, with_rng=same_world)
         loaded = dist_checkpointing.load(template, str(checkpoint))
         for i, chunk in enumerate(policy.model.chunks):
             chunk.load_state_dict(loaded[f"model{i}"])
+        _keep_settings(policy, loaded["optimizer"])
         policy.optimizer.load_state_dict(loaded["optimizer"])
         _restore_steps(policy)
-        policy.scheduler.load_state_dict(loaded["scheduler"])
+        policy.scheduler.step(increment=loaded["scheduler"]["num_steps"])
     if same_world:
         torch.set_rng_state(loaded["rng"]["torch"])
         tensor_parallel.get_cuda_rng_tracker().set_states(loaded["rng"]["tracker"])
+
+
+def _keep_settings(policy: Policy, loaded: dict[Any, Any]) -> None:
+    """Put the recipe's settings, which are those of every group, into the loaded groups.
+
+    megatron-core 0.19 tells groups apart by the learning rates, too, and would not find others.
+    """
+    first = policy.optimizer.param_groups[0]
+    for name, value in loaded.items():
+        if name == "param_groups":
+            for group in value:
+                group.update({setting: first[setting] for setting in SETTINGS})
+        elif isinstance(value, dict):
+            _keep_settings(policy, value)
 
 
 def _restore_steps(policy: Policy) -> None:

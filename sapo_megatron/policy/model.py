@@ -37,14 +37,24 @@ class Model:
     """The model of a Hugging Face folder on this rank, which answers with log-probs."""
 
     def __init__(
-        self, recipe: Recipe, arch: Architecture, groups: ParallelGroups, folder: Path
+        self,
+        recipe: Recipe,
+        arch: Architecture,
+        groups: ParallelGroups,
+        folder: Path,
+        *,
+        load: bool = True,
     ) -> None:
-        """Collective over all ranks. Raises UserError for weights that do not fit."""
+        """``load``: whether to fill it; without, a checkpoint will.
+
+        Collective over all ranks. Raises UserError for weights that do not fit.
+        """
         self.groups = groups
         self.config = transformer_config(arch, recipe.model, recipe.parallel)
         self.chunks = build_model(arch, self.config, groups, recipe)
         self.weights = weights.HuggingFaceWeights(self.chunks, arch, groups, folder)
-        self.weights.load()
+        if load:
+            self.weights.load()
         self.routers = ModelRouters(
             self.chunks,
             self.config,

@@ -41,6 +41,9 @@ Offload = Literal["gradients", "optimizer", "weights"]
 SEQUENCE_ESS = "ratio/sequence_ess"
 """The metric of a loss function that ``optimizer.ess_scaling`` goes by."""
 
+MOST_SKIPPED = 16
+"""Updates in a row that ``train.on_nonfinite: skip`` passes over before it gives up."""
+
 
 class Policy:
     """A model with what trains it: DDP, distributed optimizer, learning-rate schedule.
@@ -57,14 +60,17 @@ class Policy:
         *,
         optimizer: OptimizerConfig,
         total_updates: int,
+        load: bool = True,
     ) -> None:
-        """``folder``: the weights to start from; ``total_updates``: the length of the schedule.
+        """``folder``: the weights to start from; ``total_updates``: the length of the schedule;
+        ``load`` as in :class:`Model`.
 
         Collective over all ranks. Raises UserError for weights that do not fit.
         """
         self.groups = groups
-        self.model = Model(recipe, arch, groups, folder)
-        self._on_nonfinite = recipe.train.on_nonfinite
+        self.model = Model(recipe, arch, groups, folder, load=load)
+        self._most_skipped = MOST_SKIPPED if recipe.train.on_nonfinite == "skip" else 0
+        self._skipped = 0
         self._ess_scaling = optimizer.ess_scaling
         config = self.model.config
         ddp = DistributedDataParallelConfig(
@@ -181,7 +187,8 @@ class Policy:
         rate; and what the weights before the step gave, with ``replay`` and ``record`` as in
         :meth:`Model.forward`. A NaN or inf in loss or gradient leaves weights, optimizer and
         schedule as they are and is counted in ``actor/skipped_updates`` (there are no forward
-        passes then), or raises RunFailed, as the recipe says.
+        passes then), or raises RunFailed, as the recipe says; so do more than ``MOST_SKIPPED`` in a
+        row.
         """
         for chunk in self.ddp:
             chunk.zero_grad_buffer()
@@ -193,10 +200,13 @@ class Policy:
                 metrics.update(report)
             metrics.average_sums(1 / self.groups.dp_cp.size())
         skipped = self._nonfinite(metrics)
-        if skipped and self._on_nonfinite == "abort":
+        self._skipped = self._skipped + 1 if skipped else 0
+        if self._skipped > self._most_skipped:
+            times = f", as in the {MOST_SKIPPED} updates before" if self._most_skipped else ""
+            or_skip = "" if self._most_skipped else ", or set train.on_nonfinite=skip"
             raise RunFailed(
-                f"{where}: {skipped} is not finite; the weights are those before this update "
-                f"(lower optimizer.lr, look at the ratio metrics, or set train.on_nonfinite=skip)"
+                f"{where}: {skipped} is not finite{times}; the weights are those before this "
+                f"update (lower optimizer.lr, or look at the ratio metrics{or_skip})"
             )
         if skipped:
             logger.warning("%s: %s is not finite; the update is skipped", where, skipped)

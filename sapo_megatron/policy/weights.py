@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from sapo_megatron.errors import RunFailed
 from sapo_megatron.files import whole_file, whole_folder
 from sapo_megatron.hf.architecture import Architecture
 from sapo_megatron.hf.config import in_both_spellings, tokenizer_for_both
@@ -117,8 +118,9 @@ class HuggingFaceWeights:
 
         A rank holds one file's tensors at a time; what goes wrong leaves no folder behind. Beside
         the weights comes what the folder that was loaded holds, and ``tokenizer`` (a folder or a
-        file) where it is another one.
+        file) where it is another one. Raises RunFailed as ``check_finite``.
         """
+        self.check_finite(folder)
         rank = dist.get_rank()
         with _shared_folder(self._groups, folder) as temporary:
             tensors = self._whole_tensors()
@@ -134,6 +136,21 @@ class HuggingFaceWeights:
             if rank == 0:
                 _write_index(list(itertools.chain(*written)), temporary)
                 self._write_rest(temporary, tokenizer)
+
+    def check_finite(self, target: Path) -> None:
+        """Raise RunFailed, on every rank, where a weight is not one to be kept in ``target``.
+
+        Collective over all ranks.
+        """
+        with parallel.failing_together(self._groups):
+            for chunk in self._chunks:
+                for name, weight in chunk.named_parameters():
+                    if not bool(torch.isfinite(weight).all()):
+                        raise RunFailed(
+                            f"{target}: not written, as the weights have become NaN or infinite "
+                            f"({self._name_in_whole_model(name, chunk)}); lower the learning rate, "
+                            f"and go on from a checkpoint before"
+                        )
 
     def listing(self) -> list[Listed]:
         """What ``stream`` yields, in its order; the same on every rank.

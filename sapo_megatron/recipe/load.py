@@ -80,6 +80,7 @@ _PATH_KEYS = (
     "data.train.path",
     "data.eval.path",
     "rollout.vllm_python",
+    "train.run_dir",
 )
 _MODEL = r"(\w[\w.-]*/[\w.-]+)(?<!\.model)"
 _DATASET = r"(\w[\w.-]*/[\w.-]+)(?<!\.jsonl)(?<!\.parquet)(/.*)?"
@@ -104,6 +105,11 @@ def load(path: str | Path, overrides: dict[str, str] | None = None) -> Recipe:
     raw.setdefault("name", path.stem)
     for key, text in (overrides or {}).items():
         _override(raw, key, text)
+    return from_plain(raw)
+
+
+def from_plain(raw: dict[str, Any]) -> Recipe:
+    """The recipe that ``raw`` is, checked. Raises UserError."""
     try:
         recipe = _ADAPTER.validate_json(json.dumps(raw, default=str), strict=True)
     except ValidationError as error:
@@ -112,9 +118,14 @@ def load(path: str | Path, overrides: dict[str, str] | None = None) -> Recipe:
     return recipe
 
 
+def to_plain(recipe: Recipe) -> dict[str, Any]:
+    """The resolved recipe as plain data."""
+    return _ADAPTER.dump_python(recipe, mode="json")
+
+
 def to_yaml(recipe: Recipe) -> str:
     """The resolved recipe, as ``load`` reads it back."""
-    return yaml.safe_dump(_ADAPTER.dump_python(recipe, mode="json"), sort_keys=False)
+    return yaml.safe_dump(to_plain(recipe), sort_keys=False)
 
 
 class _Loader(yaml.SafeLoader):
@@ -156,7 +167,7 @@ def _read(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     base = raw.pop("base", None)
     if base is None:
         return raw
-    low = _read(path.parent / str(base), (*seen, path.resolve()))
+    low = _read(path.parent / expanded(str(base), f"{path}: base"), (*seen, path.resolve()))
     low.pop("name", None)
     return _merge(low, raw)
 
@@ -167,20 +178,38 @@ def _yaml_problem(error: yaml.YAMLError) -> str:
     return f": not YAML: {one_line(error)}"
 
 
+def expanded(path: str, where: str) -> str:
+    """``path`` with what ``~`` and ``$NAME`` in it stand for.
+
+    Raises UserError, saying ``where`` it is given, for what stands for nothing.
+    """
+    found = os.path.expanduser(os.path.expandvars(path))
+    if unknown := re.search(r"^~[^/]*|\$\w+|\$\{[^}]*\}", found):
+        raise UserError(
+            f"{where}: expected a path, got {path}, in which {unknown[0]} stands for nothing; set "
+            f"it, or write the path out"
+        )
+    return found
+
+
 def _absolute(raw: dict[str, Any], key: str, folder: Path) -> None:
-    """Make a path of the recipe absolute, unless it is a name on the hub and no folder here."""
+    """Make a path of the recipe absolute, unless it is a name on the hub and no folder here.
+
+    The run's folder stays relative to the working folder.
+    """
     *sections, name = key.split(".")
     node: Any = raw
     for section in sections:
         node = node.get(section) if isinstance(node, dict) else None
     if not (isinstance(node, dict) and isinstance(node.get(name), str)):
         return
-    given = node[name]
-    if key == "rollout.vllm_python" and "/" not in given:  # a program that is looked for
+    given = node[name] = expanded(node[name], key)
+    program = key == "rollout.vllm_python" and "/" not in given  # which is looked for
+    if program or key == "train.run_dir":
         return
     hub = re.fullmatch(_HUB_NAMES[key], given) if key in _HUB_NAMES else None
     if hub is None or (folder / hub[1]).exists():
-        node[name] = os.path.abspath(folder / Path(given).expanduser())
+        node[name] = os.path.abspath(folder / given)
 
 
 def _merge(low: dict[str, Any], high: dict[str, Any]) -> dict[str, Any]:

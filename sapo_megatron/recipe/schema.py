@@ -172,7 +172,7 @@ class RewardConfig:
     function: str = "exact_match"
     """``reasoning_gym``, ``math_verify``, ``exact_match`` or ``module:function``."""
     timeout_s: Positive = 10.0
-    """Seconds for one response; beyond it the reward is 0 and ``reward/timeouts`` counts it."""
+    """Seconds for one response; beyond it there is no reward and ``reward/timeouts`` counts it."""
     num_workers: Count = 1
     """Processes in which each rank that scores does so; a response that hangs holds up but one."""
 

@@ -55,6 +55,8 @@ class _Here:
     group: Group
     updates: int
     kept: bool
+    unscored: int
+    """Responses that are left out of it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +76,7 @@ class Queue:
                 prompt=replace(here.group.prompt, entry={}),  # only scorers read it
                 updates=here.updates,
                 kept=here.kept,
+                unscored=here.unscored,
             )
             for here in self.groups
         ]
@@ -113,6 +116,9 @@ class Ahead:
         self._asked: deque[_Asked] = deque()
         self._here: dict[int, _Here] = {}
         self._held: dict[int, HeldRoutes] = {}
+        self._scored = False
+        """Whether any response of this run has been scored."""
+        self._problem = ""
 
     def load(self, checkpoint: Path, state: RunState) -> None:
         """Go on with the queue of a checkpoint, whatever number of ranks has written it.
@@ -130,13 +136,17 @@ class Ahead:
         samples, self._held = exchange_samples(mine, world)
         prompts = [queued.prompt for queued in state.ahead]
         groups = grouped(prompts, samples, size)
-        if [len(group.samples) for group in groups] != [size] * len(state.ahead):
+        expected = [size - queued.unscored for queued in state.ahead]
+        if [len(group.samples) for group in groups] != expected:
             raise UserError(
-                f"{checkpoint}: expected the {size * len(state.ahead)} responses that were "
+                f"{checkpoint}: expected the {sum(expected)} responses that were "
                 f"generated ahead, got {len(samples)}; resume from another checkpoint"
             )
         for number, (group, queued) in enumerate(zip(groups, state.ahead, strict=True)):
-            self._here[number] = _Here(group=group, updates=queued.updates, kept=queued.kept)
+            self._here[number] = _Here(
+                group=group, updates=queued.updates, kept=queued.kept, unscored=queued.unscored
+            )
+        self._scored = True
         slots = [Slot(number=n, weights=0, here=True) for n, h in self._here.items() if h.kept]
         self._schedule = replace(
             self._schedule, done=state.step, asked=len(groups), slots=tuple(slots)
@@ -153,11 +163,12 @@ class Ahead:
     def collect(self, updates: int) -> Responses:
         """The next step's groups; ``updates``: optimizer steps that the policy has behind it.
 
-        With dynamic sampling, groups whose rewards are all equal are dropped and new prompts
-        drawn in their place, for at most ``dynamic_sampling_max_rounds`` rounds; then the step
-        goes on with the groups there are. Rewards and lengths are those of the step's groups and
-        of those dropped before them, times and failures those of what arrives meanwhile. Raises
-        RunFailed where there is no group, or where the engine fails.
+        Responses that could not be scored are left out of their groups. With dynamic sampling,
+        groups without two different rewards are dropped and new prompts drawn in their place, for
+        at most ``dynamic_sampling_max_rounds`` rounds; then the step goes on with the groups there
+        are. Rewards and lengths are those of the step's groups and of those dropped before them,
+        times and failures those of what arrives meanwhile. Raises RunFailed where there is no
+        group, where none of the first responses could be scored, or where the engine fails.
         """
         if self._schedule.training:
             self._schedule = self._schedule.trained()
@@ -192,13 +203,21 @@ class Ahead:
         self._asked.popleft()
         metrics.update(responses.metrics)
         self._held |= responses.held
+        self._problem = responses.problem or self._problem
+        self._scored |= any(s.scored for group in responses.groups for s in group.samples)
+        if not self._scored:
+            raise RunFailed(f"none of the first responses could be scored: {self._problem}")
         kept: set[int] = set()
         dropped: set[int] = set()
         for number, group in zip(asked.request.numbers, responses.groups, strict=True):
+            unscored = [sample for sample in group.samples if not sample.scored]
+            group.samples = [sample for sample in group.samples if sample.scored]
             drop = self._rollout.dynamic_sampling and all_equal(group)
-            self._here[number] = _Here(group=group, updates=asked.updates, kept=not drop)
+            self._here[number] = _Here(
+                group=group, updates=asked.updates, kept=not drop, unscored=len(unscored)
+            )
             (dropped if drop else kept).add(number)
-            for sample in group.samples if drop else ():
+            for sample in [*unscored, *group.samples] if drop else unscored:
                 sample.routes = None
                 self._held.pop(sample.uid, None)
         self._schedule = self._schedule.arrived(kept, dropped)
@@ -209,16 +228,21 @@ class Ahead:
             if here.kept and number not in numbers:
                 break
             passed.append(self._here.pop(number))
-        taken = [here for here in passed if here.kept]
+        taken = [here for here in passed if here.kept and here.group.samples]
         if not taken:
+            lost = f" (not scored: {self._problem})" if self._problem else ""
             raise RunFailed(
                 f"no group with different rewards in {self._schedule.rounds} rounds of dynamic "
-                f"sampling; look at the reward function, or use easier or harder prompts"
+                f"sampling{lost}; look at the reward function, or use easier or harder prompts"
+                if self._rollout.dynamic_sampling
+                else f"none of the step's responses could be scored: {self._problem}"
             )
+        self._problem = ""
         age = max(updates - here.updates for here in taken)
         metrics.add("rollout/staleness", Max(float(age)))
         if dist.get_rank() == 0:
             metrics.update(describe([here.group for here in passed]))
+            metrics.add("reward/groups_left", Sum(float(len(taken))))
         groups = [here.group for here in taken]
         uids = [sample.uid for group in groups for sample in group.samples]
         held = {uid: self._held.pop(uid) for uid in uids if uid in self._held}

@@ -33,6 +33,8 @@ class _Part:
     scored: list[Sample]
     failures: Metrics
     """Failures of the rewards that this rank gave."""
+    problem: str
+    """The first of them."""
     generating_s: float
     scoring_s: float
 
@@ -57,6 +59,8 @@ class Responses:
     """Where routes are, by uid of the sample."""
     metrics: Metrics
     """Failures of rewards and times, of this rank; what making the engine ready took."""
+    problem: str = ""
+    """Why the first of those samples was not scored that have no reward, on every rank."""
 
 
 class Collector:
@@ -164,6 +168,7 @@ class Collector:
         return _Part(
             scored=scored,
             failures=failures,
+            problem=next((s.problem for s in scored if s.problem), ""),
             generating_s=generated - began,
             scoring_s=time.monotonic() - generated,
         )
@@ -173,9 +178,10 @@ class Collector:
         metrics = pending.metrics
         began = time.monotonic()
         mine: list[Sample] | UserError | RunFailed
+        problem = ""
         try:
             result = pending.part.result()
-            mine = result.scored
+            mine, problem = result.scored, result.problem
             metrics.update(result.failures)
             metrics.add("time/rollout", Max(result.generating_s))
             metrics.add("time/reward", Max(result.scoring_s))
@@ -184,30 +190,35 @@ class Collector:
         if self._thread:
             metrics.add("time/rollout_wait", Max(time.monotonic() - began))
         samples, held = exchange_samples(mine, self.world)
+        if not all(s.scored for s in samples):
+            problems: list[str] = [problem] * dist.get_world_size(self.world)
+            # Over the world: all ranks have the same samples, so all come here or none does.
+            dist.all_gather_object(problems, problem, group=self.world)
+            problem = next(filter(None, problems), "")
         groups = grouped(pending.prompts, samples, pending.num_generations)
-        return Responses(groups=groups, held=held, metrics=metrics)
+        return Responses(groups=groups, held=held, metrics=metrics, problem=problem)
 
 
-def rewards(groups: Sequence[Group]) -> torch.Tensor:
-    """fp64 ``[N, G]``."""
-    return torch.tensor([[s.reward for s in g.samples] for g in groups], dtype=torch.float64)
+def rewards(samples: Sequence[Sample]) -> torch.Tensor:
+    """fp64 ``[N]``."""
+    return torch.tensor([s.reward for s in samples], dtype=torch.float64)
 
 
 def describe(groups: Sequence[Group]) -> Metrics:
-    """Rewards and lengths of groups that are not yet filtered."""
-    scores = rewards(groups)
-    equal = zero_std(scores)
-    if bool(equal.all()):
+    """Rewards and lengths of groups of scored samples that are not yet filtered."""
+    samples = [s for g in groups for s in g.samples]
+    scores = rewards(samples)
+    equal = sum(map(all_equal, groups))
+    if equal == len(groups):
         logger.warning(
             "all %d groups have equal rewards (mean %.3g): there is nothing to learn from in them",
             len(groups),
             scores.mean(),
         )
-    samples = [s for g in groups for s in g.samples]
     metrics = Metrics()
     metrics.add("reward/mean", Mean.of(scores))
     metrics.add("reward/std", Std.of(scores))
-    metrics.add("reward/zero_std_groups", Sum(float(equal.sum())))
+    metrics.add("reward/zero_std_groups", Sum(float(equal)))
     metrics.add("reward/groups", Sum(float(len(groups))))
     lengths = torch.tensor([float(len(s.response_tokens)) for s in samples])
     metrics.add("response/length_mean", Mean.of(lengths))
@@ -218,13 +229,13 @@ def describe(groups: Sequence[Group]) -> Metrics:
 def grouped(
     prompts: Sequence[Prompt], samples: Sequence[Sample], num_generations: int
 ) -> list[Group]:
-    """A group for every prompt that has samples, in the order of the prompts."""
+    """A group for every prompt, in their order; without samples where it has none."""
     by_prompt: dict[int, list[Sample]] = {}
     for s in samples:
         by_prompt.setdefault(s.uid // num_generations, []).append(s)
-    return [Group(prompt=p, samples=by_prompt[p.uid]) for p in prompts if p.uid in by_prompt]
+    return [Group(prompt=p, samples=by_prompt.get(p.uid, [])) for p in prompts]
 
 
 def all_equal(group: Group) -> bool:
-    """Whether it has nothing to learn from."""
-    return bool(zero_std(rewards([group])).item())
+    """Whether it has nothing to learn from: no two samples whose rewards differ."""
+    return len(group.samples) < 2 or bool(zero_std(rewards(group.samples).unsqueeze(0)).item())

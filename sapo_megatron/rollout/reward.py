@@ -4,11 +4,13 @@ Verifiers run in worker processes of their own, because nothing less stops all t
 signal cannot end a loop inside C code (a huge power, a regular expression) and is swallowed by a
 bare ``except``, a thread cannot be killed, and neither survives a crash or an ``os._exit``. The
 worker is started afresh rather than forked, since a training process has threads, sockets and maybe
-a GPU that must not be copied; it is killed and replaced when a response takes too long. What it
-costs is a message per response, tens of microseconds.
+a GPU that must not be copied; it is killed, with all that it has started, and replaced when a
+response takes too long. What it costs is a message per response, tens of microseconds.
 """
 
+import json
 import logging
+import math
 import multiprocessing
 import os
 import queue
@@ -16,30 +18,33 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from multiprocessing.connection import Connection
-from types import TracebackType
 from typing import Self
 
-from sapo_megatron.errors import UserError
+from sapo_megatron.errors import UserError, one_line
 from sapo_megatron.metrics import Metrics, Sum
 from sapo_megatron.recipe.schema import RewardConfig
-from sapo_megatron.rollout.verifiers import exact_match, judge
+from sapo_megatron.rollout.verifiers import exact_match
+from sapo_megatron.rollout.worker import judge
 from sapo_megatron.sample import Group, Prompt
 
 logger = logging.getLogger(__name__)
 
 START_TIMEOUT_S = 120.0
 """Seconds that a worker may take to import the reward function."""
+END_TIMEOUT_S = 10.0
+"""Seconds that its guard may take to end all that a worker has started."""
+LARGEST = 2**16
+"""Bytes of what a worker may say of a response."""
 
 
 class Scorer:
     """Scores responses with ``reward.function``; close it, or use it in a ``with`` statement.
 
     ``module:function`` is imported, from the working folder or the Python path, and called as
-    ``function(prompt: Prompt, response: str) -> float`` in ``num_workers`` processes; the responses
-    to one prompt go to one of them, one after the other. A response whose scoring raises, gives no
-    finite number, crashes or takes longer than ``timeout_s`` scores 0 and is counted; the first
-    failure of each kind is logged.
+    ``function(prompt: Prompt, response: str) -> float``, or in the manner of verl or TRL, in
+    ``num_workers`` processes, each of which takes the next response when it is done with one. A
+    response whose scoring raises, gives no finite number, crashes or takes longer than
+    ``timeout_s`` has no reward and is counted; the first failure of each kind is logged.
     """
 
     def __init__(self, config: RewardConfig) -> None:
@@ -54,25 +59,36 @@ class Scorer:
             self._idle.put(worker)
 
     def score(self, groups: Sequence[Group]) -> Metrics:
-        """Set the ``reward`` of every sample from its ``text``.
+        """Set the ``reward`` of every sample from its ``text``, or ``problem`` where it has none.
 
         Returns ``reward/errors`` and ``reward/timeouts``: sums, present also where they are 0.
         """
-        errors = timeouts = 0
+        prompts = [group.prompt for group in groups for _ in group.samples]
+        samples = [sample for group in groups for sample in group.samples]
         with ThreadPoolExecutor(self._config.num_workers) as threads:
-            judged = list(threads.map(self._judge, groups))
-        for group, verdicts in zip(groups, judged, strict=True):
-            for sample, (reward, problem) in zip(group.samples, verdicts, strict=True):
-                sample.reward = reward
-                if problem:
-                    timed_out = problem == _TIMED_OUT
-                    timeouts += timed_out
-                    errors += not timed_out
-                    self._log(problem, group.prompt)
+            verdicts = list(threads.map(self._judge, prompts, [s.text for s in samples]))
+        for prompt, sample, (reward, problem) in zip(prompts, samples, verdicts, strict=True):
+            sample.reward = reward
+            sample.problem = problem and self._told(problem, prompt)
+            kind = problem.split(":")[0]
+            if problem and kind not in self._logged:
+                self._logged.add(kind)
+                logger.warning("%s; it is left out and counted, others silently", sample.problem)
+        problems = [problem for _, problem in verdicts if problem]
+        timeouts = problems.count(_TIMED_OUT)
         metrics = Metrics()
-        metrics.add("reward/errors", Sum(float(errors)))
+        metrics.add("reward/errors", Sum(float(len(problems) - timeouts)))
         metrics.add("reward/timeouts", Sum(float(timeouts)))
         return metrics
+
+    def try_on(self, prompt: Prompt) -> None:
+        """Score a problem's answer. Raises UserError where that gives no reward."""
+        _, problem = self._judge(prompt, prompt.answer)
+        if problem:
+            raise UserError(
+                f"{self._told(problem, prompt)}; expected a number for whatever a model may "
+                f"respond, here {one_line(prompt.answer, 80)!r}"
+            )
 
     def close(self) -> None:
         """End the worker processes; the scorer cannot be used afterwards."""
@@ -82,41 +98,25 @@ class Scorer:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
-    def _judge(self, group: Group) -> list[tuple[float, str]]:
-        """A (reward, problem) for each sample, by a worker that is idle."""
-        responses = [sample.text for sample in group.samples]
+    def _judge(self, prompt: Prompt, response: str) -> tuple[float, str]:
+        """(reward, problem), by a worker that is idle."""
         if not self._workers:
-            return [judge(exact_match, group.prompt, response) for response in responses]
+            return judge(exact_match, prompt, response)
         worker = self._idle.get()
         try:
             if worker is None:
                 worker = _Worker(self._config)
                 self._workers.append(worker)
-            return worker.judge(group.prompt, responses)
+            return worker.judge(prompt, response)
         finally:
             self._idle.put(worker)
 
-    def _log(self, problem: str, prompt: Prompt) -> None:
-        kind = problem.split(":")[0]
-        if kind in self._logged:
-            return
-        self._logged.add(kind)
-        logger.warning(
-            "reward.function %s, problem %d (%s): %s; it scores 0 and is counted, and others like "
-            "it are not logged",
-            self._config.function,
-            prompt.uid,
-            prompt.task,
-            problem,
-        )
+    def _told(self, problem: str, prompt: Prompt) -> str:
+        task = f" ({prompt.task})" if prompt.task else ""
+        return f"reward.function {self._config.function}, problem {prompt.uid}{task}: {problem}"
 
 
 _TIMED_OUT = "took longer than reward.timeout_s"
@@ -129,58 +129,53 @@ class _Worker:
         self._config = config
         self._start()
 
-    def judge(self, prompt: Prompt, responses: list[str]) -> list[tuple[float, str]]:
-        """A (reward, problem) for each response; a stuck or dead process costs one of them."""
+    def judge(self, prompt: Prompt, response: str) -> tuple[float, str]:
+        """(reward, problem) of a response; a stuck or dead process is replaced."""
         assert not self._connection.closed, "the scorer is closed"
-        verdicts: list[tuple[float, str]] = []
-        while len(verdicts) < len(responses):
-            try:
-                self._connection.send((prompt, responses[len(verdicts) :]))
-                while len(verdicts) < len(responses):
-                    if not self._connection.poll(self._config.timeout_s):
-                        raise TimeoutError
-                    verdicts.append(self._connection.recv())
-            except TimeoutError:
-                verdicts.append((0.0, _TIMED_OUT))
-                self._restart()
-            except (EOFError, OSError):
-                self._process.wait()
-                status = self._process.returncode
-                verdicts.append((0.0, f"the process ended: exit status {status}"))
-                self._restart()
-        return verdicts
-
-    def stop(self) -> None:
-        """Kill the process and wait for its end."""
-        self._process.kill()
-        self._process.wait()
-        self._connection.close()
-
-    def _restart(self) -> None:
-        self.stop()
+        try:
+            self._connection.send((prompt, response))
+            if not self._connection.poll(self._config.timeout_s):
+                raise TimeoutError
+            reward, problem = json.loads(self._connection.recv_bytes(LARGEST))
+            return float(reward), str(problem)
+        except TimeoutError:
+            problem = _TIMED_OUT
+            self.stop()
+        except (EOFError, OSError, ValueError, TypeError):
+            problem = f"the process ended: exit status {self.stop()}"
         self._start()
+        return math.nan, problem
+
+    def stop(self) -> int:
+        """End the process and all that it has started; its exit status."""
+        self._connection.close()
+        try:
+            return self._process.wait(END_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            return self._process.wait()
 
     def _start(self) -> None:
-        function, timeout_s = self._config.function, self._config.timeout_s
+        function = self._config.function
         self._connection, theirs = multiprocessing.Pipe()
         with theirs:
-            command = [sys.executable, "-m", "sapo_megatron.rollout.verifiers"]
+            command = [sys.executable, "-m", "sapo_megatron.rollout.worker"]
             self._process = subprocess.Popen(
-                [*command, str(theirs.fileno()), function, str(timeout_s)],
+                [*command, str(theirs.fileno()), function],
                 stdin=subprocess.DEVNULL,
                 pass_fds=[theirs.fileno()],
                 env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
             )
-        problem = self._hello(self._connection)
+        problem = self._hello()
         if problem:
             self.stop()
             raise UserError(f"reward.function: {function}: {problem}")
 
-    def _hello(self, connection: Connection) -> str:
+    def _hello(self) -> str:
         """Wait until the process is ready; what kept it from it, or nothing."""
         try:
-            if connection.poll(START_TIMEOUT_S):
-                return connection.recv()
+            if self._connection.poll(START_TIMEOUT_S):
+                return self._connection.recv_bytes(LARGEST).decode()
         except (EOFError, OSError):
-            return f"the process that imports it ended: exit status {self._process.wait()}"
+            return f"the process that imports it ended: exit status {self.stop()}"
         return f"expected it to be imported within {START_TIMEOUT_S:g} s"

@@ -1,25 +1,10 @@
-"""The reward functions, and the worker process that calls them for :mod:`.reward`.
+"""The reward functions: called as ``function(prompt, response)``, they return a finite number."""
 
-A reward function is called as ``function(prompt, response)`` and returns a finite number. The
-worker is started as ``python -m sapo_megatron.rollout.verifiers FD FUNCTION TIMEOUT`` and talks
-over the inherited socket FD; it imports neither torch nor Megatron, so that it starts fast.
-"""
-
-import faulthandler
 import functools
-import importlib
 import json
-import logging
-import math
-import numbers
-import os
-import signal
-import sys
 from collections.abc import Callable
-from multiprocessing.connection import Connection
 from typing import Any
 
-from sapo_megatron.errors import nearest, with_type
 from sapo_megatron.rollout.final_answer import (
     bare,
     candidates,
@@ -90,39 +75,6 @@ def why_unverifiable(name: str) -> Callable[[str], str]:
     return lambda answer: "empty" if name == "exact_match" and not answer.strip() else ""
 
 
-def find_function(name: str) -> RewardFunction:
-    """The built-in function, or ``module:function``. Raises ValueError when there is none."""
-    if name in BUILT_IN:
-        return BUILT_IN[name]
-    module_name, _, path = name.partition(":")
-    try:
-        found: Any = importlib.import_module(module_name)
-    except Exception as error:
-        raise ValueError(f"cannot import {module_name!r}: {with_type(error)}") from error
-    for part in path.split("."):
-        if not hasattr(found, part):
-            near = nearest(part, dir(found), cutoff=0.6)
-            hint = f"; the nearest is {near}" if near else ""
-            raise ValueError(f"{module_name!r} has no {path!r}{hint}")
-        found = getattr(found, part)
-    if not callable(found):
-        raise ValueError(f"expected a function, got {type(found).__name__}")
-    return found
-
-
-def judge(function: RewardFunction, prompt: Prompt, response: str) -> tuple[float, str]:
-    """(reward, ""), or (0.0, the problem) where the function raises or gives no finite number."""
-    try:
-        reward: Any = function(prompt, response)
-    except BaseException as error:  # also sys.exit() and math-verify's own TimeoutException
-        return 0.0, with_type(error)
-    if not isinstance(reward, numbers.Real):
-        return 0.0, f"expected a number, got {type(reward).__name__}"
-    if not math.isfinite(reward):
-        return 0.0, f"expected a finite number, got {reward}"
-    return float(reward), ""
-
-
 @functools.lru_cache(maxsize=64)
 def _dataset(task: str, options: str) -> Any:
     import reasoning_gym as library
@@ -170,40 +122,3 @@ def _answer(prompt: Prompt) -> str:
             f"{prompt.task} gives no answer to compare with; use reward.function: reasoning_gym"
         )
     return prompt.answer.strip()
-
-
-def _serve(connection: Connection, function: RewardFunction, timeout_s: float) -> None:
-    """Answer requests (prompt, responses) with a ``judge`` result per response until the end."""
-    with open(os.devnull, "w") as nowhere:
-        while True:
-            prompt, responses = connection.recv()
-            # Ends this process should it hang after its parent, which keeps the time, is gone.
-            limit = 60.0 + 2.0 * timeout_s * len(responses)
-            faulthandler.dump_traceback_later(limit, exit=True, file=nowhere)
-            for response in responses:
-                connection.send(judge(function, prompt, response))
-            faulthandler.cancel_dump_traceback_later()
-
-
-def _main(fd: str, name: str, timeout_s: str) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
-    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that we keep the time
-    connection = Connection(int(fd))
-    try:
-        function = find_function(name)
-        if name == "reasoning_gym":
-            importlib.import_module("reasoning_gym")
-        elif name == "math_verify":
-            importlib.import_module("math_verify")
-    except ValueError as error:
-        connection.send(str(error))
-        return
-    connection.send("")
-    try:
-        _serve(connection, function, float(timeout_s))
-    except (EOFError, BrokenPipeError, ConnectionResetError):
-        return
-
-
-if __name__ == "__main__":
-    _main(*sys.argv[1:])

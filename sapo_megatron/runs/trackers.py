@@ -228,6 +228,7 @@ class Progress:
 
     SHOWN = (
         ("reward/mean", "reward {:.3f}"),
+        ("reward/groups_left", "groups {:.0f}"),
         ("response/length_mean", "length {:.1f}"),
         ("perf/tokens_per_s", "{:,.0f} tokens/s"),
         ("actor/pg_loss", "loss {:+.4f}"),
@@ -252,6 +253,8 @@ class Progress:
         values = metrics.values()
         parts = [f"step {step:>{len(str(self._steps))}}/{self._steps}"]
         parts += [form.format(values[name]) for name, form in self.SHOWN if name in values]
+        unscored = sum(values.get(name, 0.0) for name in ("reward/errors", "reward/timeouts"))
+        parts += [f"reward errors {unscored:.0f}"] if unscored else []
         parts += [f"{n} {v:.3f}" for n, v in values.items() if n.startswith("eval/")]
         left = statistics.median(self._durations) * (self._steps - step)
         logger.info("%s", " | ".join([*parts, f"left {duration(left)}"]))

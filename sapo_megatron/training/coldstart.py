@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import hashlib
 import logging
+import math
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from sapo_megatron.data.batch import denominators, micro_batches
+from sapo_megatron.errors import RunFailed
 from sapo_megatron.metrics import Metrics, Sum
 from sapo_megatron.objective.reduce import token_weights
 from sapo_megatron.policy import parallel, weights
@@ -86,9 +88,20 @@ def _train(
         for step in range(1, config.steps + 1):
             metrics = _step(policy, recipe, inputs, step)
             if step % LOG_EVERY == 0 or step == config.steps:
-                loss = metrics.gather(groups.world).values()["actor/pg_loss"]
+                loss = metrics.gather(groups.world).values().get("actor/pg_loss", math.nan)
                 logger.info("cold start: step %d/%d | loss %.3f", step, config.steps, loss)
+        _check(policy, recipe, inputs)
         policy.model.weights.save(target)
+
+
+def _check(policy: Policy, recipe: Recipe, inputs: Inputs) -> None:
+    """Raise RunFailed where the weights give no numbers. Collective over all ranks."""
+    cut = policy.groups.micro_batching(recipe)
+    if not all(map(math.isfinite, policy.logprobs(demonstrations(recipe, inputs), cut))):
+        raise RunFailed(
+            f"cold start: expected finite log-probs of the weights behind its {policy.updates} "
+            f"updates, got NaN or infinity, so they are not kept; lower cold_start.lr"
+        )
 
 
 def _step(policy: Policy, recipe: Recipe, inputs: Inputs, step: int) -> Metrics:

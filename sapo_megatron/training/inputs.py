@@ -32,13 +32,24 @@ class Inputs:
     source: PromptSource
 
 
-def read_inputs(recipe: Recipe, world_size: int) -> Inputs:
-    """Read them, and check them against the recipe and each other. Raises UserError."""
-    model = find_model(recipe.model.path)
+def read_model(
+    recipe: Recipe, world_size: int, *, weights: bool = False
+) -> tuple[Path, Architecture]:
+    """The model's folder, with ``weights`` or without, and its architecture. Raises UserError."""
+    model = find_model(recipe.model.path, weights=weights)
     check_machine(recipe)
     arch = check_same(read_architecture(model), recipe.model.path, recipe.model.architecture)
     check_architecture(recipe, arch)
     check_world(recipe, world_size)
+    return model, arch
+
+
+def read_inputs(recipe: Recipe, world_size: int, *, fresh: bool = True) -> Inputs:
+    """Read them, and check them against the recipe and each other. Raises UserError.
+
+    ``fresh``: for weights of the model's folder, not of a checkpoint.
+    """
+    model, arch = read_model(recipe, world_size, weights=fresh)
     tokenizer = load_tokenizer(
         recipe.model.tokenizer or str(model),
         arch.vocab_size,
@@ -66,19 +77,20 @@ def read_inputs(recipe: Recipe, world_size: int) -> Inputs:
     )
 
 
-def preflight(recipe: Recipe, world_size: int) -> Inputs:
+def preflight(recipe: Recipe, world_size: int, *, fresh: bool = True) -> Inputs:
     """``read_inputs``, and use each once: what every process would stumble over, one finds."""
-    inputs = read_inputs(recipe, world_size)
-    if recipe.model.init == "pretrained":
+    inputs = read_inputs(recipe, world_size, fresh=fresh)
+    if fresh and recipe.model.init == "pretrained":
         left_out = WeightFiles(inputs.model).left_out(inputs.arch)
         if left_out:
             logger.info("of the model neither trained nor exported: %s", left_out)
     beginning = inputs.source.state_dict()
-    inputs.source.next(1)
-    if recipe.cold_start.steps:
+    (prompt,) = inputs.source.next(1)
+    if fresh and recipe.cold_start.steps:
         demonstrations(recipe, inputs)
     inputs.source.load_state_dict(beginning)
-    Scorer(recipe.reward).close()
+    with Scorer(recipe.reward) as scorer:
+        scorer.try_on(prompt)
     return inputs
 
 

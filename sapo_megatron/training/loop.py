@@ -28,18 +28,25 @@ from sapo_megatron.training.update import set_advantages
 logger = logging.getLogger(__name__)
 
 
-def train(recipe: Recipe, inputs: Inputs, resume: str | None = None) -> dict[str, Any] | None:
+def train(
+    recipe: Recipe, inputs: Inputs, resume: str | None = None, *, new_data: bool = False
+) -> dict[str, Any] | None:
     """A whole run, on every process of it. Returns what ``summary.json`` says.
 
     None for a run that was asked to stop (:class:`~sapo_megatron.runs.folder.RunFolder`) before
-    its end. ``resume`` as in :func:`~sapo_megatron.runs.folder.open_run`. Raises UserError for
-    inputs that do not fit, RunFailed for a run that cannot go on.
+    its end. ``resume`` and ``new_data`` as in :func:`~sapo_megatron.runs.folder.open_run`. Raises
+    UserError for inputs that do not fit, RunFailed for a run that cannot go on.
     """
     began = time.monotonic()
     groups = parallel.setup(recipe.parallel, seed=recipe.train.seed)
-    run = parallel.on_first_rank(groups, lambda: open_run(recipe, inputs.arch, resume))
+    run = parallel.on_first_rank(
+        groups,
+        lambda: open_run(
+            recipe, inputs.arch, resume, data=inputs.source.digest(), new_data=new_data
+        ),
+    )
     logger.info("run folder: %s", run.path)
-    with open_session(recipe, inputs, groups, run, began=began) as session:
+    with open_session(inputs, groups, run, began=began) as session:
         return run_steps(session)
 
 
@@ -81,7 +88,9 @@ def run_step(session: Session, step: int) -> Metrics:
     metrics = collected.metrics
     set_advantages(collected.groups, recipe.algorithm.adv_estimator)
 
-    mini_batches = split_mini_batches(collected.groups, recipe.train.num_mini_batches)
+    parts = split_mini_batches(collected.groups, recipe.train.num_mini_batches)
+    # One without a token makes no update: momentum alone would move the weights.
+    mini_batches = [samples for samples in parts if denominators(samples).tokens]
     session.deliver_routes(mini_batches, collected.held)
     cut = groups.micro_batching(recipe)
     packed = [

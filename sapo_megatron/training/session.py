@@ -1,7 +1,6 @@
 """A run's parts, opened together and closed together: policy, engine, scorer, trackers."""
 
 import logging
-import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
@@ -10,16 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-import yaml
 
 from sapo_megatron.data.batch import data_parallel_ranks
 from sapo_megatron.errors import RunFailed
+from sapo_megatron.hf.architecture import Architecture
 from sapo_megatron.metrics import Max, Mean, Metrics
 from sapo_megatron.policy import checkpoint, parallel
 from sapo_megatron.policy.model import Model
 from sapo_megatron.policy.parallel import ParallelGroups
 from sapo_megatron.policy.step import Policy
-from sapo_megatron.recipe.load import to_yaml
+from sapo_megatron.recipe.load import to_plain
 from sapo_megatron.recipe.schema import Recipe
 from sapo_megatron.rollout.ahead import Ahead, Queue
 from sapo_megatron.rollout.collect import Collector, Responses
@@ -27,7 +26,7 @@ from sapo_megatron.rollout.exchange import HeldRoutes, deliver_routes
 from sapo_megatron.rollout.reward import Scorer
 from sapo_megatron.runs.folder import RunFolder, find_run
 from sapo_megatron.runs.journal import Journal
-from sapo_megatron.runs.state import RunState, identity, layout, sampling
+from sapo_megatron.runs.state import RunState
 from sapo_megatron.runs.trackers import RunTrackers, duration
 from sapo_megatron.sample import Sample
 from sapo_megatron.training.coldstart import initial_weights
@@ -110,16 +109,17 @@ class Session:
         queue = queue or self.ahead.queue()
         state = RunState(
             step=step,
-            start=os.path.relpath(self.start, self.run.path),
-            model=identity(self.recipe, self.inputs.arch),
+            start=self.run.start_as_saved(self.start),
+            model=self.inputs.arch.config,
+            recipe=to_plain(self.recipe),
+            data=self.inputs.source.digest(),
             cursor=queue.cursor,
             eval=self.journal.before,
             moments=self.journal.moments(),
             wall_s=self.journal.wall_s,
-            layout=layout(self.recipe.parallel),
             world_size=dist.get_world_size(),
+            updates=self.run.updates(step),
             ahead=queue.described(),
-            sampling=sampling(self.recipe.rollout),
         )
         keep = self.recipe.checkpoint.keep
         checkpoint.save(self.policy, self.run.checkpoints, state, keep=keep, beside=queue.write)
@@ -167,15 +167,20 @@ class Session:
 
 @contextmanager
 def open_session(
-    recipe: Recipe, inputs: Inputs, groups: ParallelGroups, run: RunFolder, *, began: float
+    inputs: Inputs, groups: ParallelGroups, run: RunFolder, *, began: float
 ) -> Iterator[Session]:
     """The parts of ``run``, while the block lasts; ``began`` as in :class:`Journal`.
 
+    What a resumed run has in its folder is left as it is until all that it goes on from is read.
     Collective over all ranks. Raises UserError for inputs that do not fit, RunFailed where rollout
     servers do not come up.
     """
+    recipe = run.recipe
     with ExitStack() as stack:
-        start, policy = _open_policy(stack, recipe, inputs, groups, run)
+        cursor = inputs.source.state_dict()
+        start = run.start or initial_weights(recipe, inputs, groups, run.shared)
+        inputs.source.load_state_dict(run.state.cursor if run.state else cursor)
+        policy = _open_policy(stack, inputs.model, inputs.arch, groups, run, start)
         model, observer, reference = policy.model, None, None
         if recipe.algorithm.kl_coef > 0:
             reference = Model(recipe, inputs.arch, groups, start)
@@ -185,6 +190,7 @@ def open_session(
         ahead = Ahead(collector, inputs.source, recipe)
         if run.checkpoint and run.state:
             ahead.load(run.checkpoint, run.state)
+        parallel.on_first_rank(groups, run.write_recipe)
         yield Session(
             recipe=recipe,
             inputs=inputs,
@@ -209,44 +215,55 @@ def evaluate_checkpoint(recipe: Recipe, inputs: Inputs, path: Path) -> dict[str,
     groups = parallel.setup(recipe.parallel, seed=recipe.train.seed)
     run = parallel.on_first_rank(groups, lambda: find_run(recipe, inputs.arch, path))
     with ExitStack() as stack:
-        _, policy = _open_policy(stack, recipe, inputs, groups, run)
+        policy = _open_policy(stack, inputs.model, inputs.arch, groups, run)
         collector = _open_collector(stack, recipe, inputs, policy, run)
         return evaluate(collector, inputs.problems, recipe)
 
 
-def export_checkpoint(recipe: Recipe, inputs: Inputs, path: Path, out: Path) -> None:
+def export_checkpoint(
+    recipe: Recipe, model: Path, arch: Architecture, path: Path, out: Path
+) -> None:
     """Write the weights of a run, or of one of its checkpoints, as a Hugging Face folder.
 
-    Collective over all processes. Raises UserError for a checkpoint that does not fit.
+    ``model``: the folder of the recipe's model. Collective over all processes. Raises UserError for
+    a checkpoint that does not fit, RunFailed for weights that are not finite.
     """
     groups = parallel.setup(recipe.parallel, seed=recipe.train.seed)
-    run = parallel.on_first_rank(groups, lambda: find_run(recipe, inputs.arch, path))
+    run = parallel.on_first_rank(groups, lambda: find_run(recipe, arch, path))
     with ExitStack() as stack:
-        _, policy = _open_policy(stack, recipe, inputs, groups, run)
+        policy = _open_policy(stack, model, arch, groups, run)
         policy.model.weights.save(out, tokenizer=recipe.model.tokenizer)
     logger.info("exported in %s: %s", recipe.model.params_dtype, out)
 
 
 def _open_policy(
-    stack: ExitStack, recipe: Recipe, inputs: Inputs, groups: ParallelGroups, run: RunFolder
-) -> tuple[Path, Policy]:
-    """The weights that the run started from, and the policy as its checkpoint has it."""
-    cursor = inputs.source.state_dict()
-    start = run.start or initial_weights(recipe, inputs, groups, run.shared)
+    stack: ExitStack,
+    model: Path,
+    arch: Architecture,
+    groups: ParallelGroups,
+    run: RunFolder,
+    start: Path | None = None,
+) -> Policy:
+    """The policy as the run's checkpoint has it, or with the weights at ``start``.
+
+    What belongs beside its weights is where the run started, or else in ``model``.
+    """
+    start = start or run.start
+    there = start is not None and (start / "config.json").exists()
     policy = Policy(
-        recipe,
-        inputs.arch,
+        run.recipe,
+        arch,
         groups,
-        start,
-        optimizer=recipe.optimizer,
-        total_updates=recipe.train.steps * recipe.train.num_mini_batches,
+        start if start and there else model,
+        optimizer=run.recipe.optimizer,
+        total_updates=run.updates(run.recipe.train.steps),
+        load=run.checkpoint is None,
     )
     stack.enter_context(closing(policy))
-    inputs.source.load_state_dict(run.state.cursor if run.state else cursor)
     if run.checkpoint and run.state:
         checkpoint.load(policy, run.checkpoint, run.state)
         logger.info("loaded %s", run.checkpoint)
-    return start, policy
+    return policy
 
 
 def _open_collector(
@@ -280,7 +297,7 @@ def _open_trackers(stack: ExitStack, recipe: Recipe, run: RunFolder) -> RunTrack
     trackers = RunTrackers(
         run.path,
         recipe.logging,
-        yaml.safe_load(to_yaml(recipe)),
+        to_plain(recipe),
         resume_step=run.state.step + 1 if run.state else None,
     )
     return stack.enter_context(trackers)

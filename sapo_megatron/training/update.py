@@ -22,9 +22,12 @@ from sapo_megatron.training.observe import Observer, old_experts
 
 
 def set_advantages(groups: Sequence[Group], estimator: str) -> None:
-    """The advantage of every sample, from the rewards of its group."""
-    for group, row in zip(groups, group_advantages(rewards(groups), estimator), strict=True):
-        for sample, advantage in zip(group.samples, row.tolist(), strict=True):
+    """The advantage of every sample, from the rewards of its group; 0 where it is alone there."""
+    for group in groups:
+        row = [0.0] * len(group.samples)
+        if len(group.samples) > 1:
+            row = group_advantages(rewards(group.samples).unsqueeze(0), estimator)[0].tolist()
+        for sample, advantage in zip(group.samples, row, strict=True):
             sample.advantage = advantage
 
 

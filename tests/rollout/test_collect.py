@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import math
 import threading
 from types import SimpleNamespace
 
@@ -15,7 +16,7 @@ from sapo_megatron.recipe.schema import RolloutConfig, RoutingConfig
 from sapo_megatron.rollout.ahead import Ahead
 from sapo_megatron.rollout.collect import Collector, describe, rewards
 from sapo_megatron.rollout.engine import SamplingParams
-from sapo_megatron.rollout.exchange import write_samples
+from sapo_megatron.rollout.exchange import HeldRoutes, write_samples
 from sapo_megatron.rollout.generate import InProcess
 from sapo_megatron.sample import Group, Prompt, Sample
 from tests.support.gloo import run_ranks
@@ -58,7 +59,7 @@ class Words:
 
 
 class Rule:
-    """A scorer: ``reward(prompt uid, index in the group)``; None fails."""
+    """A scorer: ``reward(prompt uid, uid of the sample)``; None fails."""
 
     def __init__(self, reward):
         self.reward = reward
@@ -70,7 +71,8 @@ class Rule:
             for s in group.samples:
                 self.texts.append(s.text)
                 reward = self.reward(group.prompt.uid, s.uid)
-                s.reward = reward or 0.0
+                s.reward = math.nan if reward is None else reward
+                s.problem = f"broken {s.uid}" if reward is None else ""
                 metrics.add("reward/errors", Sum(float(reward is None)))
         return metrics
 
@@ -126,7 +128,7 @@ def test_groups_are_in_the_order_of_their_prompts(world):
     groups = c.respond(prompts, 3, PARAMS).groups
     assert [g.prompt for g in groups] == prompts
     assert [[s.uid for s in g.samples] for g in groups] == [[21, 22, 23], [6, 7, 8], [15, 16, 17]]
-    assert rewards(groups).tolist() == [[s.uid / 100 for s in g.samples] for g in groups]
+    assert all(s.reward == s.uid / 100 for g in groups for s in g.samples)
     assert all(s.prompt_tokens == g.prompt.tokens for g in groups for s in g.samples)
     assert {tuple(s.response_tokens): s.text for g in groups for s in g.samples} == {
         (EOS,): "",
@@ -158,7 +160,8 @@ def two_ranks_of_one_model():
     """One share; rank 0 has no scorer, as on an early pipeline stage."""
     c = collector((lambda prompt_uid, uid: None) if dist.get_rank() else None)
     responses = c.respond([prompt(uid) for uid in range(5)], 3, PARAMS)
-    return responses.groups, 0, responses.metrics.gather().values()
+    scored = [s.scored for g in responses.groups for s in g.samples]
+    return scored, responses.problem, responses.metrics.gather().values()
 
 
 def test_two_ranks_share_the_work_and_both_get_all(tmp_path):
@@ -178,10 +181,10 @@ def test_two_ranks_share_the_work_and_both_get_all(tmp_path):
 
 
 def test_the_leader_alone_scores_and_its_failures_are_counted_once():
-    (groups, _, failures), (same, _, _) = run_ranks(2, two_ranks_of_one_model)
-    assert groups == same
-    assert len(groups) == 5
-    assert failures["reward/errors"] == 15
+    for scored, problem, failures in run_ranks(2, two_ranks_of_one_model):
+        assert scored == [False] * 15
+        assert problem == "broken 0"
+        assert failures["reward/errors"] == 15
 
 
 def test_without_dynamic_sampling_every_group_stays(world):
@@ -230,11 +233,82 @@ def test_dynamic_sampling_that_finds_nothing_fails(world):
     assert source.drawn == [4, 4]
 
 
-def test_failed_rewards_score_zero_and_are_counted(world):
-    collected = ahead(lambda p, uid: None if uid % 3 == 0 else 1.0, Numbers()).collect(0)
-    groups, metrics = collected.groups, collected.metrics
-    assert rewards(groups).tolist() == [[0.0, 1.0, 1.0]] * 4
-    assert metrics.values()["reward/errors"] == 4
+def left_out(reward, **config):
+    """uid -> reward of what a step trains on, its metrics, and how many prompts it took."""
+    source = Numbers()
+    found = ahead(reward, source, **config)
+    step = found.collect(0)
+    assert found.queue().groups == ()
+    uids = {s.uid: s.reward for g in step.groups for s in g.samples}
+    return uids, step.metrics.values(), sum(source.drawn)
+
+
+def test_what_could_not_be_scored_is_no_sample(world):
+    """Of prompt 0 all are scored, of 1 two, of 2 one, of 3 none; a wrong answer is -1."""
+    uids, values, drawn = left_out(lambda p, uid: None if uid % 3 < p else -1.0 + (uid == 5))
+    assert uids == {0: -1.0, 1: -1.0, 2: -1.0, 4: -1.0, 5: 0.0, 8: -1.0}
+    assert drawn == 4
+    shown = ("errors", "mean", "groups", "zero_std_groups", "groups_left")
+    assert [values[f"reward/{name}"] for name in shown] == [6, pytest.approx(-5 / 6), 4, 3, 3]
+    assert values["response/length_mean"] <= 2
+
+
+def test_dynamic_sampling_draws_again_what_could_not_be_scored(world):
+    """A group that has no two different rewards left; one that has them trains without the rest."""
+    reward = {0: (None, None, None), 1: (None, None, 1.0), 2: (None, 1.0, 1.0), 3: (None, 1.0, 0.0)}
+    uids, values, drawn = left_out(lambda p, uid: reward[p % 4][uid % 3], dynamic_sampling=True)
+    assert uids == {
+        uid: 1.0 - (uid % 3 == 2) for p in (3, 7, 11, 15) for uid in (3 * p + 1, 3 * p + 2)
+    }
+    assert drawn == 16
+    shown = ("errors", "groups", "zero_std_groups", "groups_left")
+    assert [values[f"reward/{name}"] for name in shown] == [4 * 7, 16, 12, 4]
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_a_run_ends_where_none_of_the_first_responses_is_scored(world, dynamic):
+    source = Numbers()
+    with pytest.raises(RunFailed, match=r"none of the first responses .* broken 0"):
+        ahead(lambda p, uid: None, source, dynamic_sampling=dynamic).collect(0)
+    assert source.drawn == [4]
+
+
+@pytest.mark.parametrize(
+    ("dynamic", "message"),
+    [(False, "none of the step's responses"), (True, "no group with different rewards in 8")],
+)
+def test_a_later_step_without_scores_ends_a_run_too(world, dynamic, message):
+    found = ahead(lambda p, uid: float(uid) if p < 4 else None, Numbers(), dynamic_sampling=dynamic)
+    found.collect(0)
+    with pytest.raises(RunFailed, match=f"{message}.*broken"):
+        found.collect(1)
+
+
+def test_one_request_without_scores_is_no_reason_to_end(world):
+    """The second, of two groups, is not scored; the third is."""
+    uids, _, drawn = left_out(
+        lambda p, uid: None if p in (4, 5) else float(p > 1) * uid, dynamic_sampling=True
+    )
+    assert (sorted({uid // 3 for uid in uids}), drawn) == ([2, 3, 6, 7], 8)
+
+
+def test_routes_of_what_could_not_be_scored_are_let_go(world):
+    found = ahead(lambda p, uid: None if uid % 3 == 0 else 1.0 * uid, Numbers())
+    asked = found._collector.finish
+
+    def with_routes(pending):
+        result = asked(pending)
+        held = {
+            s.uid: HeldRoutes(rank=0, experts=(1, 1, 1), probs=None)
+            for g in result.groups
+            for s in g.samples
+        }
+        return dataclasses.replace(result, held=held)
+
+    found._collector.finish = with_routes
+    step = found.collect(0)
+    assert set(step.held) == {s.uid for g in step.groups for s in g.samples}
+    assert found._held == {}
 
 
 def test_steps_ahead_are_generated_before_and_described_when_they_train(world):
@@ -307,8 +381,13 @@ def test_what_is_under_way_comes_again_after_a_resume_and_evaluations_wait_for_i
 
 
 def test_a_queue_that_two_ranks_wrote_goes_on_on_one(world, tmp_path):
+    """Some groups in it are smaller than others; of prompt 7 nothing could be scored."""
     reward = {"async_steps": 2, "dynamic_sampling": True}
-    first = ahead(lambda p, uid: (p % 4 > 0) * uid / 100, Numbers(), **reward)
+
+    def rule(p, uid):
+        return None if p == 7 or (p % 4 == 1 and uid % 3 == 0) else (p % 4 > 0) * uid / 100
+
+    first = ahead(rule, Numbers(), **reward)
     first.collect(3)
     queue = first.queue()
     samples = [s for here in queue.groups for s in here.group.samples]
@@ -316,7 +395,8 @@ def test_a_queue_that_two_ranks_wrote_goes_on_on_one(world, tmp_path):
         write_samples(tmp_path / f"ahead-{rank:05d}.safetensors", mine)
     source = Numbers()
     source.drawn.append(queue.cursor["index"])
-    second = ahead(lambda p, uid: (p % 4 > 0) * uid / 100, source, **reward)
+    second = ahead(rule, source, **reward)
+    assert 0 in [len(here.group.samples) for here in queue.groups]
     second.load(tmp_path, SimpleNamespace(step=1, ahead=queue.described()))
     for updates in range(5, 9):
         expected, found = first.collect(updates), second.collect(updates)
@@ -372,6 +452,6 @@ def test_rewards_keep_their_precision():
         )
         for i in range(2)
     ]
-    scores = rewards([Group(prompt=prompt(0), samples=samples)])
+    scores = rewards(samples)
     assert scores.dtype == torch.float64
-    assert scores[0, 0] != scores[0, 1]
+    assert scores[0] != scores[1]

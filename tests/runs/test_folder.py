@@ -7,10 +7,16 @@ import pytest
 
 from sapo_megatron.errors import UserError
 from sapo_megatron.hf.architecture import read_architecture
-from sapo_megatron.recipe.load import load
+from sapo_megatron.recipe.load import load, to_plain
 from sapo_megatron.runs import folder as runs
-from sapo_megatron.runs.state import LAYOUT, RunState, identity, write_state
+from sapo_megatron.runs.state import RunState, write_state
 from tests.support.tiny import write_recipe
+
+DATA = "what the problems are"
+
+
+def open_run(recipe, arch, resume=None, **changes):
+    return runs.open_run(recipe, arch, resume, **{"data": DATA, **changes})
 
 
 @pytest.fixture
@@ -34,40 +40,42 @@ def add_checkpoint(run, recipe, step):
     state = RunState(
         step=step,
         start=os.path.relpath(start, run.path),
-        model=identity(recipe, read_architecture(recipe.model.path)),
+        model=read_architecture(recipe.model.path).config,
+        recipe=to_plain(recipe),
+        data=DATA,
         cursor={},
         eval={},
         wall_s=0.0,
-        layout=dict.fromkeys(LAYOUT, 1) | {"virtual_pipeline_model_parallel_size": None},
         world_size=1,
+        updates=step * recipe.train.num_mini_batches,
     )
     write_state(folder, state)
     return folder
 
 
 def test_runs_are_numbered(recipe, arch):
-    paths = [runs.open_run(recipe, arch, None).path for _ in range(3)]
+    paths = [open_run(recipe, arch).path for _ in range(3)]
     assert [str(p) for p in paths] == [f"runs/recipe/run-00{i}" for i in (1, 2, 3)]
     Path("runs/recipe/run-1000").mkdir()
     Path("runs/recipe/run-old").mkdir()
-    assert runs.open_run(recipe, arch, None).path.name == "run-1001"
+    assert open_run(recipe, arch).path.name == "run-1001"
     assert load(paths[0] / "config.yaml") == recipe
 
 
 def test_runs_started_at_once_do_not_share_a_folder(recipe, arch, monkeypatch):
-    first = runs.open_run(recipe, arch, None)
+    first = open_run(recipe, arch)
     monkeypatch.setattr(runs, "_numbered", lambda shared: [])  # as it was before the first began
-    assert runs.open_run(recipe, arch, None).path != first.path
+    assert open_run(recipe, arch).path != first.path
 
 
 def test_auto_takes_the_newest_run_that_has_a_checkpoint(recipe, arch):
-    assert runs.open_run(recipe, arch, "auto").checkpoint is None
-    run = runs.open_run(recipe, arch, None)
+    assert open_run(recipe, arch, "auto").checkpoint is None
+    run = open_run(recipe, arch)
     add_checkpoint(run, recipe, 2)
     newest = add_checkpoint(run, recipe, 8)
     (run.checkpoints / "step-000009").mkdir()  # not whole
-    runs.open_run(recipe, arch, None)
-    found = runs.open_run(recipe, arch, "auto")
+    open_run(recipe, arch)
+    found = open_run(recipe, arch, "auto")
     assert found.path == run.path
     assert found.checkpoint == newest
     assert found.state.step == 8
@@ -75,10 +83,10 @@ def test_auto_takes_the_newest_run_that_has_a_checkpoint(recipe, arch):
 
 
 def test_a_path_means_a_run_or_one_of_its_checkpoints(recipe, arch, monkeypatch):
-    run = runs.open_run(recipe, arch, None)
+    run = open_run(recipe, arch)
     early, late = (add_checkpoint(run, recipe, step).absolute() for step in (2, 8))
-    assert runs.open_run(recipe, arch, str(run.path)).checkpoint == late
-    found = runs.open_run(recipe, arch, str(early))
+    assert open_run(recipe, arch, str(run.path)).checkpoint == late
+    found = open_run(recipe, arch, str(early))
     assert (found.checkpoint, found.path) == (early, run.path.absolute())
     monkeypatch.chdir(early)
     assert runs.find_run(recipe, arch, Path(".")).path == found.path
@@ -86,32 +94,27 @@ def test_a_path_means_a_run_or_one_of_its_checkpoints(recipe, arch, monkeypatch)
 
 def test_a_fixed_folder_starts_anew_only_where_nothing_is_lost(recipe, arch):
     fixed = load("recipe.yaml", {"train.run_dir": "here"})
-    assert runs.open_run(fixed, arch, None).path == Path("here")
+    assert open_run(fixed, arch).path == Path("here")
     Path("here/metrics.jsonl").write_text("{}")
     with pytest.raises(UserError, match="holds a run"):
-        runs.open_run(fixed, arch, None)
+        open_run(fixed, arch)
     # A job that is always started with --resume auto and died before its first checkpoint.
-    assert runs.open_run(fixed, arch, "auto").checkpoint is None
+    assert open_run(fixed, arch, "auto").checkpoint is None
 
 
-def test_weights_that_are_gone_are_missed(recipe, arch):
-    run = runs.open_run(recipe, arch, None)
+def test_weights_that_are_gone_are_missed_only_where_they_are_the_reference(recipe, arch):
+    run = open_run(recipe, arch)
     add_checkpoint(run, recipe, 2)
     (run.shared / "cold-start-x" / "config.json").unlink()
-    with pytest.raises(UserError, match=r"started from at .*cold-start-x, got none"):
-        runs.open_run(recipe, arch, "auto")
-
-
-def test_another_precision_is_another_model(recipe, arch):
-    run = runs.open_run(recipe, arch, None)
-    add_checkpoint(run, recipe, 2)
-    other = load("recipe.yaml", {"model.params_dtype": "bfloat16"})
-    with pytest.raises(UserError, match="params_dtype is 'bfloat16' instead of 'float32'"):
-        runs.open_run(other, arch, "auto")
+    assert open_run(recipe, arch, "auto").state.step == 2
+    other = load("recipe.yaml", {"algorithm.kl_coef": "0.1"})
+    assert runs.find_run(other, arch, run.path).state.step == 2
+    with pytest.raises(UserError, match=r"started from, the reference, at .*cold-start-x, got non"):
+        open_run(other, arch, "auto")
     assert load(run.path / "config.yaml") == recipe  # as it was
 
 
 def test_a_folder_that_cannot_be_written(recipe, arch):
     Path("runs").write_text("a file")
     with pytest.raises(UserError, match=r"train.run_dir: .* runs/recipe: Not a directory"):
-        runs.open_run(recipe, arch, None)
+        open_run(recipe, arch)

@@ -18,12 +18,14 @@ def state(journal):
         step=1,
         start="weights",
         model={},
+        recipe={},
+        data="",
         cursor={},
         eval={"avg@8": 0.25},
         moments=json.loads(json.dumps(journal.moments())),
         wall_s=100.0,
-        layout={},
         world_size=1,
+        updates=4,
     )
 
 

@@ -6,23 +6,22 @@ import json
 import pytest
 
 from sapo_megatron.errors import UserError
-from sapo_megatron.recipe.schema import ParallelConfig
 from sapo_megatron.runs.state import (
     QueuedGroup,
     RunState,
     checkpoints,
     latest,
-    layout,
     read_state,
     write_state,
 )
 from sapo_megatron.sample import Prompt
 
-PARALLEL = ParallelConfig(tensor_model_parallel_size=2, expert_model_parallel_size=4)
 STATE = RunState(
     step=12,
     start="../start",
-    model={"model_type": "qwen3_moe", "rope_scaling": None, "params_dtype": "float32"},
+    model={"model_type": "qwen3_moe", "rope_scaling": None},
+    recipe={"train": {"steps": 9}},
+    data="0af1",
     cursor={"index": 384, "skipped": {"too_long": 1}},
     eval={"avg@8": 0.25, "pass@1": 1},
     moments={"variance/router": [[1.0, 2.5, 0.125]]},
@@ -31,10 +30,9 @@ STATE = RunState(
             prompt=Prompt(uid=3, text="1 + 2", answer="3", tokens=(5, 9)), updates=4, kept=True
         )
     ],
-    sampling={"num_generations": 8, "temperature": 1.0},
     wall_s=321.5,
-    layout=layout(PARALLEL),
     world_size=8,
+    updates=48,
 )
 
 
@@ -46,18 +44,18 @@ def checkpoint(tmp_path):
     return folder
 
 
-def refusal(checkpoint, parallel=PARALLEL):
+def refusal(checkpoint):
     with pytest.raises(UserError) as caught:
-        read_state(checkpoint, parallel)
+        read_state(checkpoint)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
 
 def test_a_state_comes_back(checkpoint):
-    assert read_state(checkpoint, PARALLEL) == STATE
+    assert read_state(checkpoint) == STATE
 
 
-OPTIONAL = {"moments", "ahead", "sampling"}
+OPTIONAL = {"moments", "ahead"}
 
 
 def test_a_state_of_before_moments_were_kept_can_be_resumed(checkpoint):
@@ -66,36 +64,8 @@ def test_a_state_of_before_moments_were_kept_can_be_resumed(checkpoint):
     for key in OPTIONAL:
         del state[key]
     path.write_text(json.dumps(state | {"router": {"variance/total": 0.0025}}))
-    expected = dataclasses.replace(STATE, moments={}, ahead=[], sampling={})
-    assert read_state(checkpoint, PARALLEL) == expected
-
-
-def test_data_and_context_parallel_sizes_may_change(checkpoint):
-    wider = dataclasses.replace(PARALLEL, context_parallel_size=2)
-    assert read_state(checkpoint, wider) == STATE
-
-
-@pytest.mark.parametrize(
-    ("key", "size"),
-    [
-        ("tensor_model_parallel_size", 1),
-        ("pipeline_model_parallel_size", 2),
-        ("virtual_pipeline_model_parallel_size", 2),
-        ("expert_model_parallel_size", 8),
-        ("expert_tensor_parallel_size", 2),
-    ],
-)
-def test_another_layout_is_refused(checkpoint, key, size):
-    saved = getattr(PARALLEL, key)
-    message = refusal(checkpoint, dataclasses.replace(PARALLEL, **{key: size}))
-    assert message.startswith(f"parallel.{key}: expected {saved}, the size that {checkpoint} was")
-    assert f"got {size}; " in message
-
-
-def test_a_size_that_was_not_saved_is_another_layout(checkpoint):
-    sizes = {k: v for k, v in STATE.layout.items() if k != "expert_model_parallel_size"}
-    write_state(checkpoint, dataclasses.replace(STATE, layout=sizes))
-    assert "parallel.expert_model_parallel_size: expected None" in refusal(checkpoint)
+    expected = dataclasses.replace(STATE, moments={}, ahead=[])
+    assert read_state(checkpoint) == expected
 
 
 @pytest.mark.parametrize("key", sorted({f.name for f in dataclasses.fields(RunState)} - OPTIONAL))
@@ -118,7 +88,7 @@ def test_a_missing_key_is_named(checkpoint, key):
         ({"eval": {"avg@8": "x"}}, "eval.avg@8: Input should be a valid number, got 'x'"),
         ({"moments": {"tv": [0.5]}}, "moments.tv.0: Input should be a valid array, got 0.5"),
         ({"ahead": [{"prompt": {}}]}, "ahead.0.prompt.uid: Field required"),
-        ({"layout": {"a": "2"}}, "layout.a: Input should be a valid integer, got '2'"),
+        ({"recipe": None}, "recipe: Input should be an object, got None"),
     ],
 )
 def test_a_wrong_type_is_named(checkpoint, changed, said):

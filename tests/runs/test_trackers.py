@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sapo_megatron.metrics import Histogram, Mean, Metrics, Points
+from sapo_megatron.metrics import Histogram, Mean, Metrics, Points, Sum
 from sapo_megatron.recipe.schema import LoggingConfig
 from sapo_megatron.runs import trackers
 from sapo_megatron.runs.trackers import Progress, RunTrackers, duration
@@ -193,6 +193,21 @@ def test_progress_tells_the_time_left_by_the_median_step(caplog):
             progress.log(step, _metrics(0.25))
     assert len(caplog.messages) == 5
     assert caplog.messages[-1] == "step   5/100 | reward 0.250 | left 3m10s"
+
+
+@pytest.mark.parametrize(
+    ("errors", "timeouts", "shown"),
+    [(0, 0, None), (2, 0, "reward errors 2"), (0, 1, "reward errors 1"), (3, 1, "reward errors 4")],
+)
+def test_progress_shows_what_could_not_be_scored(caplog, errors, timeouts, shown):
+    metrics = _metrics(0.25)
+    metrics.add("reward/groups_left", Sum(2.0))
+    metrics.add("reward/errors", Sum(float(errors)))
+    metrics.add("reward/timeouts", Sum(float(timeouts)))
+    with caplog.at_level(logging.INFO):
+        Progress(1, clock=lambda: 0.0).log(1, metrics)
+    _, reward, groups, *trouble, _ = caplog.messages[-1].split(" | ")
+    assert (reward, groups, trouble) == ("reward 0.250", "groups 2", [shown] if shown else [])
 
 
 def test_durations():

@@ -79,6 +79,16 @@ def fails_on_short(prompt: Prompt, response: str) -> float:
     return float(response[3] in "02468")
 
 
+def tells_two_apart(prompt: Prompt, response: str) -> float:
+    """A reward that differs between responses to the source's first two prompts alone."""
+    return zlib.crc32(response.encode()) / 2**32 if prompt.uid < 2 else 0.0
+
+
+def breaks(prompt: Prompt, response: str) -> float:
+    """A reward that is none."""
+    raise RuntimeError("the judge is down")
+
+
 def write_recipe(folder: Path, *, arch: dict[str, Any] | None = None, **sections: Any) -> Path:
     """A recipe, its model and its data below ``folder``; ``sections`` are merged into it."""
     model = folder / "model"

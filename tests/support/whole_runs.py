@@ -268,17 +268,43 @@ def variants(folder: Path) -> dict[str, Any]:
         rollout__dynamic_sampling=True,
         reward__function="tests.support.tiny:never",
     )
+    found["few updates"] = _few(folder)
     run(
         folder,
         train__run_dir=folder / "errors",
         reward__function="tests.support.tiny:fails_on_short",
     )
+    broken = {"reward__function": "tests.support.tiny:breaks", "train__run_dir": folder / "broken"}
+    found["broken"] = message_of(RunFailed, folder, None, **broken)
     run(folder, train__run_dir=folder / "short", rollout__stop_token_ids=list(range(104)))
     found["only evaluation"] = run(folder, train__run_dir=folder / "none", train__steps=0)
     for mode in ("abort", "skip"):
         for poison in ("loss", "gradient"):
             found[f"{mode} {poison}"] = _poisoned(folder, mode, poison)
     return found
+
+
+def _few(folder: Path) -> list[int]:
+    """The tokens of each update of a step in which two groups are left for 16 mini-batches."""
+    policy_update, tokens = Policy.update, []
+
+    def watched_update(self: Any, batches: Any, *args: Any, **kwargs: Any) -> Any:
+        tokens.append(sum(int(batch.mask.sum()) for batch in batches))
+        return policy_update(self, batches, *args, **kwargs)
+
+    Policy.update = watched_update
+    changes = {
+        "train__run_dir": folder / "few",
+        "train__num_mini_batches": 16,
+        "rollout__rollout_batch_size": 8,
+        "rollout__num_generations": 2,
+        "rollout__dynamic_sampling": True,
+        "rollout__dynamic_sampling_max_rounds": 1,
+        "reward__function": "tests.support.tiny:tells_two_apart",
+    }
+    run(folder, **changes)
+    Policy.update = policy_update
+    return tokens
 
 
 def _poisoned(folder: Path, mode: str, poison: str) -> tuple[str, bool]:

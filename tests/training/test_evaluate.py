@@ -1,15 +1,18 @@
 """Which samples an evaluation asks for, and what it makes of their rewards."""
 
+import math
 from types import SimpleNamespace
 
 import pytest
 
+from sapo_megatron.errors import RunFailed
 from sapo_megatron.recipe.load import load
 from sapo_megatron.sample import Group, Prompt, Sample
 from sapo_megatron.training.evaluate import evaluate
 from tests.support.tiny import write_recipe
 
 PROBLEMS = [Prompt(uid=i, text="", answer="", tokens=(5,)) for i in range(3)]
+NONE = math.nan
 SCORES = {4: [[1, 0, 0, 0], [1, 1, 1, 0], [0, 0, 0, 0.5]], 1: [[1], [0], [1]]}
 
 
@@ -18,14 +21,16 @@ class Scored:
 
     stop_ids = (1, 7)
 
-    def __init__(self):
+    def __init__(self, given=SCORES):
         self.asked = []
+        self.given = given
 
     def respond(self, prompts, num_generations, params):
         assert prompts == PROBLEMS
         self.asked.append((num_generations, params))
-        scores = SCORES[num_generations]
-        return SimpleNamespace(groups=[group(*pair) for pair in zip(prompts, scores, strict=True)])
+        scores = self.given[num_generations]
+        groups = [group(*pair) for pair in zip(prompts, scores, strict=True)]
+        return SimpleNamespace(groups=groups, problem="it broke")
 
 
 def group(prompt, rewards):
@@ -47,6 +52,17 @@ def test_scores_are_means_over_problems(recipe):
         "avg@4": pytest.approx(4.5 / 12),
         "pass@1": pytest.approx(2 / 3),
     }
+
+
+def test_what_cannot_be_scored_is_in_no_mean_and_told(recipe, caplog):
+    lost = {4: [[1, -1, NONE, NONE], [NONE] * 4, [-1, NONE, NONE, NONE]], 1: [[NONE], [1], [1]]}
+    assert evaluate(Scored(lost), PROBLEMS, recipe) == {
+        "avg@4": pytest.approx(-1 / 3),
+        "pass@1": 1.0,
+    }
+    assert "9 of 12 responses could not be scored and do not count: it broke" in caplog.text
+    with pytest.raises(RunFailed, match="3 of 3 responses could not be scored: it broke"):
+        evaluate(Scored(lost | {1: [[NONE]] * 3}), PROBLEMS, recipe)
 
 
 def test_k_samples_as_the_recipe_says_and_a_greedy_one(recipe):

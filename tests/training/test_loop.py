@@ -256,6 +256,21 @@ def test_rewards_that_fail_do_not_end_a_run(one_rank):
     assert line["reward/timeouts"] == 0
 
 
+def test_a_function_that_always_fails_ends_a_run_with_its_error(one_rank):
+    _, found = one_rank
+    assert "responses could not be scored" in found["broken"]
+    assert "RuntimeError: the judge is down" in found["broken"]
+
+
+def test_a_mini_batch_without_a_token_makes_no_update(one_rank):
+    folder, found = one_rank
+    (line,) = read_metrics(folder / "few")
+    assert (line["reward/groups"], line["reward/groups_left"]) == (8, 2)
+    assert len(found["few updates"]) == 4
+    assert all(found["few updates"])
+    assert line["actor/skipped_updates"] == 0
+
+
 def test_stop_tokens_of_the_recipe_end_responses(one_rank):
     folder, _ = one_rank
     (line,) = read_metrics(folder / "short")

@@ -12,9 +12,10 @@ from dataclasses import dataclass, replace
 from sapo_megatron.commands.plan.advice import Suggestion, suggestions
 from sapo_megatron.commands.plan.gpus import GPUS, Gpu
 from sapo_megatron.commands.plan.host import HostMemory, host_memory
-from sapo_megatron.commands.plan.layout import Batches, Layout
+from sapo_megatron.commands.plan.layout import Batches, Layout, longest
 from sapo_megatron.commands.plan.memory import GIB, Memory, memory
 from sapo_megatron.commands.plan.step import Parameters, Step, step
+from sapo_megatron.errors import UserError
 from sapo_megatron.hf.architecture import Architecture
 from sapo_megatron.hf.folder import find_architecture
 from sapo_megatron.policy import blueprint
@@ -26,9 +27,13 @@ from sapo_megatron.recipe.schema import ParallelConfig, Recipe
 @dataclass(frozen=True, kw_only=True)
 class Plan:
     recipe: Recipe
+    arch: Architecture
     gpu: Gpu
     layout: Layout
+    length: int
+    """Tokens of a sequence of the step: its mean, or the longest that the recipe allows."""
     batches: Batches
+    """The step's, with sequences of that length."""
     stages: list[Stage]
     """One rank of each pipeline stage."""
     memory: list[Memory]
@@ -66,12 +71,19 @@ class Plan:
         return max(parts, key=lambda name: parts[name])
 
 
-def plan(recipe: Recipe) -> Plan:
+def plan(recipe: Recipe, mean_length: int | None = None) -> Plan:
     """The plan of ``recipe`` on its ``cluster``; where it does not fit, with changes that help.
 
-    For a process without CUDA and without a process group of its own, both of which it leaves as
+    Memory is for sequences that are as long as they may be, the step for the ``mean_length`` of a
+    sequence, prompt included. For a process without CUDA and without a process group of its own, both of which it leaves as
     they are. Raises UserError for what training would refuse as well.
     """
+    length = longest(recipe) if mean_length is None else mean_length
+    if not 2 <= length <= longest(recipe):
+        raise UserError(
+            f"--mean-length: expected at least 2 tokens and at most {longest(recipe)}, "
+            f"rollout.max_prompt_length and max_response_length together, got {length}; change it"
+        )
     arch = find_architecture(recipe.model.path, recipe.model.architecture)
     built: dict[tuple[ParallelConfig, int], list[Stage]] = {}
 
@@ -81,12 +93,12 @@ def plan(recipe: Recipe) -> Plan:
             built[layout] = blueprint.stages(recipe, arch, world)
         return built[layout]
 
-    made = _plan(recipe, arch, build)
+    made = _plan(recipe, arch, length, build)
     if made.total_gib <= made.gpu.memory_gib:
         return made
 
     def needed(changed: Recipe) -> float:
-        other = _plan(changed, arch, build)
+        other = _plan(changed, arch, length, build)
         return other.total_gib if other.fits_host else math.inf
 
     found = suggestions(recipe, made.largest, made.gpu.memory_gib, needed)
@@ -101,7 +113,9 @@ def world_size(recipe: Recipe) -> int:
     return cluster.nodes * cluster.gpus_per_node
 
 
-def _plan(recipe: Recipe, arch: Architecture, build: Callable[[Recipe, int], list[Stage]]) -> Plan:
+def _plan(
+    recipe: Recipe, arch: Architecture, length: int, build: Callable[[Recipe, int], list[Stage]]
+) -> Plan:
     world = world_size(recipe)
     check_architecture(recipe, arch)
     check_world(recipe, world)
@@ -111,13 +125,15 @@ def _plan(recipe: Recipe, arch: Architecture, build: Callable[[Recipe, int], lis
     gpus = [memory(recipe, arch, layout, stages, n) for n in range(layout.pp)]
     return Plan(
         recipe=recipe,
+        arch=arch,
         gpu=gpu,
         layout=layout,
-        batches=Batches.of(recipe, layout),
+        length=length,
+        batches=Batches.of(recipe, layout, length),
         stages=stages,
         memory=gpus,
         parameters=Parameters.of(arch, stages),
-        step=step(recipe, arch, layout, stages),
+        step=step(recipe, arch, layout, stages, length),
         host=host_memory(recipe, arch, layout, stages, gpus),
         host_gib=cluster.host_memory_gib or gpu.host_memory_gib * cluster.gpus_per_node / 8,
     )

@@ -53,7 +53,7 @@ def host_memory(
     makers = min(-(-ranks // layout.tp), parts)
     kept = 1 + recipe.rollout.async_steps
     made = -(-batches.sequences // parts) * kept
-    routes = _routes(recipe, arch) * batches.longest
+    routes = _routes(recipe, arch) * batches.length
     state = max(
         stage.parameters * BYTES[recipe.model.params_dtype] + gpu.optimizer
         for stage, gpu in zip(stages, gpus, strict=True)
@@ -62,7 +62,7 @@ def host_memory(
     return HostMemory(
         samples=ranks * batches.tokens * kept * SAMPLE_BYTES,
         exchange=(makers * made + ranks * batches.sequences_per_rank) * routes
-        + ranks * made * batches.longest * SENT_BYTES,
+        + ranks * made * batches.length * SENT_BYTES,
         pinned=ranks * state * PINNED,
         optimizer=ranks * offloaded * recipe.optimizer.optimizer_offload_fraction,
     )

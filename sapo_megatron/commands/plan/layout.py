@@ -46,10 +46,10 @@ class Layout:
 
 @dataclass(frozen=True, kw_only=True)
 class Batches:
-    """A step's batches where every sequence is as long as the recipe allows."""
+    """A step's batches where all sequences are of one length."""
 
-    longest: int
-    """Tokens of such a sequence."""
+    length: int
+    """Tokens of a sequence."""
     sequences: int
     """Sequences of a step, over all ranks."""
     mini_batch: int
@@ -62,31 +62,37 @@ class Batches:
     """Sequences that one rank decodes together."""
 
     @classmethod
-    def of(cls, recipe: Recipe, layout: Layout) -> "Batches":
+    def of(cls, recipe: Recipe, layout: Layout, length: int | None = None) -> "Batches":
+        """With sequences of ``length`` tokens; None: as long as the recipe allows."""
         r = recipe.rollout
-        longest = r.max_prompt_length + r.max_response_length
+        length = length or longest(recipe)
         sequences = r.rollout_batch_size * r.num_generations
         mini_batch = sequences // recipe.train.num_mini_batches
         per_rank = -(-mini_batch // layout.dp)
         share = -(-sequences // layout.dp_cp)
         return cls(
-            longest=longest,
+            length=length,
             sequences=sequences,
             mini_batch=mini_batch,
             sequences_per_rank=per_rank * recipe.train.num_mini_batches,
-            micro_batches=_micro_batches(recipe, layout, longest, mini_batch),
+            micro_batches=_micro_batches(recipe, layout, length, mini_batch),
             generated_at_once=min(r.generation_batch_size, share),
         )
 
     @property
     def tokens(self) -> int:
-        return self.sequences * self.longest
+        return self.sequences * self.length
 
 
-def _micro_batches(recipe: Recipe, layout: Layout, longest: int, mini_batch: int) -> int:
+def longest(recipe: Recipe) -> int:
+    """Tokens of the longest sequence that the recipe allows."""
+    return recipe.rollout.max_prompt_length + recipe.rollout.max_response_length
+
+
+def _micro_batches(recipe: Recipe, layout: Layout, length: int, mini_batch: int) -> int:
     """How many ``data.batch.plan_micro_batches`` makes of sequences of one length."""
     multiple = 2 * layout.cp if layout.cp > 1 else 1
-    fed = -(-(longest - 1) // multiple) * multiple
+    fed = -(-(length - 1) // multiple) * multiple
     at_once = recipe.train.max_tokens_per_gpu * layout.cp // fed
     count = -(-mini_batch // (layout.dp * at_once))
     rounded = layout.pp if layout.vpp > 1 else 1
@@ -104,3 +110,12 @@ def in_flight(layout: Layout, stage: int, micro_batches: int) -> int:
     if layout.vpp > 1:
         ahead = 2 * ahead + (layout.vpp - 1) * layout.pp
     return min(ahead + 1, micro_batches * layout.vpp)
+
+
+def away(inner: int, size: int, node: int) -> float:
+    """The share of what a rank sends to its group of ``size`` ranks that goes to other nodes.
+
+    Ranks of the group are ``inner`` apart: so many are in the groups that lie within theirs.
+    """
+    here = max(1, min(size, node // inner))
+    return (size - here) / max(size - 1, 1)

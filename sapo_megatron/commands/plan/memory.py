@@ -93,10 +93,7 @@ def memory(
         stored=stored,
         activations=stored + working,
         logprobs=_logprobs(recipe, arch, layout) if last else 0.0,
-        kv_cache=batches.generated_at_once
-        * batches.longest
-        * stage.cached_per_token
-        * BYTES[dtype],
+        kv_cache=batches.generated_at_once * batches.length * stage.cached_per_token * BYTES[dtype],
         generation=_generation(recipe, arch, stage, batches, last=last),
     )
 
@@ -141,7 +138,7 @@ def _batches(
     recipe: Recipe, arch: Architecture, layout: Layout, stage: Stage, batches: Batches
 ) -> float:
     """Bytes of all micro-batches of a step, on the GPU from its old log-probs to its end."""
-    tokens = batches.sequences_per_rank * batches.longest / layout.cp
+    tokens = batches.sequences_per_rank * batches.length / layout.cp
     per_token = 45.0  # four int64, four fp32 less one, a mask: see sample.PackedBatch
     if arch.experts:
         here = len(set(stage.layers) & set(arch.experts.layers)) / layout.tp
@@ -176,5 +173,5 @@ def _generation(
         here = len(set(stage.layers) & set(arch.experts.layers))
         per_token = route_bytes(arch, recipe, len(arch.experts.layers), index=4)
         per_token += route_bytes(arch, recipe, here)
-        routes = rows * batches.longest * per_token
+        routes = rows * batches.length * per_token
     return max(prefill, sampling, routes)

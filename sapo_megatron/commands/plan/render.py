@@ -1,9 +1,12 @@
 """A plan as a table and as JSON."""
 
+import textwrap
 from typing import Any
 
 from sapo_megatron.commands.plan import Plan
+from sapo_megatron.commands.plan.layout import longest
 from sapo_megatron.commands.plan.memory import GIB, Memory
+from sapo_megatron.commands.plan.seconds import seconds, slow
 
 COLUMNS = {
     "weights": "weights",
@@ -17,6 +20,7 @@ COLUMNS = {
     "generation": "gen",
 }
 """Parts of the memory -> heads of the table."""
+RED, PLAIN = "\033[31m", "\033[0m"
 
 
 def as_json(plan: Plan) -> dict[str, Any]:
@@ -55,18 +59,25 @@ def as_json(plan: Plan) -> dict[str, Any]:
             "micro_batches": plan.batches.micro_batches,
             "bubble": round(_bubble(plan), 4),
             "flops": step.flops,
-            "seconds_at_peak": _seconds(plan, sum(step.flops.values())),
+            "seconds_at_peak": _at_peak(plan, sum(step.flops.values())),
             "gib_sent": {name: round(size / GIB, 2) for name, size in step.bytes_sent.items()},
         },
+        "mean_length": plan.length,
+        "seconds": {name: round(took, 2) for name, took in seconds(plan)[0].parts().items()},
+        "slow": slow(plan),
         "suggestions": [
             {"settings": s.settings, "total_gib": round(s.total_gib, 2)} for s in plan.suggestions
         ],
     }
 
 
-def as_table(plan: Plan) -> str:
-    """What ``plan`` prints, in lines of at most 100 columns."""
-    return "\n\n".join((_head(plan), _memory_table(plan), _step_table(plan))) + "\n"
+def as_table(plan: Plan, *, colour: bool = False) -> str:
+    """What ``plan`` prints, in lines of at most 100 columns; ``colour``: what is slow in red."""
+    parts = [_head(plan), _memory_table(plan), _step_table(plan)]
+    if why := slow(plan):
+        text = "\n".join(textwrap.wrap(f"slow: {why}", 100))
+        parts.append(f"{RED}{text}{PLAIN}" if colour else text)
+    return "\n\n".join(parts) + "\n"
 
 
 def verdict(plan: Plan) -> str:
@@ -138,21 +149,30 @@ def _step_table(plan: Plan) -> str:
     step, batches, train = plan.step, plan.batches, plan.recipe.train
     sent = "  ".join(f"{name} {size / GIB:.1f}" for name, size in step.bytes_sent.items() if size)
     waits = f"; pipeline bubble {_bubble(plan):.0%}" if plan.layout.pp > 1 else ""
-    idle = plan.layout.dp - batches.mini_batch
+    idle, ahead = plan.layout.dp - batches.mini_batch, plan.recipe.rollout.async_steps > 0
     waits += f"; {idle} of {plan.layout.dp} data-parallel ranks get none" if idle > 0 else ""
-    labels = {"rollout": "rollout", "logprob": "old log-probs", "update": "update"}
+    taken, made = seconds(plan)
+    each = 1e3 * sum(made.decode_step.values())
+    passes = {"old log-probs": ("logprob", taken.logprobs), "update": ("update", taken.update)}
     rows = {
-        "sequences": f"{batches.sequences} of {batches.longest} tokens, {_short(step.tokens)} "
+        "sequences": f"{batches.sequences} of {batches.length} tokens, {_short(step.tokens)} "
         f"tokens in all",
         "updates": f"{train.num_mini_batches} of {batches.mini_batch} sequences, "
         f"{batches.micro_batches} micro-batches per rank{waits}",
+        "rollout": f"{taken.rollout:.0f} s: {made.engine}, {made.at_once:.0f} sequences at once, "
+        f"{each:.0f} ms a decode step",
         **{
-            labels[name]: f"{_short(flops)}FLOP, {_seconds(plan, flops):.3g} s at the GPUs' peak"
-            for name, flops in step.flops.items()
+            name: f"{took:.0f} s: {_short(step.flops[stage])}FLOP, "
+            f"{_at_peak(plan, step.flops[stage]):.3g} s at the GPUs' peak"
+            for name, (stage, took) in passes.items()
         },
+        "hand-over": f"{taken.handover:.0f} s",
+        "step": f"{taken.step:.0f} s (estimated){', rollout and training at once' * ahead}",
         "GiB sent per GPU": f"{sent or 'nothing'} (log-probs and updates)",
     }
-    return _rows(rows, "a step in which every sequence is as long as it may be")
+    at_most = "as long as it may be"
+    length = at_most if plan.length == longest(plan.recipe) else "of the mean length"
+    return _rows(rows, f"a step in which every sequence is {length}")
 
 
 def _short(number: float) -> str:
@@ -189,6 +209,6 @@ def _bubble(plan: Plan) -> float:
     return waits / (plan.batches.micro_batches * plan.layout.vpp + waits)
 
 
-def _seconds(plan: Plan, flops: float) -> float:
+def _at_peak(plan: Plan, flops: float) -> float:
     """The least that ``flops`` take on all GPUs of the cluster."""
     return flops / (plan.layout.world_size * plan.gpu.tflops * 1e12)

@@ -1,6 +1,7 @@
 """The arithmetic of a step: tokens, floating-point operations, bytes sent."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from sapo_megatron.commands.plan.layout import Batches, Layout
 from sapo_megatron.commands.plan.memory import BYTES, GRADIENT_BYTES
@@ -31,7 +32,7 @@ class Parameters:
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """One step (rollout, old log-probs, updates) where every sequence is of the greatest length."""
+    """One step (rollout, old log-probs, updates) whose sequences are all of one length."""
 
     tokens: int
     flops: dict[str, float]
@@ -40,19 +41,25 @@ class Step:
     """By group, what the busiest GPU sends in log-prob and update passes, not in generation."""
 
 
-def step(recipe: Recipe, arch: Architecture, layout: Layout, stages: list[Stage]) -> Step:
-    """What a step costs at most (:class:`Step`)."""
-    batches, parameters = Batches.of(recipe, layout), Parameters.of(arch, stages)
-    forward = batches.sequences * forward_flops(arch, parameters, batches.longest)
-    again = 1 if recipe.parallel.recompute_granularity == "full" else 0
+def step(
+    recipe: Recipe, arch: Architecture, layout: Layout, stages: list[Stage], length: int
+) -> Step:
+    """What a step with sequences of ``length`` tokens costs (:class:`Step`)."""
+    batches, parameters = Batches.of(recipe, layout, length), Parameters.of(arch, stages)
+    forward = batches.sequences * forward_flops(arch, parameters, length)
+    updates = update_passes(recipe)
+    sent = [
+        bytes_sent(recipe, arch, layout, stages, length, passes)
+        for passes in (Passes(frozen(recipe), 0), updates)
+    ]
     return Step(
         tokens=batches.tokens,
         flops={
             "rollout": forward,
-            "logprob": _frozen(recipe) * forward,
-            "update": (3 + again) * forward,
+            "logprob": frozen(recipe) * forward,
+            "update": updates.work * forward,
         },
-        bytes_sent=_bytes_sent(recipe, arch, layout, stages, batches),
+        bytes_sent={group: sum(s[group] for s in sent) for group in sent[0]},
     )
 
 
@@ -75,25 +82,45 @@ def forward_flops(arch: Architecture, parameters: Parameters, length: int) -> fl
     return 2 * (parameters.active_without_embeddings + head) * length + attention
 
 
-def _frozen(recipe: Recipe) -> int:
+class Passes(NamedTuple):
+    """Passes over the sequences of a step."""
+
+    forwards: int
+    backwards: int
+
+    @property
+    def work(self) -> int:
+        """In forward passes: a backward pass is two."""
+        return self.forwards + 2 * self.backwards
+
+
+def frozen(recipe: Recipe) -> int:
     """Forward passes before the updates: the old policy's and the reference's."""
     return (recipe.algorithm.old_policy == "recompute") + (recipe.algorithm.kl_coef > 0)
 
 
-def _bytes_sent(
-    recipe: Recipe, arch: Architecture, layout: Layout, stages: list[Stage], batches: Batches
+def update_passes(recipe: Recipe) -> Passes:
+    """Those of the updates, full recomputation among them."""
+    return Passes(2 if recipe.parallel.recompute_granularity == "full" else 1, 1)
+
+
+def bytes_sent(
+    recipe: Recipe,
+    arch: Architecture,
+    layout: Layout,
+    stages: list[Stage],
+    length: int,
+    passes: Passes,
 ) -> dict[str, float]:
     """Bytes that one GPU of the busiest stage sends, by group, in rings and all-to-alls."""
     dtype = BYTES[recipe.model.params_dtype]
-    again = 1 if recipe.parallel.recompute_granularity == "full" else 0
-    models = _frozen(recipe)
-    forwards, backwards = models + 1 + again, 1
-    tokens = batches.sequences_per_rank * batches.longest / layout.cp
+    forwards, backwards = passes
+    batches = Batches.of(recipe, layout, length)
+    tokens = batches.sequences_per_rank * length / layout.cp
     hidden = tokens * arch.hidden_size * dtype
     busiest = max(stages, key=lambda s: len(s.layers))
-    layers = len(busiest.layers)
+    layers, moe = len(busiest.layers), moe_layers(arch, busiest)
     experts = arch.experts
-    moe = len(set(busiest.layers) & set(experts.layers)) if experts else 0
     shared = moe if experts and experts.shared_hidden_size else 0
     # With sequence parallelism a block gathers its input and scatters its output; backward does
     # the same the other way, and gathers the input once more (arXiv 2205.05198).
@@ -102,19 +129,26 @@ def _bytes_sent(
     sent = {"tp": hidden * gathers * _others(layout.tp)}
     # Keys and values once around the ring; backward they come with their gradients.
     keys = tokens * busiest.cached_per_token * dtype
-    sent["cp"] = keys * (layout.cp - 1) * (forwards + 2 * backwards)
+    sent["cp"] = keys * (layout.cp - 1) * passes.work
     # To the experts and back, forward and backward.
     copies = hidden / layout.tp * (experts.topk if experts else 0) * moe
     sent["ep"] = copies * 2 * (forwards + backwards) * _others(layout.ep)
+    # Layers that are computed again hand nothing over.
+    handed = min(forwards, 1) + backwards if backwards else forwards
     chunks = layout.vpp if layout.pp > 1 else 0
-    sent["pp"] = hidden / layout.tp * chunks * (models + 1 + backwards)
+    sent["pp"] = hidden / layout.tp * chunks * handed
     # Gradients scattered, weights gathered, once an optimizer step.
     each = GRADIENT_BYTES[recipe.model.params_dtype] + dtype
     reduced = max(
         s.dense * _others(layout.dp_cp) + s.experts * _others(layout.expert_dp) for s in stages
     )
-    sent["dp"] = recipe.train.num_mini_batches * reduced * each
+    sent["dp"] = backwards * recipe.train.num_mini_batches * reduced * each
     return sent
+
+
+def moe_layers(arch: Architecture, stage: Stage) -> int:
+    """How many of the stage's layers have experts."""
+    return len(set(stage.layers) & set(arch.experts.layers)) if arch.experts else 0
 
 
 def _others(size: int) -> float:

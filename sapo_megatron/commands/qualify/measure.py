@@ -217,8 +217,8 @@ def offloaded(setting: Setting) -> Result:
 
 def _state() -> RunState:
     return RunState(
-        step=1, start=".", model={}, cursor={}, eval={}, wall_s=0.0, layout={},
-        world_size=dist.get_world_size(),
+        step=1, start=".", model={}, recipe={}, data="", cursor={}, eval={}, wall_s=0.0,
+        world_size=dist.get_world_size(), updates=1,
     )  # fmt: skip
 
 

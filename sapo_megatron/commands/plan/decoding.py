@@ -1,0 +1,150 @@
+"""Seconds of a rollout: decode steps, each with what it reads, computes, sends and launches."""
+
+import math
+from dataclasses import dataclass
+
+from sapo_megatron.commands.plan import Plan
+from sapo_megatron.commands.plan.gpus import Constants
+from sapo_megatron.commands.plan.layout import longest
+from sapo_megatron.commands.plan.memory import BYTES, GIB, RESERVE
+from sapo_megatron.hf.architecture import GroupedQueryAttention
+
+SERVER_SHARE = {True: 0.6, False: 0.92}
+"""Part of a GPU's memory for a server, by whether it is the trainer's GPU: what verl's and
+NeMo-RL's recipes give it, and vLLM's default."""
+SLICES = 32
+"""Points of time at which a batch that runs out is looked at."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rollout:
+    seconds: float
+    engine: str
+    """Who generates, in words."""
+    at_once: float
+    """Sequences that a server, or a rank in process, decodes together."""
+    decode_step: dict[str, float]
+    """Seconds of a step with so many, by what they are spent on."""
+
+
+def rollout(plan: Plan, constants: Constants) -> Rollout:
+    """A rollout whose sequences have the plan's mean length, prompt included."""
+    if plan.recipe.rollout.engine == "in_process":
+        return _in_process(plan, constants)
+    return _on_servers(plan, constants)
+
+
+def server_gpus(plan: Plan) -> int:
+    """GPUs of a server: as few as hold its weights in half of the memory that it gets."""
+    weights = plan.parameters.total * BYTES[plan.recipe.model.params_dtype]
+    room = SERVER_SHARE[plan.recipe.rollout.colocate] * plan.gpu.memory_gib * GIB / 2
+    return 2 ** max(math.ceil(math.log2(weights / room)), 0)
+
+
+def _in_process(plan: Plan, constants: Constants) -> Rollout:
+    """Batches one after the other, each until its longest response ends, at the limit."""
+    r, at_once = plan.recipe.rollout, plan.batches.generated_at_once
+    batches = -(-plan.batches.sequences // plan.layout.dp_cp // at_once)
+    context = longest(plan.recipe) - r.max_response_length / 2
+    each = _decode_step(plan, constants, plan.layout.tp, at_once, context, launch=constants.launch)
+    return Rollout(
+        seconds=batches * r.max_response_length * sum(each.values()),
+        engine=f"in process, {batches} batches in turn",
+        at_once=at_once,
+        decode_step=each,
+    )
+
+
+def _on_servers(plan: Plan, c: Constants) -> Rollout:
+    """Batches that servers keep full and that run out, their lengths exponential up to the limit.
+
+    Each token ends a response with the same chance, such that the mean is the plan's.
+    """
+    r, gpus = plan.recipe.rollout, server_gpus(plan)
+    own = plan.layout.world_size // gpus if r.colocate else r.num_servers
+    servers = len(r.servers) or max(own, 1)
+    prompt = plan.length * r.max_prompt_length / longest(plan.recipe)
+    response = plan.length - prompt
+    ahead = max(r.async_steps, 1)
+    asked = ahead * plan.batches.sequences / servers
+    at_once = min(asked, r.server_concurrency, _held(plan, gpus))
+    rate = _rate(response / r.max_response_length)
+    times = [(i + 0.5) / SLICES for i in range(SLICES)]
+    left = [math.exp(-rate * time) for time in times]
+
+    def step(share: float, made: float) -> dict[str, float]:
+        return _decode_step(plan, c, gpus, at_once * share, prompt + made, launch=c.graph)
+
+    mean = sum(n * t for n, t in zip(left, times, strict=True)) / sum(left)
+    full = step(1.0, mean * r.max_response_length)
+    last = sum(
+        sum(step(share, time * r.max_response_length).values())
+        for share, time in zip(left, times, strict=True)
+    )
+    seconds = last * r.max_response_length / SLICES
+    seconds += (asked / at_once - 1) * response * sum(full.values())
+    # The responses to a prompt share what is computed of it.
+    prompts = r.rollout_batch_size * ahead / servers * prompt
+    seconds += prompts * _computing(plan, c, gpus)
+    return Rollout(
+        seconds=seconds / ahead,
+        engine=f"{servers} vLLM servers of {gpus} GPUs",
+        at_once=at_once,
+        decode_step=full,
+    )
+
+
+def _rate(share: float) -> float:
+    """The rate at which responses end, per limit, with which their mean is so much of the limit."""
+    low, high = 1e-6, 1e6
+    for _ in range(60):
+        rate = math.sqrt(low * high)
+        low, high = (rate, high) if -math.expm1(-rate) / rate > share else (low, rate)
+    return low
+
+
+def _cached(plan: Plan, gpus: int) -> float:
+    """Bytes of a token's keys and values on each GPU; vLLM keeps latents whole on all of them."""
+    a = plan.arch.attention
+    if isinstance(a, GroupedQueryAttention):
+        numbers = 2 * a.head_dim * max(a.num_kv_heads / gpus, 1)
+    else:
+        numbers = a.kv_lora_rank + a.qk_rope_head_dim
+    return plan.arch.num_layers * numbers * BYTES[plan.recipe.model.params_dtype]
+
+
+def _held(plan: Plan, gpus: int) -> float:
+    """Sequences of the mean length whose keys and values a server has memory for."""
+    room = SERVER_SHARE[plan.recipe.rollout.colocate] * plan.gpu.memory_gib * GIB - RESERVE
+    room -= plan.parameters.total * BYTES[plan.recipe.model.params_dtype] / gpus
+    return max(room / _cached(plan, gpus) / plan.length, 1.0)
+
+
+def _computing(plan: Plan, c: Constants, gpus: int) -> float:
+    """Seconds of one token's matrix products on each of ``gpus``."""
+    head = plan.arch.vocab_size * plan.arch.hidden_size
+    flops = 2 * (plan.parameters.active_without_embeddings + head) / gpus
+    return flops / (plan.gpu.tflops * 1e12 * c.matrix)
+
+
+def _decode_step(
+    plan: Plan, c: Constants, gpus: int, sequences: float, context: float, *, launch: float
+) -> dict[str, float]:
+    """Seconds of a step that adds a token to each of ``sequences``, by what they are spent on."""
+    arch, experts = plan.arch, plan.arch.experts
+    dtype, memory = BYTES[plan.recipe.model.params_dtype], plan.gpu.memory * c.bandwidth
+    idle = (1 - experts.topk / experts.number) ** sequences if experts else 0.0
+    routed = sum(stage.total_experts for stage in plan.stages)
+    weights = plan.parameters.total - idle * routed - arch.vocab_size * arch.hidden_size
+    reading = weights * dtype / gpus / memory
+    nodes = -(-gpus // plan.recipe.cluster.gpus_per_node)
+    message = 2 * sequences * arch.hidden_size * dtype * (gpus > 1)
+    reducing = (nodes - 1) * c.hop + message / (plan.gpu.nvlink * c.bandwidth)
+    return {
+        "reading weights": reading,
+        # Beyond what is done while weights are read.
+        "computing": max(sequences * _computing(plan, c, gpus) - reading, 0.0),
+        "reading keys and values": sequences * context * _cached(plan, gpus) / memory,
+        "launching kernels": arch.num_layers * launch,
+        "all-reduces": 2 * arch.num_layers * reducing,
+    }
