@@ -51,9 +51,10 @@ def make_recipe(vllm_python: str) -> Recipe:
 def tokens_per_second(engine: Any, requests: list[Request], params: SamplingParams) -> float:
     with engine.serving(record=False):
         began = time.perf_counter()
-        samples = engine.generate(requests, params)
+        lengths: list[int] = []
+        engine.generate(requests, params, lambda s: lengths.append(len(s.response_tokens)))
         seconds = time.perf_counter() - began
-    return sum(len(s.response_tokens) for s in samples) / seconds
+    return sum(lengths) / seconds
 
 
 async def difference_at(url: str, probe: Probe) -> float:
@@ -80,7 +81,8 @@ def measured(recipe: Recipe, folder: Path, rounds: int) -> list[dict[str, Any]]:
     params = SamplingParams(
         temperature=1.0, top_p=1.0, max_new_tokens=NEW_TOKENS, stop_ids=(1,), seed=3
     )
-    with open_engine(recipe, inputs, policy, folder) as servers:
+    nodes = parallel.nodes(groups)
+    with open_engine(recipe, inputs, policy, folder, nodes) as servers:
         engines = {
             "in process": InProcess(MegatronDecoder(policy.model), batch_size=REQUESTS),
             "vLLM": servers,

@@ -31,8 +31,8 @@ class _Part:
     """What one rank contributes."""
 
     scored: list[Sample]
-    failures: Metrics
-    """Failures of the rewards that this rank gave."""
+    found: Metrics
+    """What happened to its responses, and failures of the rewards that it gave."""
     problem: str
     """The first of them."""
     generating_s: float
@@ -155,19 +155,24 @@ class Collector:
     ) -> _Part:
         """What this rank generates and scores; no collective if the engine needs none."""
         began = time.monotonic()
-        mine = self._engine.generate(requests, params)
-        generated = time.monotonic()
-        failures = Metrics()
         scored: list[Sample] = []
+        of_uid = {p.uid: p for p in prompts}
+
+        def arrived(sample: Sample) -> None:
+            """It is scored while others are still being generated."""
+            if self._scorer is not None and sample.uid >= 0:
+                said = sample.response_tokens if sample.truncated else sample.response_tokens[:-1]
+                sample.text = self._tokenizer.decode(said)
+                self._scorer.begin(of_uid[sample.uid // num_generations], sample)
+                scored.append(sample)
+
+        found = self._engine.generate(requests, params, arrived)
+        generated = time.monotonic()
         if self._scorer is not None:
-            scored = [s for s in mine if s.uid >= 0]
-            for s in scored:
-                said = s.response_tokens if s.truncated else s.response_tokens[:-1]
-                s.text = self._tokenizer.decode(said)
-            failures = self._scorer.score(grouped(prompts, scored, num_generations))
+            found.update(self._scorer.finish())
         return _Part(
             scored=scored,
-            failures=failures,
+            found=found,
             problem=next((s.problem for s in scored if s.problem), ""),
             generating_s=generated - began,
             scoring_s=time.monotonic() - generated,
@@ -182,7 +187,7 @@ class Collector:
         try:
             result = pending.part.result()
             mine, problem = result.scored, result.problem
-            metrics.update(result.failures)
+            metrics.update(result.found)
             metrics.add("time/rollout", Max(result.generating_s))
             metrics.add("time/reward", Max(result.scoring_s))
         except (RunFailed, UserError) as error:

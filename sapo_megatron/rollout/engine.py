@@ -1,7 +1,7 @@
 """What turns requests into responses, and how it is asked."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
@@ -31,6 +31,10 @@ class SamplingParams:
     seed: int
 
 
+Arrived = Callable[[Sample], None]
+"""Takes a response."""
+
+
 class Engine(Protocol):
     """What turns requests into responses: the training model in process, or servers."""
 
@@ -46,10 +50,13 @@ class Engine(Protocol):
         weights behind the block.
         """
 
-    def generate(self, requests: Sequence[Request], params: SamplingParams) -> list[Sample]:
-        """This block's responses, fillers among them or not, on its leader at least.
+    def generate(
+        self, requests: Sequence[Request], params: SamplingParams, arrived: Arrived
+    ) -> Metrics:
+        """Hand this block's responses to ``arrived``, each when it is there; what happened to them.
 
-        Collective over the ranks that share a model unless ``background``.
+        In any order, fillers among them or not, on the block's leader at least. Collective over
+        the ranks that share a model unless ``background``.
         """
 
 

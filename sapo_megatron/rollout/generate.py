@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sapo_megatron.metrics import Metrics
-from sapo_megatron.rollout.engine import Request, SamplingParams
+from sapo_megatron.rollout.engine import Arrived, Request, SamplingParams
 from sapo_megatron.sample import DecodedRoutes, Sample
 from sapo_megatron.splitmix import shift, splitmix64
 
@@ -59,8 +59,12 @@ class InProcess:
         with self._decoder.generating(record=record):
             yield Metrics()
 
-    def generate(self, requests: Sequence[Request], params: SamplingParams) -> list[Sample]:
-        return generate(self._decoder, requests, params, batch_size=self._batch_size)
+    def generate(
+        self, requests: Sequence[Request], params: SamplingParams, arrived: Arrived
+    ) -> Metrics:
+        for sample in generate(self._decoder, requests, params, batch_size=self._batch_size):
+            arrived(sample)
+        return Metrics()
 
 
 def generate(

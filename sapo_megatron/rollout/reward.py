@@ -16,8 +16,7 @@ import os
 import queue
 import subprocess
 import sys
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Self
 
 from sapo_megatron.errors import UserError, one_line
@@ -25,7 +24,7 @@ from sapo_megatron.metrics import Metrics, Sum
 from sapo_megatron.recipe.schema import RewardConfig
 from sapo_megatron.rollout.verifiers import exact_match
 from sapo_megatron.rollout.worker import judge
-from sapo_megatron.sample import Group, Prompt
+from sapo_megatron.sample import Prompt, Sample
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +50,8 @@ class Scorer:
         """Raises UserError when the function cannot be imported."""
         self._config = config
         self._logged: set[str] = set()
+        self._threads = ThreadPoolExecutor(config.num_workers)
+        self._begun: list[tuple[Prompt, Sample, Future[tuple[float, str]]]] = []
         # exact_match can neither hang nor crash: it needs no process.
         self._workers = [] if config.function == "exact_match" else [_Worker(config)]
         # The worker that runs is on top; those below it start when they are needed.
@@ -58,23 +59,25 @@ class Scorer:
         for worker in [*[None] * (config.num_workers - 1), *self._workers]:
             self._idle.put(worker)
 
-    def score(self, groups: Sequence[Group]) -> Metrics:
-        """Set the ``reward`` of every sample from its ``text``, or ``problem`` where it has none.
+    def begin(self, prompt: Prompt, sample: Sample) -> None:
+        """Start to score a sample's ``text``, which :meth:`finish` waits for."""
+        verdict = self._threads.submit(self._judge, prompt, sample.text)
+        self._begun.append((prompt, sample, verdict))
+
+    def finish(self) -> Metrics:
+        """Set the ``reward`` of every sample that was begun, or ``problem`` where it has none.
 
         Returns ``reward/errors`` and ``reward/timeouts``: sums, present also where they are 0.
         """
-        prompts = [group.prompt for group in groups for _ in group.samples]
-        samples = [sample for group in groups for sample in group.samples]
-        with ThreadPoolExecutor(self._config.num_workers) as threads:
-            verdicts = list(threads.map(self._judge, prompts, [s.text for s in samples]))
-        for prompt, sample, (reward, problem) in zip(prompts, samples, verdicts, strict=True):
-            sample.reward = reward
+        begun, self._begun, problems = self._begun, [], []
+        for prompt, sample, verdict in begun:
+            sample.reward, problem = verdict.result()
             sample.problem = problem and self._told(problem, prompt)
+            problems += [problem] if problem else []
             kind = problem.split(":")[0]
             if problem and kind not in self._logged:
                 self._logged.add(kind)
                 logger.warning("%s; it is left out and counted, others silently", sample.problem)
-        problems = [problem for _, problem in verdicts if problem]
         timeouts = problems.count(_TIMED_OUT)
         metrics = Metrics()
         metrics.add("reward/errors", Sum(float(len(problems) - timeouts)))
@@ -94,6 +97,7 @@ class Scorer:
         """End the worker processes; the scorer cannot be used afterwards."""
         for worker in self._workers:
             worker.stop()
+        self._threads.shutdown(cancel_futures=True)
 
     def __enter__(self) -> Self:
         return self

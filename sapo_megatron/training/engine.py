@@ -14,13 +14,13 @@ import torch
 import torch.distributed as dist
 
 from sapo_megatron.data.batch import MicroBatching
-from sapo_megatron.metrics import Max, Metrics
+from sapo_megatron.metrics import Max, Metrics, Sum
 from sapo_megatron.policy import parallel
 from sapo_megatron.policy.decode import MegatronDecoder
 from sapo_megatron.policy.parallel import Nodes, ParallelGroups
 from sapo_megatron.policy.step import Offload, Policy
 from sapo_megatron.recipe.schema import Recipe
-from sapo_megatron.rollout.engine import Engine, Request, SamplingParams
+from sapo_megatron.rollout.engine import Arrived, Engine, Request, SamplingParams
 from sapo_megatron.rollout.generate import InProcess, generate
 from sapo_megatron.rollout.vllm.engine import Probe, VllmEngine
 from sapo_megatron.rollout.vllm.servers import LocalServers
@@ -179,16 +179,20 @@ class Following:
         with self._policy.aside(self._offload) as leave:
             yield self._hand_over(leave)
 
-    def generate(self, requests: Sequence[Request], params: SamplingParams) -> list[Sample]:
+    def generate(
+        self, requests: Sequence[Request], params: SamplingParams, arrived: Arrived
+    ) -> Metrics:
+        metrics = Metrics()
         if self._servers is None:
-            return []
+            return metrics
         asked = [request for request in requests if request.uid >= 0]
-        if self._offload is None:
-            return self._servers.sample(asked, params)
         try:
-            return self._servers.sample(asked, params)
+            redrawn = self._servers.sample(asked, params, arrived)
         finally:
-            self._servers.sleep()
+            if self._offload is not None:
+                self._servers.sleep()
+        metrics.add("rollout/redrawn", Sum(float(redrawn)))
+        return metrics
 
     def _hand_over(self, leave: Callable[[], None] = lambda: None) -> Metrics:
         """``leave``: leaves the GPUs to the servers, on all ranks, once the weights are written."""

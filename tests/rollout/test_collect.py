@@ -64,16 +64,19 @@ class Rule:
     def __init__(self, reward):
         self.reward = reward
         self.texts = []
+        self.broken = 0
 
-    def score(self, groups):
+    def begin(self, prompt, sample):
+        self.texts.append(sample.text)
+        reward = self.reward(prompt.uid, sample.uid)
+        sample.reward = math.nan if reward is None else reward
+        sample.problem = f"broken {sample.uid}" if reward is None else ""
+        self.broken += reward is None
+
+    def finish(self):
         metrics = Metrics()
-        for group in groups:
-            for s in group.samples:
-                self.texts.append(s.text)
-                reward = self.reward(group.prompt.uid, s.uid)
-                s.reward = math.nan if reward is None else reward
-                s.problem = f"broken {s.uid}" if reward is None else ""
-                metrics.add("reward/errors", Sum(float(reward is None)))
+        metrics.add("reward/errors", Sum(float(self.broken)))
+        self.broken = 0
         return metrics
 
 
@@ -337,6 +340,27 @@ def test_steps_ahead_are_generated_before_and_described_when_they_train(world):
     assert found.queue().groups == ()
 
 
+def test_samples_are_scored_while_others_are_generated(world):
+    """The scorer lets the engine go on: whoever scored at the end would wait for ever."""
+
+    class Waiting(InProcess):
+        def generate(self, requests, params, arrived):
+            for request in requests:
+                super().generate([request], params, arrived)
+                assert begun.acquire(timeout=60)
+            return Metrics()
+
+    begun = threading.Semaphore(0)
+
+    def reward(prompt_uid, uid):
+        begun.release()
+        return float(uid)
+
+    c = collector(reward, engine=Waiting(Echo(), batch_size=1))
+    (group,) = c.respond([prompt(1)], 3, PARAMS).groups
+    assert [s.reward for s in group.samples] == [3.0, 4.0, 5.0]
+
+
 class Slow(InProcess):
     """An engine in the background, each of whose answers has to be let through."""
 
@@ -353,11 +377,11 @@ class Slow(InProcess):
         self.served.append(self.answered)
         yield Metrics()
 
-    def generate(self, requests, params):
+    def generate(self, requests, params, arrived):
         assert self.let.acquire(timeout=60)
-        samples = super().generate(requests, params)
+        metrics = super().generate(requests, params, arrived)
         self.answered += 1
-        return samples
+        return metrics
 
 
 def test_what_is_under_way_comes_again_after_a_resume_and_evaluations_wait_for_it(world):

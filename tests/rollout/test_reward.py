@@ -15,6 +15,7 @@ from sapo_megatron.recipe.schema import RewardConfig
 from sapo_megatron.rollout.reward import Scorer
 from sapo_megatron.rollout.worker import MEMORY
 from sapo_megatron.sample import Group, Prompt, Sample
+from tests.support.scoring import score as scored
 
 VERIFIERS = """
 import asyncio, os, re, subprocess, sys, time
@@ -203,7 +204,7 @@ def group(*texts, prompt=None):
 
 def score(function, *groups, **settings):
     with Scorer(RewardConfig(function=function, **settings)) as scorer:
-        metrics = scorer.score(groups).values()
+        metrics = scored(scorer, groups).values()
     return [[s.reward if s.scored else None for s in g.samples] for g in groups], metrics
 
 
@@ -376,7 +377,7 @@ def test_what_a_worker_has_started_ends_with_it(verifiers, tmp_path, how):
             while not told.exists():
                 time.sleep(0.02)
         else:
-            scorer.score([asked])
+            scored(scorer, [asked])
         pids = [int(pid) for pid in told.read_text().split()]
         assert len(pids) == 3
         assert [alive(pid) for pid in pids] == [how != "exit"] * 3
@@ -438,7 +439,7 @@ def test_a_response_that_hangs_holds_up_its_worker_alone(verifiers, tmp_path):
     made = tmp_path / "made"
     with Scorer(config) as scorer:
         waiting = [group(f"wait for {made}"), group(f"wait for {made}")]
-        metrics = scorer.score([*waiting, *[group("fine")] * 20, group(f"make {made}")])
+        metrics = scored(scorer, [*waiting, *[group("fine")] * 20, group(f"make {made}")])
         assert len(scorer._workers) == 3
         assert metrics.values()["reward/timeouts"] == 0
         assert all(sample.reward == 1 for waits in waiting for sample in waits.samples)
@@ -457,7 +458,7 @@ def test_time_is_measured_for_each_response(verifiers):
 def test_no_process_is_left_behind(verifiers):
     scorer = Scorer(RewardConfig(function=f"{verifiers}:worker", timeout_s=5.0))
     asked = group("", "")
-    scorer.score([asked])
+    scored(scorer, [asked])
     pid = int(asked.samples[0].reward)
     assert asked.samples[1].reward == pid != os.getpid()
     assert alive(pid)
@@ -465,7 +466,7 @@ def test_no_process_is_left_behind(verifiers):
     assert not alive(pid)
     scorer.close()
     with pytest.raises(AssertionError):
-        scorer.score([asked])
+        scored(scorer, [asked])
 
 
 def test_the_worker_ends_with_a_parent_that_is_killed(verifiers, tmp_path):

@@ -4,9 +4,12 @@ import json
 import threading
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+
+from sapo_megatron.rollout.engine import Request, SamplingParams
+from sapo_megatron.sample import Sample
 
 EOS = 1
 DESCRIPTION = {
@@ -175,3 +178,12 @@ def after(seconds: float) -> Callable[[str, dict[str, Any], Callable[[], Answer]
         return own()
 
     return fault
+
+
+def sampled(engine: Any, requests: Sequence[Request], params: SamplingParams) -> list[Sample]:
+    """What an engine samples, in the order of the requests."""
+    found: list[Sample] = []
+    engine.sample(requests, params, found.append)
+    by_uid = {s.uid: s for s in found}
+    assert len(by_uid) == len(found) == len(requests)
+    return [by_uid[r.uid] for r in requests]

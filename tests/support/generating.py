@@ -90,12 +90,12 @@ def check_layouts(folder: Path, layouts: list[dict[str, int]]) -> list[list[Samp
 class Half:
     """A scorer."""
 
-    def score(self, groups: list[Any]) -> Any:
+    def begin(self, prompt: Any, sample: Any) -> None:
+        sample.reward = 0.5
+
+    def finish(self) -> Any:
         from sapo_megatron.metrics import Metrics
 
-        for group in groups:
-            for s in group.samples:
-                s.reward = 0.5
         return Metrics()
 
 

@@ -18,7 +18,7 @@ from sapo_megatron.policy.step import Policy
 from sapo_megatron.recipe.load import load
 from sapo_megatron.rollout.engine import Request, SamplingParams
 from sapo_megatron.rollout.generate import generate
-from sapo_megatron.sample import Group
+from sapo_megatron.sample import Prompt, Sample
 from sapo_megatron.training import observe, session
 from sapo_megatron.training.coldstart import initial_weights
 from sapo_megatron.training.inputs import read_inputs
@@ -41,10 +41,10 @@ class Varied:
 
     def __exit__(self, *args: object) -> None: ...
 
-    def score(self, groups: list[Group]) -> Metrics:
-        for group in groups:
-            for s in group.samples:
-                s.reward = varied(group.prompt, s.text)
+    def begin(self, prompt: Prompt, sample: Sample) -> None:
+        sample.reward = varied(prompt, sample.text)
+
+    def finish(self) -> Metrics:
         return Metrics()
 
 

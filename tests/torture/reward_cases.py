@@ -16,6 +16,7 @@ from sapo_megatron.errors import UserError
 from sapo_megatron.recipe.schema import RewardConfig
 from sapo_megatron.rollout.reward import Scorer
 from sapo_megatron.sample import Group, Prompt, Sample
+from tests.support.scoring import score
 from tests.torture import Outcome
 
 RESPONSE = "so it is 34"
@@ -126,7 +127,10 @@ FAILURES = {
     "long error": ("raise ValueError('x' * 10 ** 7)", "ValueError: xxxx"),
     "many lines": ("raise ValueError('one\\n\\ttwo\\r\\nthree')", "one two three"),
     "half a character": ("raise ValueError('\\ud800 \\x1b[2J')", "ValueError: ? ?[2J"),
-    "group of errors": ("raise ExceptionGroup('many', [ValueError('one')])", "ExceptionGroup: many"),
+    "group of errors": (
+        "raise ExceptionGroup('many', [ValueError('one')])",
+        "ExceptionGroup: many",
+    ),
     "interrupt": ("raise KeyboardInterrupt", "KeyboardInterrupt"),
     "leaves": ("raise SystemExit(0)", "SystemExit"),
     "recursion": ("return reward(prompt, response)", "RecursionError"),
@@ -219,7 +223,7 @@ def _tried(function: str, expected: float | str) -> str:
     with _environment(mark):
         try:
             with Scorer(RewardConfig(function=function, timeout_s=limit)) as scorer:
-                scorer.score([Group(prompt=PROMPT, samples=[sample])])
+                score(scorer, [Group(prompt=PROMPT, samples=[sample])])
             found: float | str = sample.reward if sample.scored else sample.problem
         except UserError as error:
             found = str(error)

@@ -154,8 +154,10 @@ def following(folder, *servers, timeout_s=60.0, **changes):
 
 def rollout(engine):
     with engine.serving(record=True) as metrics:
-        samples = engine.generate(REQUESTS, PARAMS)
-    assert [s.uid for s in samples] == [r.uid for r in REQUESTS]
+        uids = []
+        found = engine.generate(REQUESTS, PARAMS, lambda sample: uids.append(sample.uid))
+    assert sorted(uids) == [r.uid for r in REQUESTS]
+    assert found.values() == {"rollout/redrawn": 0}
     return metrics.values()
 
 
@@ -207,7 +209,7 @@ def test_a_colocated_server_that_is_back_is_woken_before_it_gets_weights(tmp_pat
     with engine.serving(record=True), FakeVllm(away.port) as back:
         back.description["sleep_mode"] = True
         back.asleep = {"weights", "kv_cache"}
-        engine.generate(REQUESTS * 4, PARAMS)
+        engine.generate(REQUESTS * 4, PARAMS, lambda sample: None)
         assert calls(back)[:5] == ROUND[:5]
         assert back.asleep
     assert server.asleep

@@ -25,7 +25,7 @@ def free_port():
 def run(tmp_path_factory):
     """The run's folder, after ten steps of one update each."""
     folder = tmp_path_factory.mktemp("nodes")
-    rollout = {"vllm_python": os.environ["SAPO_VLLM_PYTHON"], "num_servers": 1}
+    rollout = {"vllm_python": os.environ["SAPO_VLLM_PYTHON"], "server_timeout_s": 600.0}
     train = {"steps": STEPS, "num_mini_batches": 1}
     recipe = recipe_in(folder, rollout=rollout, train=train)
     endpoint = f"localhost:{free_port()}"

@@ -18,6 +18,7 @@ from sapo_megatron.rollout.vllm.client import Server
 from sapo_megatron.rollout.vllm.engine import Probe, VllmEngine
 from sapo_megatron.rollout.vllm.servers import LocalServers
 from sapo_megatron.sample import Sample
+from tests.support.fakevllm import sampled
 from tests.support.families import make_model
 from tests.support.tiny import ROOT, write_recipe
 
@@ -140,7 +141,7 @@ def worst(model, samples, temperature):
 )
 def test_logprobs_have_temperature_applied_and_top_p_not(served, temperature, top_p):
     model = bring(served, 0)
-    samples = served.engine.sample(requests(16), params(temperature, top_p))
+    samples = sampled(served.engine, requests(16), params(temperature, top_p))
     assert [s.uid for s in samples] == list(range(16))
     assert all(len(s.response_tokens) == 24 or not s.truncated for s in samples)
     assert worst(model, samples, temperature) < 1e-4
@@ -148,7 +149,7 @@ def test_logprobs_have_temperature_applied_and_top_p_not(served, temperature, to
 
 def test_no_token_comes_from_outside_top_p(served):
     model = bring(served, 0)
-    for s in served.engine.sample(requests(16), params(1.3, 0.5)):
+    for s in sampled(served.engine, requests(16), params(1.3, 0.5)):
         rows = distribution(model, s.prompt_tokens + tuple(s.response_tokens), 1.3).exp()
         for row, token in zip(rows[len(s.prompt_tokens) - 1 :], s.response_tokens, strict=False):
             assert row[row > row[token]].sum() < 0.5 + 1e-4
@@ -156,7 +157,7 @@ def test_no_token_comes_from_outside_top_p(served):
 
 def test_greedy_is_greedy(served):
     model = bring(served, 0)
-    for s in served.engine.sample(requests(4), params(0.0)):
+    for s in sampled(served.engine, requests(4), params(0.0)):
         rows = distribution(model, s.prompt_tokens + tuple(s.response_tokens))
         assert s.response_tokens == rows[len(s.prompt_tokens) - 1 : -1].argmax(-1).tolist()
 
@@ -164,7 +165,7 @@ def test_greedy_is_greedy(served):
 def test_a_seed_says_what_is_sampled(served):
     bring(served, 0)
     first, again, other = (
-        [s.response_tokens for s in served.engine.sample(requests(8), params(1.0, seed=seed))]
+        [s.response_tokens for s in sampled(served.engine, requests(8), params(1.0, seed=seed))]
         for seed in (5, 5, 6)
     )
     assert first == again
@@ -177,7 +178,7 @@ def test_a_response_ends_with_a_stop_token_or_is_truncated(served):
     """Those of the request, and not what the model's own files name."""
     model = bring(served, 0)
     stops = (7, 40)
-    samples = served.engine.sample(requests(64), params(1.0, stop_ids=stops, new=64))
+    samples = sampled(served.engine, requests(64), params(1.0, stop_ids=stops, new=64))
     for s in samples:
         assert s.truncated == (not {*stops} & {*s.response_tokens})
         assert not {*stops} & {*s.response_tokens[:-1]}
@@ -193,7 +194,7 @@ def test_new_weights_are_the_ones_that_sample(served):
     before = None
     for number in (1, 2, 0, 1, 1):
         model = bring(served, number)
-        samples = served.engine.sample(asked, params(0.7, 0.9))
+        samples = sampled(served.engine, asked, params(0.7, 0.9))
         assert worst(model, samples, 0.7) < 1e-4
         if before is not None and before is not model:
             assert worst(before, samples, 0.7) > 0.05
@@ -248,7 +249,7 @@ def test_a_server_that_is_killed_leaves_its_work_to_the_other(served, caplog):
 
     timer = threading.Timer(0.7, kill)
     timer.start()
-    samples = served.engine.sample(asked, params(1.0, new=64))
+    samples = sampled(served.engine, asked, params(1.0, new=64))
     timer.join()
     assert [s.uid for s in samples] == [r.uid for r in asked]
     assert worst(model, samples, 1.0) < 1e-4

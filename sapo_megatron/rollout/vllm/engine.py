@@ -26,7 +26,7 @@ import httpx
 from sapo_megatron.errors import RunFailed
 from sapo_megatron.hf.architecture import Architecture
 from sapo_megatron.recipe.schema import RolloutConfig
-from sapo_megatron.rollout.engine import Request, SamplingParams
+from sapo_megatron.rollout.engine import Arrived, Request, SamplingParams
 from sapo_megatron.rollout.vllm.answers import (
     ROUTES_FLAG,
     Description,
@@ -110,8 +110,6 @@ class VllmEngine:
         self._verified: dict[str, tuple[str, float]] = {}
         """URL -> the weights that were verified there, and their difference."""
         self._without_routes: set[str] = set()
-        self.redrawn = 0
-        """Responses so far that could not be used, and were drawn again."""
 
     def check(self) -> None:
         """Wait for every server, and see that all serve this model as we need it.
@@ -164,15 +162,17 @@ class VllmEngine:
         verified = ((url, self._verified.get(url)) for url in self._urls)
         return {url: seen[1] for url, seen in verified if seen and seen[0] == label}
 
-    def sample(self, requests: Sequence[Request], params: SamplingParams) -> list[Sample]:
-        """A response to every request, in their order.
+    def sample(self, requests: Sequence[Request], params: SamplingParams, arrived: Arrived) -> int:
+        """Hand a response to every request to ``arrived``, in the order in which they come.
+
+        Returns how many others could not be used, and were drawn again.
 
         Each request has a seed of its own, made of ``params.seed`` and its uid. A server's numbers
         depend in their last digits on what else it works on, so that now and then the same seed
         gives another response.
         """
         assert self._weights is not None, "load comes before sample"
-        return asyncio.run(self._sample(requests, params)) if requests else []
+        return asyncio.run(self._sample(requests, params, arrived)) if requests else 0
 
     def sleep(self) -> None:
         """Have all servers drop their weights and free their memory, until the next ``load``.
@@ -218,8 +218,10 @@ class VllmEngine:
         async with self._connected() as states:
             await asyncio.gather(*(state.server.sleep() for state in states))
 
-    async def _sample(self, requests: Sequence[Request], params: SamplingParams) -> list[Sample]:
-        work = Work(requests)
+    async def _sample(
+        self, requests: Sequence[Request], params: SamplingParams, arrived: Arrived
+    ) -> int:
+        work = Work(requests, arrived)
         # No server gets more than its part at once, or the first one to answer would get it all.
         part = -(-len(requests) // len(self._urls))
         async with self._connected() as states:
@@ -234,8 +236,7 @@ class VllmEngine:
                 for task in slots:
                     task.cancel()
                 await asyncio.gather(*slots, return_exceptions=True)
-        self.redrawn += work.redrawn.total()
-        return [work.samples[index] for index in range(len(requests))]
+        return work.redrawn.total()
 
     async def _slot(self, state: _State, work: Work, params: SamplingParams) -> None:
         """Work on one request after the other, until cancelled or the server is given up."""
@@ -263,7 +264,7 @@ class VllmEngine:
             except Unusable as error:
                 await work.draw_again(index, state.server.url, str(error))
             else:
-                work.answer(index, sample)
+                work.answer(sample)
             finally:
                 state.in_flight -= 1
 
@@ -387,9 +388,7 @@ async def _finished(
                 raise RunFailed(_lost(states, least))
             if not ended:
                 flights = ", ".join(f"{s.in_flight} in flight at {s.server.url}" for s in states)
-                logger.info(
-                    "%d of %d responses; %s", len(work.samples), len(work.requests), flights
-                )
+                logger.info("%d of %d responses; %s", work.answered, len(work.requests), flights)
     finally:
         done.cancel()
 

@@ -5,7 +5,7 @@ from collections import Counter, defaultdict, deque
 from collections.abc import Sequence
 
 from sapo_megatron.errors import RunFailed
-from sapo_megatron.rollout.engine import Request
+from sapo_megatron.rollout.engine import Arrived, Request
 from sapo_megatron.sample import Sample
 
 ATTEMPTS = 3
@@ -22,9 +22,10 @@ class Work:
     of the prompt; one that has nothing left to do takes some from the server with the most.
     """
 
-    def __init__(self, requests: Sequence[Request]) -> None:
+    def __init__(self, requests: Sequence[Request], arrived: Arrived) -> None:
         self.requests = requests
-        self.samples: dict[int, Sample] = {}
+        self.answered = 0
+        self._arrived = arrived
         self.done = asyncio.Event()
         self.redrawn: Counter[int] = Counter()
         """How often a request has got a response that cannot be used."""
@@ -62,9 +63,10 @@ class Work:
             self._free.extendleft([index] for index in reversed(self._begun.pop(url, deque())))
             self._changed.notify_all()
 
-    def answer(self, index: int, sample: Sample) -> None:
-        self.samples[index] = sample
-        if len(self.samples) == len(self.requests):
+    def answer(self, sample: Sample) -> None:
+        self._arrived(sample)
+        self.answered += 1
+        if self.answered == len(self.requests):
             self.done.set()
 
     async def fail(self, index: int, url: str, reason: str) -> None:

@@ -27,7 +27,7 @@ from sapo_megatron.rollout.vllm.engine import Probe, VllmEngine
 from sapo_megatron.rollout.vllm.servers import LocalServers
 from sapo_megatron.sample import Sample
 from tests.support import fakevllm
-from tests.support.fakevllm import EOS, HANG_UP, FakeVllm, completion, logprob
+from tests.support.fakevllm import EOS, HANG_UP, FakeVllm, completion, logprob, sampled
 from tests.support.tiny import ARCH, TESTS, write_recipe
 
 MODEL = parse_architecture(ARCH)
@@ -85,7 +85,7 @@ def test_every_request_is_answered_once_in_order_and_by_seed(servers):
     for each in servers:
         each.fault = fakevllm.after(0.02)
     client = loaded(*servers)
-    samples = client.sample(REQUESTS, PARAMS)
+    samples = sampled(client, REQUESTS, PARAMS)
     assert [s.uid for s in samples] == [r.uid for r in REQUESTS]
     assert [s.prompt_tokens for s in samples] == [r.prompt_tokens for r in REQUESTS]
     asked = servers[0].prompts() + servers[1].prompts()
@@ -98,12 +98,12 @@ def test_every_request_is_answered_once_in_order_and_by_seed(servers):
         assert s.truncated == (s.response_tokens[-1] != EOS)
     seeds = [body["seed"] for each in servers for _, body in each.calls if "seed" in body]
     assert len(set(seeds)) == len(REQUESTS)
-    again = loaded(servers[1]).sample(REQUESTS, PARAMS)
+    again = sampled(loaded(servers[1]), REQUESTS, PARAMS)
     assert [s.response_tokens for s in again] == [s.response_tokens for s in samples]
 
 
 def test_what_a_request_says(server):
-    loaded(server).sample(REQUESTS[:1], PARAMS)
+    sampled(loaded(server), REQUESTS[:1], PARAMS)
     (body,) = (body for _, body in server.calls if "seed" in body)
     said = ("prompt", "max_tokens", "temperature", "top_p", "stop_token_ids", "top_k")
     assert [body[key] for key in said] == [[5, 9, 2], 6, 0.7, 0.9, [EOS], -1]
@@ -112,14 +112,14 @@ def test_what_a_request_says(server):
 def test_each_of_several_tokens_ends_a_response(server):
     params = dataclasses.replace(PARAMS, stop_ids=(EOS, 7))
     server.fault = completions(lambda: (200, completion([9, 7])))
-    (s,) = loaded(server).sample(REQUESTS[:1], params)
+    (s,) = sampled(loaded(server), REQUESTS[:1], params)
     assert (s.response_tokens, s.truncated) == ([9, 7], False)
     (body,) = (body for _, body in server.calls if "seed" in body)
     # The model's own end tokens count where they are in our list alone.
     assert (body["stop_token_ids"], body["ignore_eos"]) == ([EOS, 7], True)
     server.fault = completions(lambda: (200, completion([7, 9, EOS])))
     with pytest.raises(RunFailed, match=r"no token after one of \[1, 7\], got \[7, 9, 1\]"):
-        loaded(server).sample(REQUESTS[:1], params)
+        sampled(loaded(server), REQUESTS[:1], params)
 
 
 def test_a_server_that_dies_leaves_its_work_to_the_other(servers, caplog):
@@ -129,7 +129,7 @@ def test_a_server_that_dies_leaves_its_work_to_the_other(servers, caplog):
         return HANG_UP if len(dying.prompts()) > 5 else own()
 
     dying.fault = fault
-    samples = loaded(*servers).sample(REQUESTS, PARAMS)
+    samples = sampled(loaded(*servers), REQUESTS, PARAMS)
     assert [s.uid for s in samples] == [r.uid for r in REQUESTS]
     assert len(dying.prompts()) >= 5
     assert len(set(other.prompts())) == len(other.prompts())
@@ -146,20 +146,20 @@ def test_a_server_that_gives_up_on_a_request_is_asked_again(server):
         return own()
 
     server.fault = fault
-    assert len(loaded(server).sample(REQUESTS, PARAMS)) == len(REQUESTS)
+    assert len(sampled(loaded(server), REQUESTS, PARAMS)) == len(REQUESTS)
 
 
 def test_a_server_that_answers_nothing_leaves_its_work_to_the_other(servers):
     hung, _ = servers
     hung.fault = fakevllm.after(280.0)  # longer than a test may take
-    assert len(loaded(*servers, timeout_s=1.0).sample(REQUESTS[:8], PARAMS)) == 8
+    assert len(sampled(loaded(*servers, timeout_s=1.0), REQUESTS[:8], PARAMS)) == 8
 
 
 def test_a_slow_server_is_waited_for(server, caplog, monkeypatch):
     monkeypatch.setattr(engine_module, "PROGRESS_S", 0.1)
     server.fault = fakevllm.after(0.3)
     with caplog.at_level("INFO"):
-        assert len(loaded(server).sample(REQUESTS[:8], PARAMS)) == 8
+        assert len(sampled(loaded(server), REQUESTS[:8], PARAMS)) == 8
     assert f"4 of 8 responses; 4 in flight at {server.url}" in caplog.text
 
 
@@ -167,7 +167,7 @@ def test_a_server_that_stays_away_ends_the_run(server):
     client = loaded(server, timeout_s=1.0)
     server.die()
     with pytest.raises(RunFailed, match=f"got 0 of 1 .{server.url}: away for 1 s: ConnectError"):
-        client.sample(REQUESTS, PARAMS)
+        sampled(client, REQUESTS, PARAMS)
 
 
 def test_a_server_whose_process_has_ended_is_not_waited_for(server):
@@ -202,7 +202,7 @@ def test_a_server_whose_process_has_ended_is_not_waited_for(server):
 def test_answers_that_are_wrong(server, answer, message):
     server.fault = completions(lambda: (200, answer))
     with pytest.raises(RunFailed, match=f"^{server.url}: .*{message}") as error:
-        loaded(server).sample(REQUESTS[:1], PARAMS)
+        sampled(loaded(server), REQUESTS[:1], PARAMS)
     assert "\n" not in str(error.value)
     assert len(server.prompts()) == 1
 
@@ -226,14 +226,14 @@ def test_a_response_without_logprobs_is_drawn_again_and_many_end_the_run(server,
         (200, answer) if "seed" in body and next(spoilt, False) else own()
     )
     client = loaded(server)
-    samples = client.sample(REQUESTS, PARAMS)
-    assert [s.uid for s in samples] == [r.uid for r in REQUESTS]
-    assert client.redrawn == 1
+    uids = []
+    assert client.sample(REQUESTS, PARAMS, lambda sample: uids.append(sample.uid)) == 1
+    assert sorted(uids) == [r.uid for r in REQUESTS]
     sent = server.prompts()
     assert len(sent) == len(REQUESTS) + 1
     server.fault = completions(lambda: (200, answer))
     with pytest.raises(RunFailed, match=f"^{server.url}: token_logprobs: .*{message}.* at most 3"):
-        client.sample(REQUESTS, PARAMS)
+        sampled(client, REQUESTS, PARAMS)
 
 
 def test_another_draw_has_another_seed(server):
@@ -246,13 +246,13 @@ def test_another_draw_has_another_seed(server):
         return (200, completion([EOS], logprobs=None)) if len(seeds) == 1 else own()
 
     server.fault = fault
-    loaded(server).sample(REQUESTS[:1], PARAMS)
+    sampled(loaded(server), REQUESTS[:1], PARAMS)
     assert len(set(seeds)) == len(seeds) == 2
 
 
 def test_responses_to_one_prompt_come_from_one_server(servers):
     requests = [Request(uid=i, prompt_tokens=(5, 9, i // 6)) for i in range(48)]
-    samples = loaded(*servers).sample(requests, PARAMS)
+    samples = sampled(loaded(*servers), requests, PARAMS)
     assert [s.uid for s in samples] == list(range(48))
     one, two = (s.prompts() for s in servers)
     assert len(one) + len(two) == 48
@@ -272,20 +272,20 @@ def test_fewer_servers_than_the_least_end_the_run(servers):
     gone.append(servers[1].url)
     message = rf"min_servers: .* at least 2 .* got 1 of 2 \({servers[1].url}: it has ended\)"
     with pytest.raises(RunFailed, match=message):
-        client.sample(REQUESTS, PARAMS)
+        sampled(client, REQUESTS, PARAMS)
 
 
 def test_a_request_that_is_refused_is_not_sent_again(server):
     server.fault = completions(lambda: (400, {"error": {"message": "prompt is\ntoo long"}}))
     with pytest.raises(RunFailed, match=f"{server.url}: .*HTTP 400: prompt is too long;"):
-        loaded(server).sample(REQUESTS[:1], PARAMS)
+        sampled(loaded(server), REQUESTS[:1], PARAMS)
     assert len(server.prompts()) == 1
 
 
 def test_a_request_that_keeps_failing_ends_the_run(server):
     server.fault = completions(lambda: (500, b"out of memory"))
     with pytest.raises(RunFailed, match="request 10, got its failure number 3: HTTP 500: out of"):
-        loaded(server).sample(REQUESTS[:1], PARAMS)
+        sampled(loaded(server), REQUESTS[:1], PARAMS)
     assert len(server.prompts()) == 3
 
 
@@ -373,7 +373,7 @@ def test_a_server_that_was_away_gets_the_weights_before_it_gets_work(servers, ca
     assert f"{away.url} is left out" in caplog.text
     first.fault = fakevllm.after(0.1)
     with FakeVllm(away.port) as back:
-        assert len(client.sample(REQUESTS, PARAMS)) == len(REQUESTS)
+        assert len(sampled(client, REQUESTS, PARAMS)) == len(REQUESTS)
         assert back.folders == [str(TESTS.parent)]
         assert back.prompts()
         paths = [path for path, body in back.calls if "seed" in body or "folder" in str(body)]
@@ -382,10 +382,10 @@ def test_a_server_that_was_away_gets_the_weights_before_it_gets_work(servers, ca
 
 def test_a_server_that_was_restarted_gets_the_weights_again(server):
     client = loaded(server)
-    client.sample(REQUESTS[:1], PARAMS)
+    sampled(client, REQUESTS[:1], PARAMS)
     assert len(server.folders) == 1
     server.weights = "initial"
-    client.sample(REQUESTS[:1], PARAMS)
+    sampled(client, REQUESTS[:1], PARAMS)
     assert len(server.folders) == 2
 
 
@@ -422,7 +422,7 @@ def test_routes_come_with_the_sample(server, dtype):
     answer = completion([7, 8, 9, EOS], routed_experts=encoded(sent))
     server.description["routed_experts"] = True
     server.fault = completions(lambda: (200, answer))
-    (sample,) = loaded(server, with_routes=True).sample(REQUESTS[:1], PARAMS)
+    (sample,) = sampled(loaded(server, with_routes=True), REQUESTS[:1], PARAMS)
     assert sample.routes.experts.dtype == np.int16
     assert sample.routes.probs is None
     np.testing.assert_array_equal(sample.routes.experts, sent)
@@ -440,7 +440,7 @@ def test_routes_are_taken_where_all_servers_return_them(servers, caplog):
         found.check()
         found.take_routes()
         found.load(TESTS, PROBE)
-        samples = found.sample(REQUESTS[:1], PARAMS)
+        samples = sampled(found, REQUESTS[:1], PARAMS)
         assert [s.routes is not None for s in samples] == [others_do]
         told = [line for line in caplog.messages if "rollout_train/variance" in line]
         expected = f"{servers[-1].url} returns no routes, so .* --enable-return-routed-experts"
