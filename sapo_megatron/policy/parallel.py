@@ -263,8 +263,15 @@ def shutdown() -> None:
 
 
 def teardown() -> None:
-    """Drop the groups and the layout they stand for; another ``setup`` may follow."""
+    """Drop all groups but torch's own, and the layout they stand for; another ``setup`` may follow.
+
+    Upstream forgets its groups, and torch does not: three threads of each would wake up a hundred
+    times a second for as long as the process runs.
+    """
     mpu.destroy_model_parallel()
+    for group in list(dist.distributed_c10d._world.pg_map):
+        if group is not dist.group.WORLD:
+            dist.destroy_process_group(group)
     # Upstream's caches of rotary frequencies hold the modules that computed them, and their groups.
     for embedding in (RotaryEmbedding, YarnRotaryEmbedding):
         embedding.forward.cache_clear()
