@@ -51,12 +51,12 @@ GRID = {
     },
     "": {"update": (0.03, 0.1, 0.3, 1.0), "noise": (0.3, 1.0, 3.0)},
 }
-BLOCKS = {"base": (3, 16), "": (2, 6)}
+BLOCKS = {"base": (3, 16), "": (1, 6)}
 """Fewest and most blocks of a point."""
 FORCED = 400
 """Swaps that are made alone."""
 MARGIN_SEED = 500_000
-"""Of the sequences whose margins foretell, which are not those on which swaps are counted."""
+MARGIN_BLOCKS = {"base": 2, "": 1}
 RARE = 0.01
 """Share of sets that change below which swaps are rare."""
 
@@ -90,7 +90,8 @@ def of_model(name: str) -> dict[str, Any]:
                 f"{e:g}": weights.changed(direction, e) for e in sizes
             }
             if experts and len(sizes) > 1 and not variant.bf16_weights:
-                said = foretold(policy.model, weights, variant.length, direction, sizes)
+                samples = margin_samples(name)
+                said = foretold(policy.model, weights, samples, direction, sizes)
                 found["kinds"][kind]["foretold"] = said
             logger.info("%s: %s", name, kind)
     return found
@@ -107,11 +108,21 @@ def loss(text: Text) -> float:
     return -float(torch.cat(logprobs).double().mean())
 
 
+def margin_samples(name: str) -> list[Sample]:
+    """Those whose margins foretell, which are not those on which swaps are counted."""
+    length = MODELS[name].length
+    count = MARGIN_BLOCKS.get(name, MARGIN_BLOCKS[""]) * BLOCK // length
+    return sequences(stdlib(held_out=True), count, length, seed=MARGIN_SEED)
+
+
 def foretold(
-    model: Model, weights: Weights, length: int, direction: Sequence[Tensor], sizes: Sequence[float]
+    model: Model,
+    weights: Weights,
+    samples: Sequence[Sample],
+    direction: Sequence[Tensor],
+    sizes: Sequence[float],
 ) -> dict[str, Any]:
-    """Swaps and Var b from margins, slopes and forced swaps alone, on sequences of their own."""
-    samples = sequences(stdlib(held_out=True), 2 * BLOCK // length, length, seed=MARGIN_SEED)
+    """Swaps and Var b from the margins, slopes and forced swaps of these sequences alone."""
     found, old = margins(model, weights, samples, direction)
     chosen = found.likely(FORCED)
     result: dict[str, Any] = {"swaps": {f"{e:g}": found.foretold(e) for e in sizes}}

@@ -21,6 +21,7 @@ from sapo_megatron.data.batch import denominators, micro_batches, split_mini_bat
 from sapo_megatron.files import write_whole
 from sapo_megatron.policy import parallel
 from sapo_megatron.recipe.load import load
+from sapo_megatron.rollout.engine import SamplingParams
 from sapo_megatron.runs.folder import open_run
 from sapo_megatron.sample import Sample
 from sapo_megatron.training.inputs import preflight
@@ -43,7 +44,7 @@ SETTINGS = {
     "train.run_dir": str(CACHE / "tiny-moe-cpu" / "run"),
 }
 WARM_STEPS = 3
-ROLLOUTS = 48
+ROLLOUTS = 40
 """Of 256 responses each, that are measured."""
 SIZES = (0.3, 1.0, 3.0, 10.0)
 MINI_BATCH, ROUNDS, SEEDS = 128, 8, 3
@@ -84,12 +85,18 @@ def of_session(session: Session) -> dict[str, Any]:
 
 
 def responses(session: Session) -> list[Sample]:
-    """One rollout's, with uids from 0; the weights are at their start."""
-    groups = session.collect(1).groups
-    samples = [sample for group in groups for sample in group.samples]
-    for uid, sample in enumerate(samples):
-        sample.uid = uid
-    return samples
+    """256 to new prompts; the weights are at their start."""
+    recipe = session.recipe.rollout
+    params = SamplingParams(
+        temperature=recipe.temperature,
+        top_p=recipe.top_p,
+        max_new_tokens=recipe.max_response_length,
+        stop_ids=session.inputs.endings.stop_ids,
+        seed=session.recipe.train.seed,
+    )
+    prompts = session.inputs.source.next(recipe.rollout_batch_size)
+    groups = session.collector.respond(prompts, recipe.num_generations, params).groups
+    return [sample for group in groups for sample in group.samples]
 
 
 def update(session: Session) -> None:
