@@ -239,28 +239,30 @@ def shown(values: list[float], form: str = "{:.2g}") -> str:
 
 def law_rows(laws: dict[str, Any]) -> list[list[str]]:
     rows = [
-        ["model", "change", "c", "exponent of Var a", "exponent of Var b",
-         "swaps, counted / foretold", "Var b, measured / foretold"]
+        ["model", "change", "c", "exponent of Var a", "of Var b", "of Var b, swaps rare",
+         "swaps, counted / foretold", "Var b / foretold", "Var b / fitted at large e"]
     ]  # fmt: skip
     for name in LAWFUL:
         for change, kind in laws.get(name, {"kinds": {}})["kinds"].items():
-            points = kept(kind, rare=True) or kept(kind)[:1]
-            if not points:
-                continue
-            of = [shown(kind[k], "{:.2f}") if (k := f"exponent_{v}_rare") in kind else "-"
-                  for v in ("var_a", "var_b")]  # fmt: skip
-            rows.append([name, change, f"{c_of(kind):.2g}", *of, *ratios(kind, points)])
+            points = kept(kind)
+            if points:
+                exponents = [
+                    shown(kind[key], "{:.2f}") if key in kind else "-"
+                    for key in ("exponent_var_a", "exponent_var_b", "exponent_var_b_rare")
+                ]
+                rows.append([name, change, f"{c_of(kind):.2g}", *exponents, *ratios(kind, points)])
     return rows
 
 
 def ratios(kind: dict[str, Any], points: list[tuple[float, dict[str, Any]]]) -> list[str]:
-    """Counted and measured over foretold, at the smallest change with enough swaps."""
-    if "foretold" not in kind:
-        return ["-", "-"]
-    e, p = points[0]
-    rate, kappa = kind["foretold"]["swaps"][f"{e:g}"]["rate"], kind["foretold"]["kappa"]
-    expected = [kappa[i] * e for i in range(3)]
-    return [over(p["first_flip"], rate), over(p["var_b"], expected)]
+    """Of the smallest change with enough swaps; fitted at the largest that swaps under a tenth."""
+    found, (e, p) = ["-", "-"], points[0]
+    if "foretold" in kind:
+        rate, kappa = kind["foretold"]["swaps"][f"{e:g}"]["rate"], kind["foretold"]["kappa"]
+        found = [over(p["first_flip"], rate), over(p["var_b"], [k * e for k in kappa])]
+    large, q = [(x, q) for x, q in points if q["router_flip"][0] < 0.1 or x == e][-1]
+    fitted = [v * e / large for v in q["var_b"]]
+    return [*found, f"{over(p['var_b'], fitted)}, {large:g}" if large > e else "-"]
 
 
 def over(measured: list[float], foretold: list[float]) -> str:

@@ -14,6 +14,7 @@ import platform
 import time
 from collections.abc import Sequence
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -31,8 +32,11 @@ from benchmarks.studies.router_law.measure import (
     measured,
     numbers,
     point,
+    read,
+    summed,
 )
 from benchmarks.studies.router_law.models import MODELS, folder_of, opened, recipe_of
+from benchmarks.studies.router_law.routers import Rounded
 from benchmarks.studies.router_law.text import sequences, stdlib
 from sapo_megatron.files import write_whole
 from sapo_megatron.policy.model import Model
@@ -49,10 +53,13 @@ GRID = {
         "bf16 weights": (1.0,),
         "fp8 weights": (0.03, 0.3, 1.0),
     },
+    "bf16 router": {"update": (0.003, 0.01, 0.03, 0.1, 0.3)},
     "": {"update": (0.03, 0.1, 0.3, 1.0), "noise": (0.3, 1.0, 3.0)},
 }
 BLOCKS = {"base": (3, 16), "": (1, 6)}
 """Fewest and most blocks of a point."""
+WITHOUT_MARGINS = ("bf16 router", "bf16 weights")
+"""Where scores, or weights, do not change with e as a derivative tells."""
 FORCED = 400
 """Swaps that are made alone."""
 MARGIN_SEED = 500_000
@@ -89,12 +96,23 @@ def of_model(name: str) -> dict[str, Any]:
             found["kinds"][kind]["changed"] = {
                 f"{e:g}": weights.changed(direction, e) for e in sizes
             }
-            if experts and len(sizes) > 1 and not variant.bf16_weights:
+            if experts and len(sizes) > 1 and name not in WITHOUT_MARGINS:
                 samples = margin_samples(name)
                 said = foretold(policy.model, weights, samples, direction, sizes)
                 found["kinds"][kind]["foretold"] = said
             logger.info("%s: %s", name, kind)
+        if variant.router == "rounded":
+            found["ties"] = ties(text)
     return found
+
+
+def ties(text: Text) -> dict[str, Any]:
+    """The same weights in a router that breaks ties the other way."""
+    batches, old = next(text.blocks())
+    model = text.policy.model
+    with patch.object(Rounded, "last_first", True):
+        held, free = read(model, batches, held=old), read(model, batches)
+    return point(summed(model, batches, old, held, free))
 
 
 def held_out_block(length: int, number: int) -> list[Sample]:

@@ -31,6 +31,7 @@ from sapo_megatron.training.update import set_advantages
 
 logger = logging.getLogger(__name__)
 
+RUN = CACHE / "tiny-moe-cpu"
 SETTINGS = {
     "parallel.expert_model_parallel_size": "1",
     "rollout.rollout_batch_size": "32",
@@ -41,7 +42,7 @@ SETTINGS = {
     "routing.prob_every": "0",
     "eval.num_problems": "32",
     "eval.k": "1",
-    "train.run_dir": str(CACHE / "tiny-moe-cpu" / "run"),
+    "train.run_dir": str(RUN),
 }
 WARM_STEPS = 3
 ROLLOUTS = 40
@@ -61,6 +62,7 @@ def main() -> None:
     recipe = load(ROOT / "recipes" / "tiny-moe-cpu.yaml", SETTINGS)
     inputs = preflight(recipe, 1)
     groups = parallel.setup(recipe.parallel, seed=recipe.train.seed)
+    (RUN / "metrics.jsonl").unlink(missing_ok=True)  # of an attempt that did not come to its end
     run = open_run(recipe, inputs.arch, None)
     with open_session(recipe, inputs, groups, run, began=time.monotonic()) as session:
         found = of_session(session)
