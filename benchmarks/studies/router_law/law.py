@@ -8,6 +8,7 @@ that no update has seen, and writes ``results/law-*.json``. What is there is not
 
 import argparse
 import functools
+import itertools
 import json
 import logging
 import platform
@@ -27,6 +28,7 @@ from benchmarks.studies.router_law.measure import (
     LEAST_SWAPS,
     Text,
     Weights,
+    by_layer,
     drawn,
     interval,
     measured,
@@ -100,10 +102,23 @@ def of_model(name: str) -> dict[str, Any]:
                 samples = margin_samples(name)
                 said = foretold(policy.model, weights, samples, direction, sizes)
                 found["kinds"][kind]["foretold"] = said
+                middle = sizes[len(sizes) // 2]
+                found["kinds"][kind]["first_flip_by_layer"] = {
+                    f"{middle:g}": layers(weights, text, direction, middle)
+                }
             logger.info("%s: %s", name, kind)
         if variant.router == "rounded":
             found["ties"] = ties(text)
     return found
+
+
+def layers(weights: Weights, text: Text, direction: Sequence[Tensor], e: float) -> list[float]:
+    """By layer, the share of tokens that would choose another set, of two blocks."""
+    found = []
+    for batches, old in itertools.islice(text.blocks(), 2):
+        with weights.moved(direction, e):
+            found.append(by_layer(batches, old, read(text.policy.model, batches, held=old)))
+    return np.mean(found, axis=0).tolist()
 
 
 def ties(text: Text) -> dict[str, Any]:
