@@ -134,13 +134,18 @@ def test_a_router_that_is_told_some_chooses_the_rest():
     assert experts.tolist() == [[0, 1], [2, 1]]
 
 
-def test_a_rounded_router_ties():
+def stable(scores, k, **_):
+    values, experts = scores.sort(dim=1, descending=True, stable=True)
+    return values[:, :k], experts[:, :k]
+
+
+@pytest.mark.parametrize("last_first", [False, True])
+def test_a_rounded_router_ties(monkeypatch, last_first):
     scores = torch.tensor([[1.0, 1.001, 1.002, 3.0]])
-    router = router_of("rounded")
-    values, _ = router.get_replay_topk(
-        scores, 3, default_compute_topk=lambda s, k, **_: choose(s, k)
-    )
-    assert values[0, 1] == values[0, 2] == 1.0
+    monkeypatch.setattr(routers.Rounded, "last_first", last_first)
+    values, experts = router_of("rounded").get_replay_topk(scores, 2, default_compute_topk=stable)
+    assert values.tolist() == [[3.0, 1.0]]
+    assert experts.tolist() == [[3, 2 if last_first else 0]]
 
 
 def of_folder(model, text, out, recipe=None):

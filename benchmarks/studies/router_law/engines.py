@@ -16,12 +16,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load_file, save_file
 
 from benchmarks.studies.router_law import CACHE, RESULTS
 from benchmarks.studies.router_law.changes import is_in_fp8, quantised
-from benchmarks.studies.router_law.measure import Read, point, read, summed
+from benchmarks.studies.router_law.measure import Read, by_layer, point, read, summed
 from benchmarks.studies.router_law.models import folder_of, opened, recipe_of
 from benchmarks.studies.router_law.text import sequences, stdlib
 from sapo_megatron.data.batch import micro_batches
@@ -31,7 +30,6 @@ from sapo_megatron.policy.decode import MegatronDecoder
 from sapo_megatron.policy.model import Model
 from sapo_megatron.rollout.engine import Request, SamplingParams
 from sapo_megatron.rollout.generate import generate
-from sapo_megatron.routing.divergence import flips
 from sapo_megatron.sample import PackedBatch, Sample
 
 logger = logging.getLogger(__name__)
@@ -121,16 +119,6 @@ def as_read(model: Model, batches: Sequence[PackedBatch]) -> Read:
         for batch in batches
     ]
     return Read([batch.rollout_logprob for batch in batches], experts)
-
-
-def by_layer(batches: Sequence[PackedBatch], old: Read, new: Read) -> list[float]:
-    """The share of tokens whose set differs. One process."""
-    changed = [
-        (flips(was, now) > 0)[batch.mask]
-        for was, now, batch in zip(old.experts, new.experts, batches, strict=True)
-        if was is not None and now is not None
-    ]
-    return torch.cat(changed).double().mean(0).tolist() if changed else []
 
 
 def main() -> None:

@@ -98,7 +98,7 @@ def draw_law(laws: dict[str, Any]) -> None:
     left.set_title("Var a falls with e squared, Var b with e")
     left.set_ylabel("variance of the log-ratio (nats$^2$)")
     left.legend(frameon=False, loc="upper left")
-    x = np.geomspace(0.02, 60, 200)
+    x = np.geomspace(3e-4, 60, 300)
     right.plot(x, 1 / (1 + x), color=GREY, lw=1.2, label="1 / (1 + x)")
     for kind, marker, colour in (("update", "o", BLUE), ("noise", "s", ORANGE)):
         for name in LAWFUL:
@@ -109,7 +109,11 @@ def draw_law(laws: dict[str, Any]) -> None:
                 ys = [p["share"][0] for _, p in kept(found)]
                 right.plot(xs, ys, marker, color=colour, ms=4, alpha=0.6)
         right.plot([], [], marker, color=colour, ms=4, label=f"{kind}, all models")
-    right.set(xscale="log", xlabel="x = sd of a / c", ylabel="router's share of the variance")
+    right.set(
+        xscale="log",
+        xlabel="x = sd(a) / c, with one c for each model and kind of change",
+        ylabel="router's share of the variance",
+    )
     right.set_title("The smaller the change, the more is the router")
     right.axhline(0, color=GREY, lw=0.5)
     right.legend(frameon=False)
@@ -119,14 +123,17 @@ def draw_law(laws: dict[str, Any]) -> None:
 def draw_foretold(laws: dict[str, Any]) -> None:
     figure, axes = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
     for kind, marker, colour in (("update", "o", BLUE), ("noise", "s", ORANGE)):
-        for _, found in laws.items():
+        for name, found in laws.items():
             found = found["kinds"].get(kind, {})
-            if "foretold" not in found:
+            if "foretold" not in found or name == "bf16 router":
                 continue
             said = found["foretold"]
             flips = [
                 (said["swaps"][f"{e:g}"]["rate"][0], p["first_flip"][0]) for e, p in kept(found)
             ]
+            for e, counted in found.get("first_flip_by_layer", {}).items():
+                by_layer = [*zip(said["swaps"][e]["rate_by_layer"], counted, strict=True)]
+                axes[0].plot(*np.array(by_layer).T, ".", color=GREY, ms=3, alpha=0.5)
             axes[0].plot(*np.array(flips).reshape(-1, 2).T, marker, color=colour, ms=4, alpha=0.6)
         for name in LAWFUL:
             found = laws.get(name, {"kinds": {}})["kinds"].get(kind, {})
@@ -136,12 +143,11 @@ def draw_foretold(laws: dict[str, Any]) -> None:
             jumps = [(kappa * e, p["var_b"][0]) for e, p in kept(found)]
             axes[1].plot(*np.array(jumps).reshape(-1, 2).T, marker, color=colour, ms=4, alpha=0.6)
         axes[0].plot([], [], marker, color=colour, ms=4, label=kind)
+    axes[0].plot([], [], ".", color=GREY, ms=3, label="single layers")
     for ax, title, unit in (
         (axes[0], "Swaps, from the margins near 0", "share of token-layers that swap"),
         (axes[1], "Var b, from margins and swaps forced one by one", "Var b (nats$^2$)"),
     ):
-        low, high = ax.get_xlim()
-        ends = np.geomspace(max(low, 1e-7), max(high, 1e-6), 2)
         ax.set(xscale="log", yscale="log", xlabel=f"foretold: {unit}", ylabel="measured")
         ends = np.array(
             [min(ax.get_xlim()[0], ax.get_ylim()[0]), max(ax.get_xlim()[1], ax.get_ylim()[1])]
@@ -158,7 +164,7 @@ def draw_controls(laws: dict[str, Any]) -> None:
         ("base", "ordinary router (e)", BLUE),
         ("vanishing weight", "weight vanishes at the boundary (e$^3$)", GREEN),
         ("bf16 router", "router scores in bf16", ORANGE),
-        ("cloned experts", "experts all alike", RED),
+        ("cloned experts", "experts all alike at first (e$^3$)", RED),
     )
     for name, label, colour in shown:
         if name in laws:
@@ -169,7 +175,7 @@ def draw_controls(laws: dict[str, Any]) -> None:
             ]
             bars(ax, points, "var_b", color=colour, label=label)
     if "dense" in laws:
-        ax.plot([], [], " ", label="dense twin: exactly 0, not drawn")
+        ax.text(0.03, 0.95, "dense twin: exactly 0, not drawn", transform=ax.transAxes, fontsize=8)
     ax.set(xscale="log", yscale="log", xlabel="size of the update, e", ylabel="Var b (nats$^2$)")
     ax.set_title("What swaps add to the variance, where the law says how much")
     ax.legend(frameon=False, fontsize=8)
@@ -239,28 +245,30 @@ def shown(values: list[float], form: str = "{:.2g}") -> str:
 
 def law_rows(laws: dict[str, Any]) -> list[list[str]]:
     rows = [
-        ["model", "change", "c", "exponent of Var a", "exponent of Var b",
-         "swaps, counted / foretold", "Var b, measured / foretold"]
+        ["model", "change", "c", "exponent of Var a", "of Var b", "of Var b, swaps rare",
+         "swaps, counted / foretold", "Var b / foretold", "Var b / fitted at large e"]
     ]  # fmt: skip
     for name in LAWFUL:
         for change, kind in laws.get(name, {"kinds": {}})["kinds"].items():
-            points = kept(kind, rare=True) or kept(kind)[:1]
-            if not points:
-                continue
-            of = [shown(kind[k], "{:.2f}") if (k := f"exponent_{v}_rare") in kind else "-"
-                  for v in ("var_a", "var_b")]  # fmt: skip
-            rows.append([name, change, f"{c_of(kind):.2g}", *of, *ratios(kind, points)])
+            points = kept(kind)
+            if points:
+                exponents = [
+                    shown(kind[key], "{:.2f}") if key in kind else "-"
+                    for key in ("exponent_var_a", "exponent_var_b", "exponent_var_b_rare")
+                ]
+                rows.append([name, change, f"{c_of(kind):.2g}", *exponents, *ratios(kind, points)])
     return rows
 
 
 def ratios(kind: dict[str, Any], points: list[tuple[float, dict[str, Any]]]) -> list[str]:
-    """Counted and measured over foretold, at the smallest change with enough swaps."""
-    if "foretold" not in kind:
-        return ["-", "-"]
-    e, p = points[0]
-    rate, kappa = kind["foretold"]["swaps"][f"{e:g}"]["rate"], kind["foretold"]["kappa"]
-    expected = [kappa[i] * e for i in range(3)]
-    return [over(p["first_flip"], rate), over(p["var_b"], expected)]
+    """Of the smallest change with enough swaps; fitted at the largest that swaps under a tenth."""
+    found, (e, p) = ["-", "-"], points[0]
+    if "foretold" in kind:
+        rate, kappa = kind["foretold"]["swaps"][f"{e:g}"]["rate"], kind["foretold"]["kappa"]
+        found = [over(p["first_flip"], rate), over(p["var_b"], [k * e for k in kappa])]
+    large, q = [(x, q) for x, q in points if q["router_flip"][0] < 0.1 or x == e][-1]
+    fitted = [v * e / large for v in q["var_b"]]
+    return [*found, f"{over(p['var_b'], fitted)}, {large:g}" if large > e else "-"]
 
 
 def over(measured: list[float], foretold: list[float]) -> str:

@@ -8,12 +8,14 @@ that no update has seen, and writes ``results/law-*.json``. What is there is not
 
 import argparse
 import functools
+import itertools
 import json
 import logging
 import platform
 import time
 from collections.abc import Sequence
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -26,13 +28,17 @@ from benchmarks.studies.router_law.measure import (
     LEAST_SWAPS,
     Text,
     Weights,
+    by_layer,
     drawn,
     interval,
     measured,
     numbers,
     point,
+    read,
+    summed,
 )
 from benchmarks.studies.router_law.models import MODELS, folder_of, opened, recipe_of
+from benchmarks.studies.router_law.routers import Rounded
 from benchmarks.studies.router_law.text import sequences, stdlib
 from sapo_megatron.files import write_whole
 from sapo_megatron.policy.model import Model
@@ -49,14 +55,17 @@ GRID = {
         "bf16 weights": (1.0,),
         "fp8 weights": (0.03, 0.3, 1.0),
     },
+    "bf16 router": {"update": (0.003, 0.01, 0.03, 0.1, 0.3)},
     "": {"update": (0.03, 0.1, 0.3, 1.0), "noise": (0.3, 1.0, 3.0)},
 }
-BLOCKS = {"base": (3, 16), "": (2, 6)}
+BLOCKS = {"base": (3, 16), "": (1, 6)}
 """Fewest and most blocks of a point."""
+WITHOUT_MARGINS = ("bf16 router", "bf16 weights")
+"""Where scores, or weights, do not change with e as a derivative tells."""
 FORCED = 400
 """Swaps that are made alone."""
 MARGIN_SEED = 500_000
-"""Of the sequences whose margins foretell, which are not those on which swaps are counted."""
+MARGIN_BLOCKS = {"base": 2, "": 1}
 RARE = 0.01
 """Share of sets that change below which swaps are rare."""
 
@@ -89,11 +98,36 @@ def of_model(name: str) -> dict[str, Any]:
             found["kinds"][kind]["changed"] = {
                 f"{e:g}": weights.changed(direction, e) for e in sizes
             }
-            if experts and len(sizes) > 1 and not variant.bf16_weights:
-                said = foretold(policy.model, weights, variant.length, direction, sizes)
+            if experts and len(sizes) > 1 and name not in WITHOUT_MARGINS:
+                samples = margin_samples(name)
+                said = foretold(policy.model, weights, samples, direction, sizes)
                 found["kinds"][kind]["foretold"] = said
+                middle = sizes[len(sizes) // 2]
+                found["kinds"][kind]["first_flip_by_layer"] = {
+                    f"{middle:g}": layers(weights, text, direction, middle)
+                }
             logger.info("%s: %s", name, kind)
+        if variant.router == "rounded":
+            found["ties"] = ties(text)
     return found
+
+
+def layers(weights: Weights, text: Text, direction: Sequence[Tensor], e: float) -> list[float]:
+    """By layer, the share of tokens that would choose another set, of two blocks."""
+    found = []
+    for batches, old in itertools.islice(text.blocks(), 2):
+        with weights.moved(direction, e):
+            found.append(by_layer(batches, old, read(text.policy.model, batches, held=old)))
+    return np.mean(found, axis=0).tolist()
+
+
+def ties(text: Text) -> dict[str, Any]:
+    """The same weights in a router that breaks ties the other way."""
+    batches, old = next(text.blocks())
+    model = text.policy.model
+    with patch.object(Rounded, "last_first", True):
+        held, free = read(model, batches, held=old), read(model, batches)
+    return point(summed(model, batches, old, held, free))
 
 
 def held_out_block(length: int, number: int) -> list[Sample]:
@@ -107,11 +141,21 @@ def loss(text: Text) -> float:
     return -float(torch.cat(logprobs).double().mean())
 
 
+def margin_samples(name: str) -> list[Sample]:
+    """Those whose margins foretell, which are not those on which swaps are counted."""
+    length = MODELS[name].length
+    count = MARGIN_BLOCKS.get(name, MARGIN_BLOCKS[""]) * BLOCK // length
+    return sequences(stdlib(held_out=True), count, length, seed=MARGIN_SEED)
+
+
 def foretold(
-    model: Model, weights: Weights, length: int, direction: Sequence[Tensor], sizes: Sequence[float]
+    model: Model,
+    weights: Weights,
+    samples: Sequence[Sample],
+    direction: Sequence[Tensor],
+    sizes: Sequence[float],
 ) -> dict[str, Any]:
-    """Swaps and Var b from margins, slopes and forced swaps alone, on sequences of their own."""
-    samples = sequences(stdlib(held_out=True), 2 * BLOCK // length, length, seed=MARGIN_SEED)
+    """Swaps and Var b from the margins, slopes and forced swaps of these sequences alone."""
     found, old = margins(model, weights, samples, direction)
     chosen = found.likely(FORCED)
     result: dict[str, Any] = {"swaps": {f"{e:g}": found.foretold(e) for e in sizes}}

@@ -136,6 +136,16 @@ def _add_logprobs(rows: Tensor, *of: Tensor | None) -> None:
         rows[:, C[name]] = value
 
 
+def by_layer(batches: Sequence[PackedBatch], old: Read, new: Read) -> list[float]:
+    """The share of tokens whose set differs. One process."""
+    changed = [
+        (flips(was, now) > 0)[batch.mask]
+        for was, now, batch in zip(old.experts, new.experts, batches, strict=True)
+        if was is not None and now is not None
+    ]
+    return torch.cat(changed).double().mean(0).tolist() if changed else []
+
+
 def numbers(sums: np.ndarray) -> dict[str, np.ndarray]:
     """What follows from sums ``[..., COLUMNS]`` over sequences. ``c`` is Var b / sqrt(Var a)."""
     at = {name: sums[..., i] for name, i in C.items()}

@@ -94,7 +94,7 @@ class Variant:
     """A model, and how long it is trained."""
 
     config: dict[str, Any]
-    steps: int = 100
+    steps: int = 80
     router: str = "told"
     """One of ``ROUTERS``."""
     weights: str | None = None
@@ -109,27 +109,29 @@ class Variant:
 
 MODELS = {
     "base": Variant(config=QWEN3_MOE, steps=500),
-    "depth 3": Variant(config=QWEN3_MOE | {"num_hidden_layers": 3}),
-    "depth 24": Variant(config=QWEN3_MOE | {"num_hidden_layers": 24}, steps=60),
+    "depth 3": Variant(config=QWEN3_MOE | {"num_hidden_layers": 3}, steps=120),
+    "depth 24": Variant(config=QWEN3_MOE | {"num_hidden_layers": 24}, steps=40),
     "8 experts": Variant(config=QWEN3_MOE | {"num_experts": 8}),
-    "64 experts": Variant(config=QWEN3_MOE | {"num_experts": 64}),
+    "64 experts": Variant(config=QWEN3_MOE | {"num_experts": 64}, steps=60),
     "top 1": Variant(
         config=QWEN3_MOE | {"num_experts_per_tok": 1, "norm_topk_prob": False},
-        steps=40,
+        steps=30,
         start="base",
     ),
-    "top 8": Variant(config=QWEN3_MOE | {"num_experts_per_tok": 8}, steps=40, start="base"),
-    "sigmoid, biased": Variant(config=GLM4_MOE),
-    "grouped": Variant(config=GLM4_MOE | {"n_group": 4, "topk_group": 2}),
-    "vanishing weight": Variant(config=QWEN3_MOE, steps=150, router="vanishing"),
-    "dense": Variant(
-        steps=300, config=COMMON | {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"]}
+    "top 8": Variant(config=QWEN3_MOE | {"num_experts_per_tok": 8}, steps=30, start="base"),
+    "length 32": Variant(config=QWEN3_MOE, weights="base", length=32),
+    "length 512": Variant(config=QWEN3_MOE, steps=30, start="base", length=512),
+    "sigmoid, biased": Variant(config=GLM4_MOE, steps=80),
+    "grouped": Variant(
+        config=GLM4_MOE | {"n_group": 4, "topk_group": 2}, steps=20, start="sigmoid, biased"
     ),
-    "length 32": Variant(config=QWEN3_MOE, steps=0, weights="base", length=32),
-    "length 512": Variant(config=QWEN3_MOE, length=512),
-    "bf16 weights": Variant(config=QWEN3_MOE, steps=0, weights="base", bf16_weights=True),
-    "bf16 router": Variant(config=QWEN3_MOE, steps=0, router="rounded", weights="base"),
-    "cloned experts": Variant(config=QWEN3_MOE, steps=0, weights="base"),
+    "dense": Variant(
+        config=COMMON | {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"]}, steps=60
+    ),
+    "cloned experts": Variant(config=QWEN3_MOE, weights="base"),
+    "vanishing weight": Variant(config=QWEN3_MOE, steps=150, router="vanishing"),
+    "bf16 router": Variant(config=QWEN3_MOE, router="rounded", weights="base"),
+    "bf16 weights": Variant(config=QWEN3_MOE, weights="base", bf16_weights=True),
 }
 BIAS = 0.1
 """Standard deviation of a selection bias, where a router has one."""

@@ -35,9 +35,25 @@ class Vanishing(Told):
 class Rounded(Told):
     """Scores are those of a router that computes in bf16: many are exactly alike."""
 
-    def get_replay_topk(self, scores: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    last_first = False
+    """Of experts with the same score, whether the last goes first."""
+
+    def get_replay_topk(
+        self,
+        scores: Tensor,
+        topk: int,
+        num_groups: int | None = None,
+        group_topk: int | None = None,
+        default_compute_topk: Callable[..., tuple[Tensor, Tensor]] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        def other_way(among: Tensor, topk: int, **groups: Any) -> tuple[Tensor, Tensor]:
+            assert default_compute_topk is not None, "upstream's router passes its own"
+            values, experts = default_compute_topk(among.flip(1), topk, **groups)
+            return values, among.shape[1] - 1 - experts
+
+        choose = other_way if self.last_first else default_compute_topk
         rounded = scores.to(torch.bfloat16).to(scores.dtype)
-        return super().get_replay_topk(rounded, *args, **kwargs)
+        return super().get_replay_topk(rounded, topk, num_groups, group_topk, choose)
 
 
 ROUTERS: dict[str, Callable[..., LayerRouter]] = {

@@ -21,6 +21,7 @@ from sapo_megatron.data.batch import denominators, micro_batches, split_mini_bat
 from sapo_megatron.files import write_whole
 from sapo_megatron.policy import parallel
 from sapo_megatron.recipe.load import load
+from sapo_megatron.rollout.engine import SamplingParams
 from sapo_megatron.runs.folder import open_run
 from sapo_megatron.sample import Sample
 from sapo_megatron.training.inputs import preflight
@@ -30,6 +31,7 @@ from sapo_megatron.training.update import set_advantages
 
 logger = logging.getLogger(__name__)
 
+RUN = CACHE / "tiny-moe-cpu"
 SETTINGS = {
     "parallel.expert_model_parallel_size": "1",
     "rollout.rollout_batch_size": "32",
@@ -40,10 +42,10 @@ SETTINGS = {
     "routing.prob_every": "0",
     "eval.num_problems": "32",
     "eval.k": "1",
-    "train.run_dir": str(CACHE / "tiny-moe-cpu" / "run"),
+    "train.run_dir": str(RUN),
 }
 WARM_STEPS = 3
-ROLLOUTS = 48
+ROLLOUTS = 40
 """Of 256 responses each, that are measured."""
 SIZES = (0.3, 1.0, 3.0, 10.0)
 MINI_BATCH, ROUNDS, SEEDS = 128, 8, 3
@@ -60,6 +62,7 @@ def main() -> None:
     recipe = load(ROOT / "recipes" / "tiny-moe-cpu.yaml", SETTINGS)
     inputs = preflight(recipe, 1)
     groups = parallel.setup(recipe.parallel, seed=recipe.train.seed)
+    (RUN / "metrics.jsonl").unlink(missing_ok=True)  # of an attempt that did not come to its end
     run = open_run(recipe, inputs.arch, None)
     with open_session(recipe, inputs, groups, run, began=time.monotonic()) as session:
         found = of_session(session)
@@ -84,12 +87,18 @@ def of_session(session: Session) -> dict[str, Any]:
 
 
 def responses(session: Session) -> list[Sample]:
-    """One rollout's, with uids from 0; the weights are at their start."""
-    groups = session.collect(1).groups
-    samples = [sample for group in groups for sample in group.samples]
-    for uid, sample in enumerate(samples):
-        sample.uid = uid
-    return samples
+    """256 to new prompts; the weights are at their start."""
+    recipe = session.recipe.rollout
+    params = SamplingParams(
+        temperature=recipe.temperature,
+        top_p=recipe.top_p,
+        max_new_tokens=recipe.max_response_length,
+        stop_ids=session.inputs.endings.stop_ids,
+        seed=session.recipe.train.seed,
+    )
+    prompts = session.inputs.source.next(recipe.rollout_batch_size)
+    groups = session.collector.respond(prompts, recipe.num_generations, params).groups
+    return [sample for group in groups for sample in group.samples]
 
 
 def update(session: Session) -> None:
