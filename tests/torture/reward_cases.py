@@ -126,7 +126,10 @@ FAILURES = {
     "long error": ("raise ValueError('x' * 10 ** 7)", "ValueError: xxxx"),
     "many lines": ("raise ValueError('one\\n\\ttwo\\r\\nthree')", "one two three"),
     "half a character": ("raise ValueError('\\ud800 \\x1b[2J')", "ValueError: ? ?[2J"),
-    "group of errors": ("raise ExceptionGroup('many', [ValueError('one')])", "ExceptionGroup: many"),
+    "group of errors": (
+        "raise ExceptionGroup('many', [ValueError('one')])",
+        "ExceptionGroup: many",
+    ),
     "interrupt": ("raise KeyboardInterrupt", "KeyboardInterrupt"),
     "leaves": ("raise SystemExit(0)", "SystemExit"),
     "recursion": ("return reward(prompt, response)", "RecursionError"),
