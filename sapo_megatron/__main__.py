@@ -34,6 +34,9 @@ ENVIRONMENT = {
 """What a process that trains has in its environment unless it is set there. ``launch/env.sh`` says
 what each is for, and sets what torchrun needs besides."""
 
+PATHS = ("recipe", "resume", "checkpoint", "out", "run", "run_dir", "json")
+"""Words that are paths, of which ``~`` and ``$NAME`` are understood."""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
@@ -43,6 +46,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     _set_up_environment()
     try:
         arguments, rest = _parser().parse_known_args(words)
+        for name, word in vars(arguments).items():
+            if name in PATHS and isinstance(word, str):
+                setattr(arguments, name, expanded(word, name))
         arguments.words, arguments.rest = words, rest
         if rest and not hasattr(arguments, "recipe"):
             raise UserError(
@@ -82,7 +88,7 @@ def _parser() -> argparse.ArgumentParser:
 
     def recipe_command(function: Callable, help: str, usage: str) -> argparse.ArgumentParser:
         sub = command(function, help)
-        sub.add_argument("recipe", type=_path, help="a YAML recipe, or the config.yaml of a run")
+        sub.add_argument("recipe", help="a YAML recipe, or the config.yaml of a run")
         sub.usage = f"{sub.prog} RECIPE {usage} [--debug] [--KEY VALUE | SECTION.KEY=VALUE]..."
         return sub
 
@@ -92,7 +98,7 @@ def _parser() -> argparse.ArgumentParser:
         "[--resume auto|PATH [--new-data]]",
     )
     resume = "go on with the newest run that has a checkpoint, or with this run or checkpoint"
-    train.add_argument("--resume", type=_path, metavar="auto|PATH", help=resume)
+    train.add_argument("--resume", metavar="auto|PATH", help=resume)
     new_data = "go on in other training data, at the number of the problem that was to come"
     train.add_argument("--new-data", action="store_true", help=new_data)
     plan = recipe_command(
@@ -109,31 +115,21 @@ def _parser() -> argparse.ArgumentParser:
         "Score a run on the held-out problems of a recipe.",
         "--checkpoint PATH [--out FILE]",
     )
-    evaluate.add_argument(
-        "--checkpoint", type=_path, required=True, metavar="PATH", help=checkpoint
-    )
-    evaluate.add_argument("--out", type=_path, metavar="FILE", help="write scores here, as JSON")
+    evaluate.add_argument("--checkpoint", required=True, metavar="PATH", help=checkpoint)
+    evaluate.add_argument("--out", metavar="FILE", help="write the scores here, as JSON")
     export = recipe_command(
         _export,
         "Write the weights of a run as a Hugging Face folder.",
         "--checkpoint PATH --out FOLDER",
     )
-    export.add_argument("--checkpoint", type=_path, required=True, metavar="PATH", help=checkpoint)
-    new = "a folder that is not there"
-    export.add_argument("--out", type=_path, required=True, metavar="FOLDER", help=new)
+    export.add_argument("--checkpoint", required=True, metavar="PATH", help=checkpoint)
+    export.add_argument("--out", required=True, metavar="FOLDER", help="a folder that is not there")
     report = command(_report, "Draw a run's report: pictures and one HTML page.")
-    report.add_argument("run", type=_path, help="a run folder, finished or not")
+    report.add_argument("run", help="a run folder, finished or not")
     _add_gates(command(_gates, "Compare what gates keep of the gradient of dumped tokens."))
     _add_doctor(command(_doctor, "Check what is installed and what this machine has."))
     _add_qualify(command(_qualify, "Compare what this machine's GPUs compute with the CPU."))
     return parser
-
-
-def _path(word: str) -> str:
-    try:
-        return expanded(word, "path")
-    except UserError as error:  # which argparse would take for any ValueError
-        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _add_gates(gates: argparse.ArgumentParser) -> None:
@@ -251,7 +247,7 @@ def _export(arguments: argparse.Namespace) -> int:
 
         export_checkpoint(recipe, *model, Path(arguments.checkpoint), out)
 
-    return _on_all_processes(recipe, arguments.words, work, model_only=True)
+    return _on_all_processes(recipe, arguments.words, work, fresh=None)
 
 
 def _report(arguments: argparse.Namespace) -> int:
@@ -297,26 +293,21 @@ def _qualify(arguments: argparse.Namespace) -> int:
 
 
 def _on_all_processes(
-    recipe: Recipe,
-    words: list[str],
-    work: Callable,
-    *,
-    fresh: bool = False,
-    model_only: bool = False,
+    recipe: Recipe, words: list[str], work: Callable, *, fresh: bool | None
 ) -> int:
     """Do ``work(inputs)`` on each process of the recipe's layout.
 
     Those are the processes that torchrun, or something like it, started; or else as few as the
-    layout takes, on this machine, each with the command line ``words``. ``fresh``: as in
-    ``read_inputs``; ``model_only``: the inputs are those of ``read_model``.
+    layout takes, on this machine, each with the command line ``words``. The inputs are those of
+    ``read_inputs`` with ``fresh``, or, where it is None, of ``read_model``.
     """
     # Here, not above: other commands, and mistakes in the recipe, do without.
     from sapo_megatron.training.inputs import preflight, read_inputs, read_model
 
     launched = "RANK" in os.environ
     processes = _launched_world() if launched else smallest_world(recipe.parallel)
-    if model_only:
-        inputs: Any = read_model(recipe, processes)
+    if fresh is None:
+        inputs: Any = read_model(recipe, processes, weights=False)
     else:  # once a machine: what all would stumble over, one looks for and tells
         inputs = (preflight if _speaks() else read_inputs)(recipe, processes, fresh=fresh)
     if not launched and processes > 1:

@@ -101,6 +101,8 @@ def nothing_written(folder):
             ["importance_sampling_level", "GSPO"],
         ),
         (["train", "recipe.yaml", "--loss_type", "spao"], ["algorithm.loss_type", "spao"]),
+        (["train", "recipe.yaml", "--resume=$NOWHERE/run"], ["resume: ", "$NOWHERE stands for no"]),
+        (["train", "recipe.yaml", "train.run_dir=~whoever/x"], ["train.run_dir: ", "~whoever"]),
         (["eval", "recipe.yaml"], ["--checkpoint", "sapo-megatron eval --help"]),
         (["eval", "recipe.yaml", "--checkpoint", "x", "--out", "no/where.json"], ["--out"]),
         (["report"], ["run", "sapo-megatron report --help"]),

@@ -310,7 +310,7 @@ class TrainConfig:
     logprob_chunk_size: Count | None = None
     """Rows of logits handled at once; None: sized to stay in cache."""
     on_nonfinite: Literal["skip", "abort"] = "abort"
-    """What a NaN or inf in loss or gradient does to the step."""
+    """What a NaN or inf in loss or gradient does to the step; 17 skipped in a row end the run."""
     seed: Whole = 1234
     run_dir: str | None = None
     """None: a new numbered folder under ``runs/<recipe name>``."""

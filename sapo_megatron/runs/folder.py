@@ -53,13 +53,6 @@ class RunFolder:
         """The weights that the run started from, once it has a checkpoint."""
         return (self.path.resolve() / self.state.start).resolve() if self.state else None
 
-    def start_as_saved(self, start: Path) -> str:
-        """``start`` as a checkpoint has it: what lies beside the run may move with it."""
-        if self.state:
-            return self.state.start
-        real, shared, path = map(os.path.realpath, (start, self.shared, self.path))
-        return os.path.relpath(real, path) if Path(real).is_relative_to(shared) else real
-
     def updates(self, step: int) -> int:
         """Updates of all steps up to ``step``, before a resume as many as there were."""
         done, at = (self.state.updates, self.state.step) if self.state else (0, 0)
@@ -104,20 +97,18 @@ def find_checkpoint(recipe: Recipe, resume: str | None) -> Path | None:
     return None
 
 
-def open_run(
-    recipe: Recipe, arch: Architecture, resume: str | None, *, data: str, new_data: bool = False
-) -> RunFolder:
+def open_run(recipe: Recipe, arch: Architecture, resume: str | None, data: str | None) -> RunFolder:
     """Choose and make the folder of this run; for one process, the others are told.
 
     ``resume``: None for a new run, ``auto`` for the newest one that has a checkpoint (or a new one
     where none has), else a run folder or one of its checkpoints. ``data`` stands for the training
-    problems; with ``new_data``, a resumed run goes on at the same number of others. Raises
-    UserError for a folder that does not fit; then nothing has been written. What is there already
-    is not written to before ``RunFolder.write_recipe``.
+    problems, which must be the checkpoint's; None: they may be others. Raises UserError for a
+    folder that does not fit; then nothing has been written. A resumed run's is not written to
+    before ``RunFolder.write_recipe``.
     """
     shared, explicit = _shared(recipe), recipe.train.run_dir
     if found := find_checkpoint(recipe, resume):
-        return _go_on(_reopen(found, shared, recipe, arch, training=True), data, new_data)
+        return _go_on(_reopen(found, shared, recipe, arch, training=True), data)
     if explicit and not resume and (shared / "metrics.jsonl").exists():
         raise UserError(
             f"train.run_dir: expected a new folder, got {shared}, which holds a run; go on with it "
@@ -160,20 +151,18 @@ def _reopen(
                 f"model.path: expected the model that {checkpoint} was written with, got another: "
                 f"its {key} is {ours.get(key)!r} instead of {saved.get(key)!r}"
             )
-    real = Path(os.path.realpath(checkpoint))
-    runs = [place.parent.parent for place in (checkpoint, real)]
-    path = next((run for run in runs if (run / "config.yaml").exists()), None)
-    if training and path is None:
+    run = checkpoint.parents[1]
+    if not (run / "config.yaml").exists():
+        run = checkpoint.resolve().parents[1]  # a link may lead to it
+    if training and not (run / "config.yaml").exists():
         raise UserError(
             f"--resume: expected a checkpoint of a run, RUN/checkpoints/{checkpoint.name} beside "
             f"RUN/config.yaml, got {checkpoint}; put it there"
         )
-    return RunFolder(
-        path=path or runs[0], shared=shared, recipe=recipe, checkpoint=checkpoint, state=state
-    )
+    return RunFolder(path=run, shared=shared, recipe=recipe, checkpoint=checkpoint, state=state)
 
 
-def _go_on(run: RunFolder, data: str, new_data: bool) -> RunFolder:
+def _go_on(run: RunFolder, data: str | None) -> RunFolder:
     """``run`` with what it keeps of the recipe before. Raises UserError where it cannot go on."""
     recipe, state, start = run.recipe, run.state, run.start
     assert state, "there is a checkpoint"
@@ -188,7 +177,7 @@ def _go_on(run: RunFolder, data: str, new_data: bool) -> RunFolder:
             f"algorithm.kl_coef: expected the weights that the run started from, the reference, at "
             f"{start}, got none; put them back, or set algorithm.kl_coef=0"
         )
-    if data != state.data and not new_data:
+    if data not in (None, state.data):
         raise UserError(
             f"data.train: expected the problems that {run.checkpoint} has its place in, in their "
             f"order, got others; set data.train back, or go on at this place in them (--new-data)"

@@ -32,7 +32,7 @@ class RunState:
     step: int
     """Steps that are done."""
     start: str
-    """The weights that the run started from; relative to its folder where they lie beside it."""
+    """The weights that the run started from, relative to its folder."""
     model: dict[str, Any]
     """The model's ``config.json``."""
     recipe: dict[str, Any]
@@ -87,9 +87,8 @@ def listed(folder: Path) -> list[str]:
     try:
         return os.listdir(folder)
     except OSError as error:
-        above = (folder, *folder.parents)
-        gone = any(place.is_symlink() and not place.exists() for place in above)
-        if isinstance(error, FileNotFoundError) and not gone:
+        links = [place for place in (folder, *folder.parents) if place.is_symlink()]
+        if isinstance(error, FileNotFoundError) and all(link.exists() for link in links):
             return []
         raise UserError(
             f"train.run_dir: expected a folder that can be read, got {folder}: {error.strerror}; "

@@ -32,9 +32,7 @@ class Inputs:
     source: PromptSource
 
 
-def read_model(
-    recipe: Recipe, world_size: int, *, weights: bool = False
-) -> tuple[Path, Architecture]:
+def read_model(recipe: Recipe, world_size: int, *, weights: bool) -> tuple[Path, Architecture]:
     """The model's folder, with ``weights`` or without, and its architecture. Raises UserError."""
     model = find_model(recipe.model.path, weights=weights)
     check_machine(recipe)

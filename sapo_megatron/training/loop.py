@@ -39,12 +39,8 @@ def train(
     """
     began = time.monotonic()
     groups = parallel.setup(recipe.parallel, seed=recipe.train.seed)
-    run = parallel.on_first_rank(
-        groups,
-        lambda: open_run(
-            recipe, inputs.arch, resume, data=inputs.source.digest(), new_data=new_data
-        ),
-    )
+    data = None if new_data else inputs.source.digest()
+    run = parallel.on_first_rank(groups, lambda: open_run(recipe, inputs.arch, resume, data))
     logger.info("run folder: %s", run.path)
     with open_session(inputs, groups, run, began=began) as session:
         return run_steps(session)

@@ -1,6 +1,7 @@
 """A run's parts, opened together and closed together: policy, engine, scorer, trackers."""
 
 import logging
+import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
@@ -109,7 +110,7 @@ class Session:
         queue = queue or self.ahead.queue()
         state = RunState(
             step=step,
-            start=self.run.start_as_saved(self.start),
+            start=os.path.relpath(self.start.resolve(), self.run.path.resolve()),
             model=self.inputs.arch.config,
             recipe=to_plain(self.recipe),
             data=self.inputs.source.digest(),
@@ -180,7 +181,7 @@ def open_session(
         cursor = inputs.source.state_dict()
         start = run.start or initial_weights(recipe, inputs, groups, run.shared)
         inputs.source.load_state_dict(run.state.cursor if run.state else cursor)
-        policy = _open_policy(stack, inputs.model, inputs.arch, groups, run, start)
+        policy = _open_policy(stack, inputs.arch, groups, run, start, inputs.model)
         model, observer, reference = policy.model, None, None
         if recipe.algorithm.kl_coef > 0:
             reference = Model(recipe, inputs.arch, groups, start)
@@ -215,7 +216,7 @@ def evaluate_checkpoint(recipe: Recipe, inputs: Inputs, path: Path) -> dict[str,
     groups = parallel.setup(recipe.parallel, seed=recipe.train.seed)
     run = parallel.on_first_rank(groups, lambda: find_run(recipe, inputs.arch, path))
     with ExitStack() as stack:
-        policy = _open_policy(stack, inputs.model, inputs.arch, groups, run)
+        policy = _open_policy(stack, inputs.arch, groups, run, run.start, inputs.model)
         collector = _open_collector(stack, recipe, inputs, policy, run)
         return evaluate(collector, inputs.problems, recipe)
 
@@ -231,30 +232,27 @@ def export_checkpoint(
     groups = parallel.setup(recipe.parallel, seed=recipe.train.seed)
     run = parallel.on_first_rank(groups, lambda: find_run(recipe, arch, path))
     with ExitStack() as stack:
-        policy = _open_policy(stack, model, arch, groups, run)
+        policy = _open_policy(stack, arch, groups, run, run.start, model)
         policy.model.weights.save(out, tokenizer=recipe.model.tokenizer)
     logger.info("exported in %s: %s", recipe.model.params_dtype, out)
 
 
 def _open_policy(
     stack: ExitStack,
-    model: Path,
     arch: Architecture,
     groups: ParallelGroups,
     run: RunFolder,
-    start: Path | None = None,
+    *places: Path | None,
 ) -> Policy:
-    """The policy as the run's checkpoint has it, or with the weights at ``start``.
+    """The policy as the run's checkpoint has it, or else with the weights at the first place.
 
-    What belongs beside its weights is where the run started, or else in ``model``.
+    What belongs beside its weights is at the first of the places that is there.
     """
-    start = start or run.start
-    there = start is not None and (start / "config.json").exists()
     policy = Policy(
         run.recipe,
         arch,
         groups,
-        start if start and there else model,
+        next(place for place in places if place and (place / "config.json").exists()),
         optimizer=run.recipe.optimizer,
         total_updates=run.updates(run.recipe.train.steps),
         load=run.checkpoint is None,

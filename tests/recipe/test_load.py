@@ -122,6 +122,18 @@ def test_the_recipes_of_the_project_load(recipe):
     check_architecture(loaded, find_architecture(loaded.model.path, loaded.model.architecture))
 
 
+def test_paths_with_a_home_or_a_variable_in_them(write, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("DISK", "/disk")
+    data = "data: {train: {path: '${DISK}/a.jsonl'}}"
+    recipe = load(write(f"model: {{path: ~/model}}\n{data}\ntrain: {{run_dir: $DISK/x}}"))
+    assert (recipe.model.path, recipe.data.train.path) == ("/home/me/model", "/disk/a.jsonl")
+    assert recipe.train.run_dir == "/disk/x"
+    assert load(write(), {"train.run_dir": "~/x"}).train.run_dir == "/home/me/x"
+    assert "$NOWHERE stands for nothing" in refusal(write(), {"train.run_dir": "$NOWHERE/x"})
+    assert "base: expected a path" in refusal(write(MINIMAL + "base: ~whoever/x.yaml"))
+
+
 def test_a_section_with_nothing_below_means_its_defaults(write):
     recipe = load(write(MINIMAL + "train:\noptimizer:\n"))
     assert recipe.train == load(write()).train

@@ -1,5 +1,6 @@
 """Run folders: which one a run gets, and what refuses to be one."""
 
+import json
 import os
 from pathlib import Path
 
@@ -15,8 +16,8 @@ from tests.support.tiny import write_recipe
 DATA = "what the problems are"
 
 
-def open_run(recipe, arch, resume=None, **changes):
-    return runs.open_run(recipe, arch, resume, **{"data": DATA, **changes})
+def open_run(recipe, arch, resume=None, data=DATA):
+    return runs.open_run(recipe, arch, resume, data)
 
 
 @pytest.fixture
@@ -118,3 +119,49 @@ def test_a_folder_that_cannot_be_written(recipe, arch):
     Path("runs").write_text("a file")
     with pytest.raises(UserError, match=r"train.run_dir: .* runs/recipe: Not a directory"):
         open_run(recipe, arch)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (lambda run: (run / "checkpoints").symlink_to("gone"), "No such file or directory"),
+        (lambda run: (run / "checkpoints").write_text("a file"), "Not a directory"),
+        (lambda run: (run / "checkpoints" / "step-000004").mkdir(parents=True), "state.json"),
+        (lambda run: (run.parent / "run-002").symlink_to("gone"), "No such file or directory"),
+    ],
+)
+def test_a_run_whose_checkpoints_cannot_be_seen_is_no_new_run(recipe, arch, spoil, said):
+    run = open_run(recipe, arch)
+    (run.path / "metrics.jsonl").write_text("{}")
+    spoil(run.path)
+    before = sorted(Path("runs").rglob("*"))
+    with pytest.raises(UserError, match=f"checkpoints.*{said}"):
+        open_run(recipe, arch, "auto")
+    assert sorted(Path("runs").rglob("*")) == before
+
+
+def test_runs_below_a_link_that_leads_nowhere(recipe, arch):
+    Path("runs").symlink_to("gone/too")
+    with pytest.raises(UserError, match=r"train.run_dir: .* runs/recipe: No such file"):
+        open_run(recipe, arch)
+
+
+def test_runs_below_a_link_find_what_they_started_from(recipe, arch, tmp_path):
+    (tmp_path / "a" / "b" / "c").mkdir(parents=True)
+    Path("runs").symlink_to("a/b/c")
+    run = open_run(recipe, arch)
+    add_checkpoint(run, recipe, 2)
+    assert open_run(recipe, arch, "auto").start == (tmp_path / "a/b/c/recipe/cold-start-x")
+
+
+def test_other_keys_of_the_model_s_config_are_no_other_model(recipe, arch):
+    run = open_run(recipe, arch)
+    add_checkpoint(run, recipe, 2)
+    config = Path(recipe.model.path) / "config.json"
+    values = json.loads(config.read_text())
+    for key, value in (("torch_dtype", "bfloat16"), ("use_cache", False), ("eos_token_id", 3)):
+        config.write_text(json.dumps({**values, key: value}))
+        assert open_run(recipe, read_architecture(config.parent), "auto").state.step == 2
+    config.write_text(json.dumps({**values, "rope_theta": 5e5}))
+    with pytest.raises(UserError, match=r"its rope\.theta is 500000\.0 instead"):
+        open_run(recipe, read_architecture(config.parent), "auto")
