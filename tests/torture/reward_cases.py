@@ -116,7 +116,7 @@ SIGNATURES = {
         "OSError: no judge",
     ),
     "its own loop": (
-        "import asyncio\nasync def f(): return 0.25\ndef reward(p, r):\n    return asyncio.run(f())",
+        "import asyncio\nasync def f(): return 0.25\ndef reward(p, r): return asyncio.run(f())",
         0.25,
     ),
     "slime": ("async def reward(args, sample, **kw):\n    return sample.reward", "AttributeError"),
@@ -126,7 +126,10 @@ FAILURES = {
     "long error": ("raise ValueError('x' * 10 ** 7)", "ValueError: xxxx"),
     "many lines": ("raise ValueError('one\\n\\ttwo\\r\\nthree')", "one two three"),
     "half a character": ("raise ValueError('\\ud800 \\x1b[2J')", "ValueError: ? ?[2J"),
-    "group of errors": ("raise ExceptionGroup('many', [ValueError('one')])", "ExceptionGroup: many"),
+    "group of errors": (
+        "raise ExceptionGroup('many', [ValueError('one')])",
+        "ExceptionGroup: many",
+    ),
     "interrupt": ("raise KeyboardInterrupt", "KeyboardInterrupt"),
     "leaves": ("raise SystemExit(0)", "SystemExit"),
     "recursion": ("return reward(prompt, response)", "RecursionError"),
