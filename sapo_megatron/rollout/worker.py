@@ -212,6 +212,7 @@ def _main(fd: str, name: str) -> None:
     with contextlib.suppress(OSError):  # what the kernel ends first, where a container lets us say
         Path("/proc/self/oom_score_adj").write_text("1000")
     _work(connection, name)
+    os._exit(0)  # whatever the function has done to this process
 
 
 if __name__ == "__main__":

@@ -504,7 +504,7 @@ def test_the_worker_ends_with_a_parent_that_is_killed(verifiers, tmp_path):
         ("pool_of_the_user:f", ["forks when it is imported"]),
         ("daemon_of_the_user:f", ["ended", "exit status 0"]),
         ("hungry_of_the_user:f", ["cannot import", "MemoryError"]),
-        ("{}:too_many", ["expected function(prompt, response), verl's", "(args, sample, more)"]),
+        ("{}:too_many", ["function(prompt, response), or as in verl", "(args, sample, more)"]),
     ],
 )
 def test_a_function_that_cannot_be_had(verifiers, tmp_path, function, parts):

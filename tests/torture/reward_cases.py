@@ -117,7 +117,7 @@ SIGNATURES = {
         "OSError: no judge",
     ),
     "its own loop": (
-        "import asyncio\nasync def f(): return 0.25\ndef reward(p, r):\n    return asyncio.run(f())",
+        "import asyncio\nasync def f(): return 0.25\ndef reward(p, r): return asyncio.run(f())",
         0.25,
     ),
     "slime": ("async def reward(args, sample, **kw):\n    return sample.reward", "AttributeError"),
