@@ -14,10 +14,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, tensor_parallel
-from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
+from safetensors.torch import load_file, save_file
 
 from sapo_megatron.policy import compat
+from sapo_megatron.policy.parallel import failing_together
 from sapo_megatron.policy.step import Policy
 from sapo_megatron.runs.state import RunState, checkpoints, write_state
 
@@ -50,10 +51,12 @@ def save(
     metadata = _metadata(policy)
     compat.write_with_threads()
     dist_checkpointing.save(
-        _sharded_state(policy, metadata, loading=False, with_rng=True),
+        _sharded_state(policy, metadata, loading=False),
         str(temporary),
         content_metadata={k: v for k, v in metadata.items() if isinstance(v, str)},
     )
+    tracked = tensor_parallel.get_cuda_rng_tracker().get_states()
+    save_file({"torch": torch.get_rng_state(), **tracked}, _rng_file(temporary))
     if torch.cuda.is_available():
         # The writer copied the whole state through pinned memory, which torch would keep.
         torch._C._host_emptyCache()
@@ -72,20 +75,27 @@ def load(policy: Policy, checkpoint: Path, state: RunState) -> None:
     """Fill ``policy`` from a checkpoint whose ``state`` has been read. Collective.
 
     Adam's settings and the schedule stay the recipe's; of the schedule comes the place in it.
+    Raises UserError, on every rank, for one that cannot be read; nothing in it is run as code.
     """
-    same_world = state.world_size == dist.get_world_size()
-    with torch.no_grad():
-        template = _sharded_state(policy, _metadata(policy), loading=True, with_rng=same_world)
+    together = failing_together(policy.groups)
+    with together, compat.reading(checkpoint), torch.no_grad():
+        template = _sharded_state(policy, _metadata(policy), loading=True)
         loaded = dist_checkpointing.load(template, str(checkpoint))
         for i, chunk in enumerate(policy.model.chunks):
-            chunk.load_state_dict(loaded[f"model{i}"])
+            chunk.load_state_dict(loaded[f"model{i}"], strict=False)  # without its extra state
         _keep_settings(policy, loaded["optimizer"])
         policy.optimizer.load_state_dict(loaded["optimizer"])
         _restore_steps(policy)
         policy.scheduler.step(increment=loaded["scheduler"]["num_steps"])
-    if same_world:
-        torch.set_rng_state(loaded["rng"]["torch"])
-        tensor_parallel.get_cuda_rng_tracker().set_states(loaded["rng"]["tracker"])
+        if state.world_size == dist.get_world_size():
+            with compat.naming(_rng_file(checkpoint)):
+                states = load_file(_rng_file(checkpoint))
+            torch.set_rng_state(states.pop("torch"))
+            tensor_parallel.get_cuda_rng_tracker().set_states(states)
+
+
+def _rng_file(checkpoint: Path) -> Path:
+    return checkpoint / f"rng-{dist.get_rank():05d}.safetensors"
 
 
 def _keep_settings(policy: Policy, loaded: dict[Any, Any]) -> None:
@@ -133,11 +143,14 @@ def _metadata(policy: Policy) -> dict[str, Any]:
     }
 
 
-def _sharded_state(
-    policy: Policy, metadata: dict[str, Any], *, loading: bool, with_rng: bool
-) -> dict[str, Any]:
+def _sharded_state(policy: Policy, metadata: dict[str, Any], *, loading: bool) -> dict[str, Any]:
+    # Extra state is fp8's alone, and Transformer Engine pickles it into a tensor.
     state: dict[str, Any] = {
-        f"model{i}": chunk.sharded_state_dict(metadata=metadata)
+        f"model{i}": {
+            name: part
+            for name, part in chunk.sharded_state_dict(metadata=metadata).items()
+            if not name.endswith("_extra_state")
+        }
         for i, chunk in enumerate(policy.model.chunks)
     }
     models = dict(state) if len(policy.model.chunks) > 1 else state["model0"]
@@ -145,11 +158,4 @@ def _sharded_state(
         models, is_loading=loading, metadata=metadata
     )
     state["scheduler"] = policy.scheduler.state_dict()
-    if with_rng:
-        rng = {
-            "torch": torch.get_rng_state(),
-            "tracker": tensor_parallel.get_cuda_rng_tracker().get_states(),
-        }
-        rank, size = dist.get_rank(), dist.get_world_size()
-        state["rng"] = ShardedObject("rng", rng, (size,), (rank,))
     return state

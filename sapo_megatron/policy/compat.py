@@ -6,11 +6,20 @@ patches from later releases.
 
 import functools
 import inspect
+import pickle
 import queue
-from collections.abc import Callable
+import re
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, ClassVar
+from unittest.mock import patch
 
+import torch
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 from megatron.core.models.backends import BackendSpecProvider
@@ -24,6 +33,27 @@ from megatron.core.transformer.multi_latent_attention import (
     MLASelfAttention,
     MLASelfAttentionSubmodules,
 )
+from torch import serialization
+from torch.distributed.checkpoint import FileSystemReader, LoadPlan, LoadPlanner
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.futures import Future
+
+from sapo_megatron.errors import UserError, with_type
+
+DESCRIBING = {
+    "torch": {"Size"},
+    "torch.serialization": {"_get_layout"},
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "torch.distributed.checkpoint.metadata": {
+        *("BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex"),
+        *("StorageMeta", "TensorProperties", "TensorStorageMetadata", "_MEM_FORMAT_ENCODING"),
+    },
+    "torch.distributed.checkpoint.planner": {
+        *("SavePlan", "TensorWriteData", "WriteItem", "WriteItemType"),
+    },
+}
+"""All that a checkpoint's ``.metadata`` is made of, beside dtypes, containers and numbers."""
 
 
 def grouped_mlp(linear: type) -> tuple[type, MLPSubmodules] | Callable[..., Any]:
@@ -116,3 +146,94 @@ def _write(
     found = dict(written.get() for _ in buckets)
     failed = [error for error in found.values() if isinstance(error, Exception)]
     results.put(failed[0] if failed else found)
+
+
+@contextmanager
+def reading(checkpoint: Path) -> Iterator[None]:
+    """Let nothing that lies in ``checkpoint`` run code while upstream reads it in the block.
+
+    Upstream unpickles what describes a checkpoint, and what in it is no tensor. In the block that
+    makes tensors, plain values and what :data:`DESCRIBING` names. Raises UserError, naming the file
+    where it is known, for whatever else there is and whatever cannot be read. For one thread.
+    """
+    known, read_data = serialization.get_safe_globals(), FileSystemReader.read_data
+    described = _read_metadata(checkpoint / ".metadata")
+
+    def read_by_file(reader: FileSystemReader, plan: LoadPlan, planner: LoadPlanner) -> Future:
+        files = defaultdict(list)
+        for item in plan.items:
+            files[described.storage_data[item.storage_index].relative_path].append(item)
+        for name, items in files.items():
+            with naming(checkpoint / name):
+                read_data(reader, replace(plan, items=items), planner)
+        return read_data(reader, replace(plan, items=[]), planner)
+
+    serialization.clear_safe_globals()
+    try:
+        with (
+            naming(checkpoint),
+            patch.object(torch, "load", functools.partial(_load_plain, torch.load)),
+            patch.object(FileSystemReader, "read_data", read_by_file),
+            patch.object(FileSystemReader, "read_metadata", lambda *_, **__: described),
+        ):
+            yield
+    finally:
+        serialization.add_safe_globals(known)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Whatever goes wrong in the block is a UserError about ``path``, or about a file in it."""
+    try:
+        yield
+    except (Exception, CheckpointException) as error:
+        cause: BaseException = error
+        while isinstance(cause, CheckpointException):  # of upstream: what each rank came upon
+            cause = next(iter(cause.failures.values()))[0]
+        if isinstance(cause, UserError):
+            raise cause from None
+        what = f"others ({with_type(cause, 200)})"
+        if isinstance(cause, pickle.UnpicklingError):  # torch's text is long, and says how to allow
+            found = re.search(r"GLOBAL (\S+) (was not|whose)", str(cause))
+            what = f"{found[1]}, which none holds" if found else "a pickle of something else"
+        raise UserError(
+            f"{path}: expected tensors and values of a checkpoint of this model, got {what}; "
+            f"resume from another checkpoint"
+        ) from cause
+
+
+def _read_metadata(path: Path) -> Metadata:
+    with naming(path), path.open("rb") as file:
+        described = _Unpickler(file).load()
+        for place in described.storage_data.values():
+            if Path(place.relative_path).name != place.relative_path:
+                raise ValueError(f"{place.relative_path!r}, which is not in this folder")
+    return described
+
+
+def _load_plain(load: Callable[..., Any], file: Any, *_: Any, **options: Any) -> Any:
+    """``torch.load`` of tensors and plain values, whatever else the caller would take."""
+    named = naming(Path(file)) if isinstance(file, str | Path) else nullcontext()
+    with named, warnings.catch_warnings(action="ignore"):  # that another pickle may not be read
+        return load(file, map_location=options.get("map_location"), weights_only=True)
+
+
+_IN_PYTHON: Any = pickle._Unpickler
+
+
+class _Unpickler(_IN_PYTHON):
+    """Makes what :data:`DESCRIBING` names. In Python: the one in C cannot be told what to set."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if not dtype and name not in DESCRIBING.get(module, ()):
+            raise pickle.UnpicklingError(f"GLOBAL {module}.{name} was not allowed")
+        return super().find_class(module, name)
+
+    def load_build(self) -> None:
+        made = type(self.stack[-2])
+        if made.__name__ not in DESCRIBING.get(made.__module__, ()):  # a class itself, say
+            raise pickle.UnpicklingError(f"expected nothing set on a {made.__name__}")
+        super().load_build()
+
+    dispatch: ClassVar = {**_IN_PYTHON.dispatch, pickle.BUILD[0]: load_build}

@@ -1,0 +1,98 @@
+"""Files that run code when they are unpickled, in the place of those that a checkpoint has."""
+
+import importlib
+import io
+import os
+import pickle
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
+
+
+class Calls:
+    """Unpickled, it is what ``function(*args)`` returns."""
+
+    def __init__(self, function: Callable[..., Any], *args: Any) -> None:
+        self.call = function, args
+
+    def __reduce__(self) -> Any:
+        return self.call
+
+
+def payloads(mark: Path) -> dict[str, Any]:
+    """Objects that make the file ``mark`` when they are unpickled, by what they do it with."""
+    touch = f"touch '{mark}'"
+    inner = io.BytesIO()
+    torch.save(Calls(os.system, touch), inner)
+    return {
+        "os.system": Calls(os.system, touch),
+        "eval": Calls(eval, f"open({str(mark)!r}, 'w')"),
+        "getattr": [Calls(getattr, Calls(importlib.import_module, "os"), "system"), touch],
+        "torch.load": Calls(torch.storage._load_from_bytes, inner.getvalue()),
+        "a tensor's type": Calls(
+            torch._tensor._rebuild_from_type_v2, os.system, torch.Tensor, (touch,), {}
+        ),
+        "numpy": np.array([Calls(os.system, touch)], dtype=object),
+        "a dictionary": {"param_groups": [{"lr": Calls(os.system, touch)}]},
+    }
+
+
+def by_hand(mark: Path) -> dict[str, bytes]:
+    """Pickles that nothing writes by itself: of names below a module's, and of a changed class."""
+
+    def text(value: str) -> bytes:
+        return b"\x8c" + bytes([len(value)]) + value.encode()
+
+    call = b"\x93" + text(f"touch '{mark}'") + b"\x85R."
+    setting = b"}" + text("__setstate__") + b"ctorch\nSize\ns"
+    return {
+        "torch.serialization os.system": b"\x80\x04"
+        + text("torch.serialization")
+        + text("os.system")
+        + call,
+        "a class": b"\x80\x04c"
+        + f"{Metadata.__module__}\nMetadata\n".encode()
+        + b"N"
+        + setting
+        + b"\x86b.",
+    }
+
+
+def bytes_of(value: Any, *, plain: bool) -> bytes:
+    """Pickled, as :func:`torch.save` does it or ``plain``."""
+    if plain:
+        return pickle.dumps(value)
+    file = io.BytesIO()
+    torch.save(value, file)
+    return file.getvalue()
+
+
+def places(checkpoint: Path) -> list[str]:
+    """Where in ``checkpoint`` something can be put: files, values in others, and one tensor."""
+    described = pickle.loads((checkpoint / ".metadata").read_bytes()).state_dict_metadata
+    values = [name for name, found in described.items() if isinstance(found, BytesStorageMetadata)]
+    files = sorted(path.name for path in checkpoint.iterdir() if path.suffix != ".distcp")
+    return [*files, *values, next(name for name in described if name not in values)]
+
+
+def craft(checkpoint: Path, target: Path, place: str, value: Any) -> Path:
+    """A copy of ``checkpoint`` at ``target`` with ``value`` at ``place``, one of :func:`places`."""
+    shutil.copytree(checkpoint, target)
+    if (path := target / place).exists():
+        plain = place in (".metadata", "state.json", "metadata.json")
+        path.write_bytes(value if isinstance(value, bytes) else bytes_of(value, plain=plain))
+        return target
+    described = pickle.loads((target / ".metadata").read_bytes())
+    for index, where in described.storage_data.items():
+        if index.fqn == place:
+            data = value if isinstance(value, bytes) else bytes_of(value, plain=False)
+            with (target / where.relative_path).open("ab") as file:
+                where.offset, where.length = file.tell(), len(data)
+                file.write(data)
+    (target / ".metadata").write_bytes(pickle.dumps(described))
+    return target
