@@ -46,9 +46,12 @@ def first_problem(error: ValidationError) -> str:
     return f"{found}, got {one_line(text, 80)}"
 
 
-def nearest(word: str, names: Iterable[str], *, cutoff: float = 0.0) -> str | None:
-    """The one of ``names`` that is most like ``word``.
+def nearest(word: str, names: Iterable[str], *, cutoff: float = 0.6) -> str | None:
+    """The one of ``names`` that is most like ``word``; None where none is as much as ``cutoff``."""
+    return next(iter(difflib.get_close_matches(word[:200], list(names), n=1, cutoff=cutoff)), None)
 
-    None where none is as much like it as ``cutoff`` asks: 0 is content with any, 1 wants the same.
-    """
-    return next(iter(difflib.get_close_matches(word, list(names), n=1, cutoff=cutoff)), None)
+
+def hint(word: str, names: Iterable[str]) -> str:
+    """``; the nearest is NAME``; nothing where none is near."""
+    near = nearest(word, names)
+    return f"; the nearest is {near}" if near else ""

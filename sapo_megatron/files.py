@@ -1,10 +1,22 @@
 """Files and folders that are written whole or not at all."""
 
 import os
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+
+def read_text(path: Path) -> str:
+    """The UTF-8 text of a file of at most 64 MiB.
+
+    Raises UnicodeDecodeError, and OSError, also for a pipe, which may never end.
+    """
+    found = path.stat()
+    if not stat.S_ISREG(found.st_mode) or found.st_size > 64 << 20:
+        raise OSError(f"expected a file of at most 64 MiB, got {stat.filemode(found.st_mode)}")
+    return path.read_text(encoding="utf-8")
 
 
 def write_whole(path: Path, content: str | bytes) -> None:

@@ -19,7 +19,7 @@ import numpy as np
 
 from sapo_megatron.data.datasets import Problem, Unverifiable, read_problems
 from sapo_megatron.data.tokenizer import Tokenizer
-from sapo_megatron.errors import UserError, nearest, one_line, with_type
+from sapo_megatron.errors import UserError, hint, one_line, with_type
 from sapo_megatron.recipe.schema import DataConfig, TaskConfig
 from sapo_megatron.sample import Prompt
 
@@ -314,16 +314,16 @@ def _check_task(task: TaskConfig, where: str) -> None:
     tasks = sorted(set(DATASETS) - {"composite"})  # a mixture is written as several tasks
     if task.name not in tasks:
         raise UserError(
-            f"{where}.name: expected a reasoning-gym task, got {task.name!r}; the nearest is "
-            f"{nearest(task.name, tasks)}"
+            f"{where}.name: expected a reasoning-gym task, got {task.name!r}"
+            f"{hint(task.name, tasks)}"
         )
     fields = {f.name for f in dataclasses.fields(DATASETS[task.name][1])}
     options = sorted(fields - {"seed", "size"})  # these are the source's
     for option in task.options:
         if option not in options:
             raise UserError(
-                f"{where}.options: {task.name} has no option {option!r}; the nearest is "
-                f"{nearest(option, options) or 'none: it takes no options'}"
+                f"{where}.options: {task.name} has no option {option!r}; it takes "
+                f"{', '.join(options) or 'none'}{hint(option, options)}"
             )
     if task.name in HASH_ORDERED_TASKS and os.environ.get("PYTHONHASHSEED", "random") == "random":
         raise UserError(

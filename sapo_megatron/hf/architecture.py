@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from sapo_megatron.errors import UserError
+from sapo_megatron.errors import UserError, one_line
+from sapo_megatron.files import read_text
 from sapo_megatron.hf.config import Config
 from sapo_megatron.hf.fp8 import check_quantization
 from sapo_megatron.hf.kinds import not_ours, text_model
@@ -110,15 +111,15 @@ def read_architecture(folder: str | Path) -> Architecture:
     """The architecture of a model folder. Raises UserError, naming file and key."""
     path = Path(folder) / "config.json"
     try:
-        config = json.loads(path.read_text())
+        config = json.loads(read_text(path))
     except FileNotFoundError:
         raise UserError(
             f"model.path: expected a folder with config.json, got {folder}; change it"
         ) from None
     except json.JSONDecodeError as error:
         raise UserError(f"{path}:{error.lineno}: not JSON: {error.msg}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"model.path: cannot read {path}: {error}") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"model.path: cannot read {path}: {one_line(error, 200)}") from None
     return parse_architecture(config, path)
 
 
@@ -126,17 +127,19 @@ def parse_architecture(config: Any, path: str | Path = "config.json") -> Archite
     """What ``config`` says; ``path`` is the file that messages name. Raises UserError."""
     if not isinstance(config, dict):
         raise UserError(f"{path}: expected a JSON object, got {type(config).__name__}")
+    Config(config, path, "any").check_unread()
     config = text_model(config)
     kind = config.get("model_type")
     if not (isinstance(kind, str) and kind in _FAMILIES):
         raise not_ours(kind, path)
     c = Config(config, path, kind)
+    c.check_unread()
     check_quantization(c.given("quantization_config", dict), path)
     c.only("hidden_act", "silu")
     c.only("layer_types", "full_attention")
     read_attention, read_experts = _FAMILIES[kind]
     attention = read_attention(c)
-    return Architecture(
+    arch = Architecture(
         config={key: value for key, value in config.items() if key != "quantization_config"},
         model_type=kind,
         num_layers=c.whole("num_hidden_layers"),
@@ -144,12 +147,17 @@ def parse_architecture(config: Any, path: str | Path = "config.json") -> Archite
         ffn_hidden_size=c.whole("intermediate_size"),
         vocab_size=c.whole("vocab_size"),
         max_position_embeddings=c.whole("max_position_embeddings"),
-        norm_eps=c.number("rms_norm_eps"),
+        norm_eps=c.number("rms_norm_eps", most=1),
         tied_embeddings=c.flag("tie_word_embeddings", default=False),
         attention=attention,
         rope=_rope(c, latent=isinstance(attention, LatentAttention)),
         experts=read_experts(c) if read_experts else None,
     )
+    e = arch.experts
+    width = arch.ffn_hidden_size + (e.number * e.hidden_size if e else 0)
+    most = arch.hidden_size * (3 * arch.num_layers * width + arch.vocab_size)
+    c.must(most < 1e14, "hidden_size", "a model of fewer than 1e14 weights")
+    return arch
 
 
 def _grouped_query(
@@ -157,10 +165,14 @@ def _grouped_query(
 ) -> GroupedQueryAttention:
     heads = c.whole("num_attention_heads")
     derived = "head_dim" not in c.values
+    width = c.whole("hidden_size") // heads if derived else c.whole("head_dim")
+    c.must(width % 2 == 0 and width > 0, "head_dim", "an even number (of rotary pairs)")
+    kv_heads = c.whole("num_key_value_heads")
+    c.must(heads % kv_heads == 0, "num_key_value_heads", f"a divisor of the {heads} heads")
     return GroupedQueryAttention(
         num_heads=heads,
-        num_kv_heads=c.whole("num_key_value_heads"),
-        head_dim=c.whole("hidden_size") // heads if derived else c.whole("head_dim"),
+        num_kv_heads=kv_heads,
+        head_dim=width,
         qkv_bias=qkv_bias,
         qk_norm=qk_norm,
         joint_norm=joint_norm,
@@ -190,6 +202,7 @@ def _latent_attention(c: Config) -> LatentAttention:
     c.only("attention_bias", False)
     c.only("rope_interleave", True)
     c.only("index_topk", None)  # sparse attention (DeepSeek-V3.2)
+    c.must(c.whole("qk_rope_head_dim") % 2 == 0, "qk_rope_head_dim", "an even number")
     return LatentAttention(
         num_heads=c.whole("num_attention_heads"),
         q_lora_rank=None if c.values.get("q_lora_rank") is None else c.whole("q_lora_rank"),
@@ -214,6 +227,8 @@ def _qwen3_experts(c: Config) -> Experts:
     dense, step = c.given("mlp_only_layers", list), c.whole("decoder_sparse_step")
     layers = range(c.whole("num_hidden_layers"))
     number = c.whole("num_experts", "num_local_experts")
+    known = all(type(i) is int and i in layers for i in dense)
+    c.must(known, "mlp_only_layers", f"numbers of layers, from 0 to {layers[-1]}")
     return Experts(
         number=number,
         topk=_topk(c, number),
@@ -231,6 +246,9 @@ def _deepseek_experts(c: Config) -> Experts:
     c.only("norm_topk_prob", True)
     hidden = c.whole("moe_intermediate_size")
     number = c.whole("n_routed_experts", "num_local_experts")
+    groups, group_topk = c.whole("n_group"), c.whole("topk_group")
+    c.must(number % groups == 0, "n_group", f"a divisor of the {number} experts")
+    c.must(group_topk <= groups, "topk_group", f"at most the {groups} groups")
     return Experts(
         number=number,
         topk=_topk(c, number),
@@ -240,8 +258,8 @@ def _deepseek_experts(c: Config) -> Experts:
         normalised=True,
         scaling_factor=c.number("routed_scaling_factor"),
         bias=True,
-        groups=c.whole("n_group"),
-        group_topk=c.whole("topk_group"),
+        groups=groups,
+        group_topk=group_topk,
         shared_hidden_size=hidden * c.whole("n_shared_experts", least=0),
     )
 

@@ -7,7 +7,6 @@ counts, ``dtype`` is ``torch_dtype``. Either name is read, and both are written.
 """
 
 import json
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,6 +17,23 @@ Given = TypeVar("Given", dict[str, Any], list[Any])
 
 _ROPE = ("rope_theta", "partial_rotary_factor")
 """Keys of ``rope_parameters`` that stood outside before."""
+MOST_PARTS, LARGEST = 2**16, 2**24
+"""The most layers, heads and experts, and the largest other size, that are taken for meant."""
+_COUNTS = ("num_", "n_", "first_k_", "topk_")
+_UNREAD: dict[type, str] = {
+    int: "bos_token_id pad_token_id max_window_layers num_nextn_predict_layers num_mtp_modules "
+    "mtp_transformer_layers pretraining_tp sliding_window ep_size shared_expert_intermediate_size",
+    float: "attention_dropout initializer_range router_aux_loss_coef aux_loss_alpha",
+    bool: "use_cache output_router_logits seq_aux use_mtp qkv_bias",
+    str: "dtype torch_dtype transformers_version",
+    list: "architectures",
+    dict: "auto_map vision_config text_config",
+}
+"""Keys that are not read here, by their types."""
+
+
+def _any(value: Any) -> bool:
+    return True
 
 
 class Config:
@@ -31,22 +47,42 @@ class Config:
         self.values, self.path, self.kind = values, path, kind
 
     def whole(self, *names: str, least: int = 1) -> int:
-        return self._get(names, int, f"a whole number >= {least}", lambda x: x >= least)
+        most = MOST_PARTS if names[0].startswith(_COUNTS) else LARGEST
+        what = f"a whole number >= {least} and <= {most}"
+        return self._get(names, int, what, lambda x: least <= x <= most)
 
-    def number(self, *names: str) -> float:
-        what = "a finite number > 0"
-        return float(self._get(names, (int, float), what, lambda x: 0 < x < math.inf))
+    def number(self, *names: str, most: float = 1e12) -> float:
+        what = f"a finite number > 0 and <= {most:g}"
+        return float(self._get(names, (int, float), what, lambda x: 1e-30 < x <= most))
+
+    def must(self, holds: bool, name: str, expected: str) -> None:
+        """Raises UserError unless ``holds``."""
+        if not holds:
+            got = json.dumps(self.values.get(name))
+            raise UserError(f"{self.path}: {name}: expected {expected}, got {got}; correct it")
+
+    def check_unread(self) -> None:
+        """Raises UserError for the wrong type in a key that others read, who get it in exports."""
+        for kind, names in _UNREAD.items():
+            for name in names.split():
+                if self.values.get(name) is not None:
+                    what = f"{kind.__name__.replace('dict', 'object')} or null"
+                    self._get((name,), (int, float) if kind is float else kind, what, _any)
+        ends = self.values.get("eos_token_id")
+        tokens = ends if isinstance(ends, list) else [ends]
+        whole = all(token is None or type(token) is int for token in tokens)
+        self.must(whole, "eos_token_id", "a whole number, or a list of them")
 
     def flag(self, name: str, *, default: bool | None = None) -> bool:
         if default is not None and self.values.get(name) is None:
             return default
-        return self._get((name,), bool, "true or false", lambda x: True)
+        return self._get((name,), bool, "true or false", _any)
 
     def given(self, name: str, kind: type[Given]) -> Given:
         """An object or a list; an empty one where it is left out."""
         if self.values.get(name) is None:
             return kind()
-        return self._get((name,), kind, "an object" if kind is dict else "a list", lambda x: True)
+        return self._get((name,), kind, "an object" if kind is dict else "a list", _any)
 
     def only(self, name: str, value: Any) -> None:
         """Raises UserError for any other value of a key, which may be left out.
@@ -54,7 +90,9 @@ class Config:
         Of a list: for any that has another element.
         """
         got = self.values.get(name)
-        others = [x for x in (got if isinstance(got, list) else [got]) if x not in (None, value)]
+        given = [x for x in (got if isinstance(got, list) else [got]) if x is not None]
+        same_kind = isinstance(value, bool)
+        others = [x for x in given if x != value or isinstance(x, bool) is not same_kind]
         if others:
             raise UserError(
                 f"{self.path}: {name}: expected {json.dumps(value)} for {self.kind}, got "

@@ -19,9 +19,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from sapo_megatron.errors import UserError, one_line, with_type
+from sapo_megatron.files import read_text
 from sapo_megatron.hf import fp8
 from sapo_megatron.hf.architecture import Architecture, parse_architecture, read_architecture
 from sapo_megatron.hf.kinds import text_model, text_name
+from sapo_megatron.hf.names import tensors_read
 
 INDEX = "model.safetensors.index.json"
 DTYPES = {"F64", "F32", "BF16", "F16", fp8.DTYPE}
@@ -98,6 +100,8 @@ def _without_weights(folder: Path) -> UserError:
 
 
 def _refuse_pointer(path: Path) -> None:
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise UserError(f"{path}: expected a file, got a pipe or a device; remove it")
     try:
         with path.open("rb") as file:
             begins = file.read(len(LFS))
@@ -157,11 +161,11 @@ def sizes(arch: Architecture, names: Iterable[str]) -> dict[str, Any]:
 def _expected(file: str) -> Architecture:
     path = Path(file)
     try:
-        config = json.loads(path.read_text())
+        config = json.loads(read_text(path))
     except FileNotFoundError:
         raise UserError(f"model.architecture: no such file: {path}; change it") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"model.architecture: cannot read {path}: {error}") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"model.architecture: cannot read {path}: {one_line(error, 200)}") from None
     return parse_architecture(config, path)
 
 
@@ -189,8 +193,8 @@ def end_tokens(folder: Path, arch: Architecture) -> set[int]:
 
 def _generation(path: Path) -> dict[str, Any]:
     try:
-        settings = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+        settings = json.loads(read_text(path))
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(
             f"{path}: expected JSON, could not read it ({with_type(error)}); correct or remove it"
         ) from None
@@ -233,7 +237,11 @@ class WeightFiles:
                         f"{path}: expected the tensor {name}, which {INDEX} places there, got none;"
                         f" download the file again"
                     )
-                self._stored[text_name(name)] = name
+                if (other_name := self._stored.setdefault(text_name(name), name)) != name:
+                    raise UserError(
+                        f"{path}: {name}: expected one tensor of that name, got also {other_name}; "
+                        f"the files are of two models: download them again"
+                    )
                 self._files[text_name(name)] = path
         for path, file in self._open.items():
             for name in file.keys():  # noqa: SIM118
@@ -257,8 +265,8 @@ class WeightFiles:
                 )
             return dict.fromkeys(files)
         try:
-            places = dict(json.loads(index.read_text())["weight_map"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            places = dict(json.loads(read_text(index))["weight_map"])
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise UserError(
                 f"{index}: expected a weight_map from tensors to files, could not read it "
                 f"({with_type(error)}); download it again"
@@ -317,17 +325,36 @@ class WeightFiles:
         return self._slice(name).get_dtype()
 
     def left_out(self, arch: Architecture) -> str:
-        """The parts that the files have beside the text model ``arch``, with how many tensors."""
+        """The parts that the files have beside the text model ``arch``, with how many tensors: what
+        sees and hears, and predicts several tokens. Raises UserError for any other tensor."""
+        ours, config = tensors_read(arch), arch.config
+        more = max(config.get(n) or 0 for n in ("num_nextn_predict_layers", "num_mtp_modules"))
+        whole = json.loads((self.folder / "config.json").read_text())
         counts: Counter[str] = Counter()
-        for name in self._files:
-            text = re.match(
-                r"model\.layers\.(\d+)\.|model\.(?:embed_tokens|norm)\.|lm_head\.", name
-            )
-            if text is None:
+        for name, path in self._files.items():
+            layer = re.match(r"model\.layers\.(\d+)\.", name)
+            text = layer or re.match(r"model\.(?:embed_tokens|norm)\.|lm_head\.", name)
+            if ours(name.removesuffix(fp8.SCALE)) or name.endswith("rotary_emb.inv_freq"):
+                continue
+            if name == "lm_head.weight" and self._is_tied(name):
+                continue
+            if layer and 0 <= int(layer[1]) - arch.num_layers < more:
+                counts[f"layer {layer[1]}, behind the last"] += 1
+            elif not text and ("text_config" in whole or (more and name.startswith("mtp."))):
                 counts[".".join(name.split(".")[: 1 + name.startswith("model.")])] += 1
-            elif text[1] and int(text[1]) >= arch.num_layers:
-                counts[f"layer {text[1]}, behind the last"] += 1  # for multi-token prediction
+            else:
+                raise UserError(
+                    f"{path}: {name}: expected the tensors of the {arch.num_layers} layers that "
+                    f"config.json describes, got one that nothing reads; the weights are not those "
+                    f"of config.json"
+                )
         return "; ".join(f"{part} ({number} tensors)" for part, number in sorted(counts.items()))
+
+    def _is_tied(self, head: str) -> bool:
+        embedding = "model.embed_tokens.weight"
+        return embedding in self._files and torch.equal(
+            self._slice(head)[...], self._slice(embedding)[...]
+        )
 
     def read(self, name: str, shape: Sequence[int], *index: slice) -> Tensor:
         """``tensor[index]`` of the tensor ``name``, on the CPU, in the dtype that it is stored in.
@@ -374,6 +401,7 @@ class WeightFiles:
 
 def _opened(path: Path) -> Any:
     """One file, after a look at its header. Raises UserError."""
+    _refuse_pointer(path)
     try:
         file = safe_open(path, framework="pt")
         dtypes = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
@@ -382,7 +410,6 @@ def _opened(path: Path) -> Any:
             f"{path}: no such file, and {INDEX} places tensors there; download it"
         ) from None
     except (SafetensorError, OSError) as error:
-        _refuse_pointer(path)
         raise UserError(
             f"{path}: expected a whole safetensors file, got one that is cut short or damaged "
             f"({error}); download it again"

@@ -80,7 +80,7 @@ def not_ours(kind: Any, path: Any) -> UserError:
     named = kind if isinstance(kind, str) else ""
     why, family = _OTHERS.get(named, ("", nearest(named, CLASSES)))
     reason = f" ({why})" if why else ""
-    closest = f", the nearest of which is {family}" if named else ""
+    closest = f", the nearest of which is {family}" if family else ""
     return UserError(
         f"{path}: model_type: expected {' or '.join(CLASSES)}, got {kind!r}{reason}; use a model "
         f"of such a family{closest}"

@@ -131,6 +131,43 @@ def entry(arch: Architecture, name: str, padded_vocab_size: int) -> Entry:
     return table[rest].below(f"model.layers.{layer}.")
 
 
+def tensors_read(arch: Architecture) -> Callable[[str], bool]:
+    """What says whether a Hugging Face tensor is one that a model of ``arch`` has, by its name."""
+    e, a = arch.experts, arch.attention
+    table = {**_norms(arch), **_attention(arch), **_feed_forward(arch, "0")}
+    names = {name for found in table.values() for name in _names(found)}
+    of_experts = {n for n in names if re.search(r"experts\.|\.gate\.|correction_bias", n)}
+    of_dense = {n for n in names if n.startswith("mlp.") and n not in of_experts}
+    absent = {
+        r"_proj\.bias$": isinstance(a, LatentAttention) or not a.qkv_bias,
+        r"\.[qk]_norm\.": isinstance(a, LatentAttention) or not a.qk_norm,
+        r"\.shared_experts\.": e is None or not e.shared_hidden_size,
+        r"correction_bias$": e is None or not e.bias,
+    }
+    names -= {n for n in names if any(x and re.search(form, n) for form, x in absent.items())}
+    top = {"model.embed_tokens.weight", "model.norm.weight"}
+    top |= set() if arch.tied_embeddings else {"lm_head.weight"}
+
+    def read(name: str) -> bool:
+        match = re.fullmatch(r"model\.layers\.(0|[1-9]\d*)\.(.+)", name)
+        if match is None or int(match[1]) >= arch.num_layers:
+            return name in top
+        expert = re.search(r"\.experts\.(0|[1-9]\d*)\.", match[2])
+        if expert and not (e and int(expert[1]) < e.number):
+            return False
+        sparse = e is not None and int(match[1]) in e.layers
+        rest = re.sub(r"\.experts\.\d+\.", ".experts.0.", match[2])
+        return rest in names - (of_dense if sparse else of_experts)
+
+    return read
+
+
+def _names(found: Entry) -> tuple[str, ...]:
+    if isinstance(found, QueryKeyValue):
+        return found.names
+    return (found.name,) if isinstance(found, Plain) else (found.gate.name, found.up.name)
+
+
 def _norms(arch: Architecture) -> dict[str, Entry]:
     before = Plain("input_layernorm.weight", (arch.hidden_size,))
     after = Plain("post_attention_layernorm.weight", (arch.hidden_size,))

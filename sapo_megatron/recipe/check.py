@@ -10,7 +10,7 @@ import logging
 import math
 import re
 
-from sapo_megatron.errors import UserError, nearest
+from sapo_megatron.errors import UserError, hint
 from sapo_megatron.hf.architecture import Architecture, GroupedQueryAttention
 from sapo_megatron.recipe.schema import (
     AlgorithmConfig,
@@ -60,7 +60,7 @@ def check(recipe: Recipe) -> None:
     if not re.fullmatch(r"\w[\w.+-]*", recipe.name):
         raise UserError(
             f"name: expected letters, digits and . _ + - (it names the run's folder), got "
-            f"{recipe.name!r}; change name or the recipe file's name"
+            f"{recipe.name[:80]!r}; change name or the recipe file's name"
         )
     _check_data(recipe)
     check_together(recipe)
@@ -185,7 +185,7 @@ def _check_data(recipe: Recipe) -> None:
     if function not in REWARD_FUNCTIONS and not re.fullmatch(r"[\w.]+:[\w.]+", function):
         raise UserError(
             f"reward.function: expected {', '.join(REWARD_FUNCTIONS)} or module:function, got "
-            f"{function!r}; the nearest is {nearest(function, REWARD_FUNCTIONS)}"
+            f"{function!r}{hint(function, REWARD_FUNCTIONS)}"
         )
 
 
@@ -201,7 +201,8 @@ def _check_source(where: str, source: SourceConfig) -> None:
 
 def _check_template(key: str, template: str) -> None:
     if "{prompt}" not in template:
-        raise UserError(f"{key}: expected a text with {{prompt}} in it, got {template!r}; add it")
+        got = repr(template[:80])
+        raise UserError(f"{key}: expected a text with {{prompt}} in it, got {got}; add it")
 
 
 def _check_template_arguments(data: DataConfig) -> None:
@@ -371,7 +372,7 @@ def _check_recompute(p: ParallelConfig) -> None:
         if module not in RECOMPUTE_MODULES:
             raise UserError(
                 f"parallel.recompute_modules: expected any of {', '.join(RECOMPUTE_MODULES)}, got "
-                f"{module!r}; the nearest is {nearest(module, RECOMPUTE_MODULES)}"
+                f"{module!r}{hint(module, RECOMPUTE_MODULES)}"
             )
 
 

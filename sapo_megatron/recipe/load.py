@@ -19,59 +19,10 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
 from pydantic.fields import FieldInfo
 
 from sapo_megatron.errors import UserError, nearest, one_line
+from sapo_megatron.files import read_text
 from sapo_megatron.recipe.check import check
-from sapo_megatron.recipe.schema import Recipe
-
-PEER_KEYS = {
-    "sapo_tau_pos": "algorithm.tau_pos",
-    "sapo_tau_neg": "algorithm.tau_neg",
-    "sapo_temperature_pos": "algorithm.tau_pos",
-    "sapo_temperature_neg": "algorithm.tau_neg",
-    "loss_mode": "algorithm.loss_type",
-    "policy_loss": "algorithm.loss_type",
-    "epsilon": "algorithm.clip_ratio_low",
-    "epsilon_high": "algorithm.clip_ratio_high",
-    "eps_clip": "algorithm.clip_ratio_low",
-    "eps_clip_high": "algorithm.clip_ratio_high",
-    "eps_clip_c": "algorithm.clip_ratio_c",
-    "clip_ratio": "algorithm.clip_ratio_low",
-    "delta": "algorithm.clip_ratio_c",
-    "advantage_estimator": "algorithm.adv_estimator",
-    "beta": "algorithm.kl_coef",
-    "kl_loss_coef": "algorithm.kl_coef",
-    "kl_loss_type": "algorithm.kl_type",
-    "n_samples_per_prompt": "rollout.num_generations",
-    "group_size": "rollout.num_generations",
-    "num_iterations": "train.num_mini_batches",
-    "num_steps_per_rollout": "train.num_mini_batches",
-    "steps_per_generation": "train.num_mini_batches",
-    "train_batch_size": "rollout.rollout_batch_size",
-    "max_completion_length": "rollout.max_response_length",
-    "rollout_max_response_len": "rollout.max_response_length",
-    "rollout_stop_token_ids": "rollout.stop_token_ids",
-    "apply_chat_template_kwargs": "data.chat_template_kwargs",
-    "learning_rate": "optimizer.lr",
-    "use_tis": "correction.rollout_is",
-    "tis_clip": "correction.tis_cap",
-    "rollout_is_threshold": "correction.tis_cap",
-    "rollout_importance_sampling_mode": "correction.rollout_is",
-    "rollout_importance_sampling_threshold": "correction.tis_cap",
-    "off_policy_sequence_mask_delta": "correction.sequence_mask_kl",
-    "routing_replay": "routing.router_replay",
-    "use_routing_replay": "routing.router_replay",
-    "use_rollout_routing_replay": "routing.router_replay",
-    "enable_rollout_routing_replay": "routing.router_replay",
-    "moe_enable_routing_replay": "routing.router_replay",
-    "enable_routing_replay": "routing.router_replay",
-    "router_replay_mode": "routing.router_replay",
-    "tp": "parallel.tensor_model_parallel_size",
-    "pp": "parallel.pipeline_model_parallel_size",
-    "vpp": "parallel.virtual_pipeline_model_parallel_size",
-    "cp": "parallel.context_parallel_size",
-    "ep": "parallel.expert_model_parallel_size",
-    "etp": "parallel.expert_tensor_parallel_size",
-}
-"""Names that peers give to keys of ours (ms-swift, TRL, verl, slime, AReaL)."""
+from sapo_megatron.recipe.peers import PEER_KEYS
+from sapo_megatron.recipe.schema import LARGEST, SMALLEST, Recipe
 
 _PATH_KEYS = (
     "model.path",
@@ -82,6 +33,9 @@ _PATH_KEYS = (
     "rollout.vllm_python",
     "train.run_dir",
 )
+MOST_VALUES, DEEPEST = 50_000, 30
+"""Values of a recipe, and sections in one another, with all that its aliases stand for."""
+_NOT_TEXT = re.compile(r"[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff]")
 _MODEL = r"(\w[\w.-]*/[\w.-]+)(?<!\.model)"
 _DATASET = r"(\w[\w.-]*/[\w.-]+)(?<!\.jsonl)(?<!\.parquet)(/.*)?"
 _HUB_NAMES = {
@@ -111,7 +65,7 @@ def load(path: str | Path, overrides: dict[str, str] | None = None) -> Recipe:
 def from_plain(raw: dict[str, Any]) -> Recipe:
     """The recipe that ``raw`` is, checked. Raises UserError."""
     try:
-        recipe = _ADAPTER.validate_json(json.dumps(raw, default=str), strict=True)
+        recipe = _ADAPTER.validate_json(json.dumps(raw), strict=True)
     except ValidationError as error:
         raise UserError(_explain(error)) from None
     check(recipe)
@@ -129,7 +83,20 @@ def to_yaml(recipe: Recipe) -> str:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML with 1e-6 as a number and without a key given twice."""
+    """YAML whose numbers are decimal (also 1e-6, not 010 or 1:30), without dates, tags and a key
+    given twice."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        event = self.peek_event()
+        parts = (yaml.ScalarEvent, yaml.CollectionStartEvent)
+        if isinstance(event, parts) and event.tag not in (None, "!"):
+            raise UserError(f"expected YAML without tags, got {event.tag[:80]}; remove it")
+        return super().compose_node(parent, index)
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        super().flatten_mapping(node)
+        if len(node.value) > MOST_VALUES:
+            raise UserError(f"expected at most {MOST_VALUES} values, got more by merging")
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         seen = set()
@@ -141,17 +108,59 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
-)
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, form) for tag, form in forms if tag.rsplit(":")[-1] in ("bool", "null", "merge")]
+    for first, forms in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+for _tag, _form in (
+    ("int", r"[-+]?(0|[1-9][\d_]*)$"),
+    ("float", r"[-+]?(\d[\d_]*\.[\d_]*|\.\d+|\d+(?=[eE]))([eE][-+]?\d+)?$|[-+]?\.inf$|\.nan$"),
+):
+    _Loader.add_implicit_resolver(
+        f"tag:yaml.org,2002:{_tag}", re.compile(_form, re.IGNORECASE), list("-+.0123456789")
+    )
 
 
-def _read(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+def _parsed(text: str, place: str) -> Any:
+    """What YAML says, in values of its own, each once. Raises MarkedYAMLError for what is no YAML,
+    and UserError, naming file or key, for what may not be in a recipe."""
+    try:
+        value = yaml.load(text, _Loader)
+    except (yaml.constructor.ConstructorError, yaml.reader.ReaderError) as error:
+        raise UserError(f"{place}{_yaml_problem(error)}") from None
+    except RecursionError:
+        raise UserError(f"{place}: expected at most {DEEPEST} brackets in one another") from None
+    except ValueError as error:  # tags, and endless digits
+        raise UserError(f"{place}: {one_line(error, 120)}") from None
+    return _copied(value, place, iter(range(MOST_VALUES)))
+
+
+def _copied(value: Any, place: str, left: Iterator[int]) -> Any:
+    """``value`` without aliases, if it is one of a recipe. Raises UserError, naming the place."""
+    if next(left, None) is None or place.count(": ") > DEEPEST:
+        raise UserError(
+            f"{one_line(place, 80)}: expected at most {MOST_VALUES} values, {DEEPEST} deep, got "
+            f"more with what aliases stand for; write less"
+        )
+    if isinstance(value, str) and (bad := _NOT_TEXT.search(value)):
+        raise UserError(f"{place}: expected a text without {bad[0]!a}, got one; remove it")
+    if isinstance(value, list):
+        return [_copied(item, f"{place}: {i}", left) for i, item in enumerate(value)]
+    if not isinstance(value, dict):
+        return value
+    for key in value:
+        if not isinstance(key, str) or _NOT_TEXT.search(key):
+            raise UserError(f"{place}: expected a text as a key, got {_show(key)}; quote it")
+    return {key: _copied(item, f"{place}: {key}", left) for key, item in value.items()}
+
+
+def _read(path: Path, seen: tuple[str, ...] = ()) -> dict[str, Any]:
     """A recipe file with its ``base:`` merged below it and its paths made absolute."""
-    if path.resolve() in seen:
+    place = os.path.realpath(path)
+    if place in seen or len(seen) > DEEPEST:
         raise UserError(f"{path}: base: expected a recipe that is not its own base; remove it")
     try:
-        raw = yaml.load(path.read_text(), _Loader)
+        raw = _parsed(read_text(path), str(path))
     except FileNotFoundError:
         of = f" (base of {seen[-1]})" if seen else ""
         raise UserError(f"recipe: no such file: {path}{of}") from None
@@ -167,7 +176,9 @@ def _read(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     base = raw.pop("base", None)
     if base is None:
         return raw
-    low = _read(path.parent / expanded(str(base), f"{path}: base"), (*seen, path.resolve()))
+    if not (isinstance(base, str) and base.strip()):
+        raise UserError(f"{path}: base: expected the path of a recipe, got {_show(base)}")
+    low = _read(path.parent / expanded(base, f"{path}: base"), (*seen, place))
     low.pop("name", None)
     return _merge(low, raw)
 
@@ -204,8 +215,12 @@ def _absolute(raw: dict[str, Any], key: str, folder: Path) -> None:
     if not (isinstance(node, dict) and isinstance(node.get(name), str)):
         return
     given = node[name] = expanded(node[name], key)
+    if max(len(os.fsencode(part)) for part in given.split("/")) > 255 or len(given) > 4000:
+        raise UserError(
+            f"{key}: expected a path with names of at most 255 bytes, got {_show(given)}; change it"
+        )
     program = key == "rollout.vllm_python" and "/" not in given  # which is looked for
-    if program or key == "train.run_dir":
+    if program or key == "train.run_dir" or not given.strip():
         return
     hub = re.fullmatch(_HUB_NAMES[key], given) if key in _HUB_NAMES else None
     if hub is None or (folder / hub[1]).exists():
@@ -231,9 +246,9 @@ def _override(raw: dict[str, Any], key: str, text: str) -> None:
         if not isinstance(node, dict):
             raise UserError(f"{section}: expected a section (keys and values), got {_show(node)}")
     try:
-        node[name] = yaml.load(text, _Loader)
+        node[name] = _parsed(text, dotted)
     except yaml.YAMLError:
-        node[name] = text
+        node[name] = _copied(text, dotted, iter(range(1)))
     if dotted in _PATH_KEYS:
         _absolute(raw, dotted, Path.cwd())
 
@@ -254,13 +269,20 @@ def _find_key(key: str) -> str:
 
 def _suggest(key: str) -> str:
     """What to say of a key that is none of ours."""
-    last = key.rsplit(".", 1)[-1]
-    if last in PEER_KEYS:
-        return f"here it is called {PEER_KEYS[last]}"
-    known = keys()
+    known, parts = keys(), key.split(".")
     by_name = {k.rsplit(".", 1)[-1]: k for k in reversed(known)}
-    named = nearest(last, by_name, cutoff=0.7)
-    return f"the nearest is {by_name[named] if named else nearest(key, known)}"
+    for part in reversed(parts):
+        if part in PEER_KEYS:
+            return f"here it is called {PEER_KEYS[part]}"
+        if part in by_name:
+            return f"the nearest is {by_name[part]}"
+    named = nearest(parts[-1], by_name, cutoff=0.7)
+    if near := by_name[named] if named else nearest(key, known, cutoff=0.7):
+        return f"the nearest is {near}"
+    inside = [k.removeprefix(f"{parts[0]}.") for k in known if k.startswith(f"{parts[0]}.")]
+    if inside:
+        return f"{parts[0]} has {', '.join(inside)}"
+    return f"there are {', '.join(_hints(Recipe))}"
 
 
 def keys(cls: type = Recipe, prefix: str = "") -> list[str]:
@@ -307,7 +329,7 @@ def _explain(error: ValidationError) -> str:
     if problem["type"] == "missing":
         return f"{key}: missing; set it in the recipe"
     if problem["type"] in _OUT_OF_RANGE:
-        wanted = _number(problem["loc"])
+        wanted = _number(problem["loc"], got)
     else:
         wanted = _WANTED.get(problem["type"], problem["msg"].removeprefix("Input should be "))
     return f"{key}: expected {wanted}, got {_show(got)}; change it"
@@ -321,6 +343,7 @@ _WANTED = {
     "tuple_type": "a list",
     "dict_type": "a mapping (keys and values)",
     "dataclass_type": "a section (keys and values)",
+    "string_pattern_mismatch": "a text that is not blank",
 }
 """pydantic's error types in our words."""
 _OUT_OF_RANGE = (
@@ -333,8 +356,11 @@ _OUT_OF_RANGE = (
 _SIGNS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
 
 
-def _number(place: Sequence[str | int]) -> str:
-    """What a key takes, in words: ``a whole number > 0``, ``a finite number >= 0 and < 1``."""
+def _number(place: Sequence[str | int], got: float) -> str:
+    """What a key takes, in words: ``a whole number > 0``, ``a finite number >= 0 and < 1``.
+
+    Where a computer's numbers end is said to those who get there.
+    """
     hint: Any = Recipe
     for name in place:
         if isinstance(name, str):  # a number counts in a list, whose type names its items'
@@ -344,6 +370,11 @@ def _number(place: Sequence[str | int]) -> str:
     parts = list(_parts(hint))
     bounds = [bound for part in parts if isinstance(part, FieldInfo) for bound in part.metadata]
     limits = [item for bound in bounds for item in dataclasses.asdict(bound).items()]
+    limits = [
+        (name, 0 if limit == SMALLEST and not got > 0 else limit)
+        for name, limit in limits
+        if limit not in LARGEST or limit < got < float("inf")
+    ]
     kind = "a whole number" if int in parts else "a finite number"
     return f"{kind} {' and '.join(f'{_SIGNS[name]} {limit}' for name, limit in limits)}"
 

@@ -7,10 +7,14 @@ from pydantic import Field
 
 from sapo_megatron.sample import Temperatures
 
-Count = Annotated[int, Field(gt=0)]
-Whole = Annotated[int, Field(ge=0)]
-Positive = Annotated[float, Field(gt=0)]
-NotNegative = Annotated[float, Field(ge=0)]
+SMALLEST, LARGEST = 1e-30, (2**31 - 1, 1e9, 1e6)
+"""Beyond them fp32, int32, and the clocks of sockets and processes go over."""
+Count = Annotated[int, Field(gt=0, le=LARGEST[0])]
+Whole = Annotated[int, Field(ge=0, le=LARGEST[0])]
+Positive = Annotated[float, Field(gt=SMALLEST, le=LARGEST[1])]
+NotNegative = Annotated[float, Field(ge=0, le=LARGEST[1])]
+Seconds = Annotated[float, Field(gt=0, le=LARGEST[2])]
+Text = Annotated[str, Field(pattern=r"\S")]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 TopP = Annotated[float, Field(gt=0, le=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
@@ -20,12 +24,12 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 class ModelConfig:
     """The model: where it comes from, and what it computes with."""
 
-    path: str
+    path: Text
     """Hugging Face model folder, or a name on the hub such as ``Qwen/Qwen3-30B-A3B``."""
-    architecture: str | None = None
+    architecture: Text | None = None
     """A ``config.json`` whose sizes the model must have; ``plan`` reads it where the model is not
     on this machine."""
-    tokenizer: str | None = None
+    tokenizer: Text | None = None
     """Folder, sentencepiece ``.model`` file or name on the hub; None: ``path``."""
     trust_remote_code: bool = False
     """Whether a tokenizer may run the Python code that comes with it."""
@@ -47,14 +51,14 @@ class ParallelConfig:
 
     tensor_model_parallel_size: Count = 1
     pipeline_model_parallel_size: Count = 1
-    virtual_pipeline_model_parallel_size: Annotated[int, Field(ge=2)] | None = None
+    virtual_pipeline_model_parallel_size: Annotated[int, Field(ge=2, le=LARGEST[0])] | None = None
     context_parallel_size: Count = 1
     expert_model_parallel_size: Count = 1
     expert_tensor_parallel_size: Count = 1
     moe_token_dispatcher_type: Literal["alltoall", "flex"] = "alltoall"
     """How tokens reach their experts: NCCL's all-to-all, or DeepEP (flex), which is faster across
     nodes and a package of its own."""
-    distributed_timeout_s: Positive = 1800.0
+    distributed_timeout_s: Seconds = 1800.0
     """Seconds that a rank waits for the others, rollouts and hand-overs of weights included."""
     num_layers_in_first_pipeline_stage: Count | None = None
     num_layers_in_last_pipeline_stage: Count | None = None
@@ -82,12 +86,12 @@ class SourceConfig:
     """Where prompts come from: either ``tasks`` or the dataset at ``path``."""
 
     tasks: tuple[TaskConfig, ...] = ()
-    path: str | None = None
+    path: Text | None = None
     """A ``.parquet`` or JSONL file, a folder or a pattern of such files; or ``owner/name`` of a
     dataset on the Hugging Face hub, and after another slash a file, folder or pattern in it."""
-    prompt_key: str = "prompt"
+    prompt_key: Text = "prompt"
     """The column with a text or a list of messages; ``a.b`` is ``b`` inside the object ``a``."""
-    answer_key: str = "answer"
+    answer_key: Text = "answer"
     template: str | None = None
     """None: ``data.template``."""
     seed: Whole = 0
@@ -119,7 +123,7 @@ class RolloutConfig:
     """Who generates: the training processes with the training weights, or vLLM servers."""
     servers: tuple[str, ...] = ()
     """URLs of vLLM servers, such as ``http://node7:8000``; none: the trainer starts its own."""
-    vllm_python: str | None = None
+    vllm_python: Text | None = None
     """The Python of an environment with vLLM, for the servers that the trainer starts."""
     num_servers: Count | None = None
     """Servers that the trainer starts on each node; None: as many as its GPUs hold, and one where
@@ -145,11 +149,11 @@ class RolloutConfig:
     sending side. nccl has not been run on GPUs yet."""
     server_concurrency: Count = 256
     """Requests that one server works on at once."""
-    server_timeout_s: Positive = 600.0
+    server_timeout_s: Seconds = 600.0
     """Seconds that a server may take to start, to answer one request, or to come back."""
     rollout_batch_size: Count = 32
     """Prompts per step, over all ranks."""
-    num_generations: Annotated[int, Field(ge=2)] = 8
+    num_generations: Annotated[int, Field(ge=2, le=LARGEST[0])] = 8
     """Responses per prompt (the group size G), which advantages compare with one another."""
     temperature: Positive = 1.0
     top_p: TopP = 1.0
@@ -171,7 +175,7 @@ class RewardConfig:
 
     function: str = "exact_match"
     """``reasoning_gym``, ``math_verify``, ``exact_match`` or ``module:function``."""
-    timeout_s: Positive = 10.0
+    timeout_s: Seconds = 10.0
     """Seconds for one response; beyond it there is no reward and ``reward/timeouts`` counts it."""
     num_workers: Count = 1
     """Processes in which each rank that scores does so; a response that hangs holds up but one."""
@@ -227,7 +231,7 @@ class AlgorithmConfig:
     tau_neg: Positive = 1.05
     clip_ratio_low: Positive | None = None
     clip_ratio_high: Positive | None = None
-    clip_ratio_c: Annotated[float, Field(gt=1)] | None = None
+    clip_ratio_c: Annotated[float, Field(gt=1, le=LARGEST[1])] | None = None
     """Dual clip: bound on the ratio of negative advantages (grpo only)."""
     importance_sampling_level: Literal["token", "sequence"] | None = None
     """None: what the loss type needs (sequence for gspo and vespo, token for the others)."""
@@ -312,7 +316,7 @@ class TrainConfig:
     on_nonfinite: Literal["skip", "abort"] = "abort"
     """What a NaN or inf in loss or gradient does to the step; 17 skipped in a row end the run."""
     seed: Whole = 1234
-    run_dir: str | None = None
+    run_dir: Text | None = None
     """None: a new numbered folder under ``runs/<recipe name>``."""
 
 
@@ -358,8 +362,8 @@ class LoggingConfig:
 
     tensorboard: bool = False
     wandb: bool = False
-    wandb_project: str = "sapo-megatron"
-    wandb_name: str | None = None
+    wandb_project: Text = "sapo-megatron"
+    wandb_name: Text | None = None
     dump_every: Whole = 0
     """Updates between dumps of a mini-batch's tokens to ``<run>/dumps``; 0: never."""
 

@@ -24,7 +24,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from sapo_megatron.errors import nearest, one_line, with_type
+from sapo_megatron.errors import hint, one_line, with_type
 from sapo_megatron.rollout.verifiers import BUILT_IN, RewardFunction
 from sapo_megatron.sample import Prompt
 
@@ -47,9 +47,7 @@ def find_function(name: str) -> RewardFunction:
         raise ValueError(f"cannot import {module_name!r}: {_told(error)}") from error
     for part in path.split("."):
         if not hasattr(found, part):
-            near = nearest(part, dir(found), cutoff=0.6)
-            hint = f"; the nearest is {near}" if near else ""
-            raise ValueError(f"{module_name!r} has no {path!r}{hint}")
+            raise ValueError(f"{module_name!r} has no {path!r}{hint(part, dir(found))}")
         found = getattr(found, part)
     if not callable(found):
         raise ValueError(f"expected a function, got {type(found).__name__}")

@@ -348,9 +348,10 @@ def test_what_is_left_out_of_a_model_is_said(model, tmp_path, caplog):
     save_file(extra, model / "extra.safetensors")
     index["weight_map"].update(dict.fromkeys(extra, "extra.safetensors"))
     (model / INDEX).write_text(json.dumps(index))
-    config = (model / "config.json").read_text()
+    config = json.loads((model / "config.json").read_text())
     recipe = write_recipe(tmp_path, model={"path": str(model), "init": "pretrained"})
-    (model / "config.json").write_text(config)
+    config = {"text_config": config | {"num_nextn_predict_layers": 1}}
+    (model / "config.json").write_text(json.dumps(config))
     with caplog.at_level("INFO"):
         preflight(load(recipe), 1)
     assert caplog.messages == [

@@ -558,7 +558,7 @@ def test_the_number_of_processes(write, layout, world_size, parts):
         ({"tensor_model_parallel_size": "3"}, {}, ["attention heads 32", "got 3"]),
         (
             {"tensor_model_parallel_size": "4"},
-            {"num_key_value_heads": 6},
+            {"num_key_value_heads": 6, "num_attention_heads": 36},
             ["num_key_value_heads 6", "got 4"],
         ),
         ({"pipeline_model_parallel_size": "5"}, {}, ["48 layers", "48 over 5"]),
