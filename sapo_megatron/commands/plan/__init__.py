@@ -75,8 +75,9 @@ def plan(recipe: Recipe, mean_length: int | None = None) -> Plan:
     """The plan of ``recipe`` on its ``cluster``; where it does not fit, with changes that help.
 
     Memory is for sequences that are as long as they may be, the step for the ``mean_length`` of a
-    sequence, prompt included. For a process without CUDA and without a process group of its own, both of which it leaves as
-    they are. Raises UserError for what training would refuse as well.
+    sequence, prompt included. For a process without CUDA and without a process group of its own,
+    both of which it leaves as they are. Raises UserError for what training would refuse as well,
+    and for a mean length that no sequence has.
     """
     length = longest(recipe) if mean_length is None else mean_length
     if not 2 <= length <= longest(recipe):

@@ -9,9 +9,8 @@ from sapo_megatron.commands.plan.layout import longest
 from sapo_megatron.commands.plan.memory import BYTES, GIB, RESERVE
 from sapo_megatron.hf.architecture import GroupedQueryAttention
 
-SERVER_SHARE = {True: 0.6, False: 0.92}
-"""Part of a GPU's memory for a server, by whether it is the trainer's GPU: what verl's and
-NeMo-RL's recipes give it, and vLLM's default."""
+VLLM_SHARE = 0.92
+"""Part of a GPU's memory that vLLM takes where it is not told."""
 SLICES = 32
 """Points of time at which a batch that runs out is looked at."""
 
@@ -35,10 +34,25 @@ def rollout(plan: Plan, constants: Constants) -> Rollout:
 
 
 def server_gpus(plan: Plan) -> int:
-    """GPUs of a server: as few as hold its weights in half of the memory that it gets."""
+    """GPUs of a server; of one that others start, as few as hold the weights in half of theirs."""
+    r = plan.recipe.rollout
     weights = plan.parameters.total * BYTES[plan.recipe.model.params_dtype]
-    room = SERVER_SHARE[plan.recipe.rollout.colocate] * plan.gpu.memory_gib * GIB / 2
-    return 2 ** max(math.ceil(math.log2(weights / room)), 0)
+    needed = 2 * weights / (VLLM_SHARE * plan.gpu.memory_gib * GIB)
+    fewest = 2 ** max(math.ceil(math.log2(needed)), 0) if r.servers else 1
+    return max(r.server_tensor_parallel_size, fewest)
+
+
+def batches_together(plan: Plan) -> int:
+    """Steps' batches that servers work on at once: new weights wait until they have none left."""
+    return 1
+
+
+def _servers(plan: Plan, gpus: int) -> int:
+    r, cluster = plan.recipe.rollout, plan.recipe.cluster
+    if r.colocate and r.num_servers is None:
+        return max(plan.layout.world_size // gpus, 1)
+    nodes = -(-plan.layout.world_size // cluster.gpus_per_node)
+    return len(r.servers) or nodes * (r.num_servers or 1)
 
 
 def _in_process(plan: Plan, constants: Constants) -> Rollout:
@@ -61,12 +75,11 @@ def _on_servers(plan: Plan, c: Constants) -> Rollout:
     Each token ends a response with the same chance, such that the mean is the plan's.
     """
     r, gpus = plan.recipe.rollout, server_gpus(plan)
-    own = plan.layout.world_size // gpus if r.colocate else r.num_servers
-    servers = len(r.servers) or max(own, 1)
+    servers = _servers(plan, gpus)
     prompt = plan.length * r.max_prompt_length / longest(plan.recipe)
     response = plan.length - prompt
-    ahead = max(r.async_steps, 1)
-    asked = ahead * plan.batches.sequences / servers
+    together = batches_together(plan)
+    asked = together * plan.batches.sequences / servers
     at_once = min(asked, r.server_concurrency, _held(plan, gpus))
     rate = _rate(response / r.max_response_length)
     times = [(i + 0.5) / SLICES for i in range(SLICES)]
@@ -84,10 +97,10 @@ def _on_servers(plan: Plan, c: Constants) -> Rollout:
     seconds = last * r.max_response_length / SLICES
     seconds += (asked / at_once - 1) * response * sum(full.values())
     # The responses to a prompt share what is computed of it.
-    prompts = r.rollout_batch_size * ahead / servers * prompt
+    prompts = r.rollout_batch_size * together / servers * prompt
     seconds += prompts * _computing(plan, c, gpus)
     return Rollout(
-        seconds=seconds / ahead,
+        seconds=seconds / together,
         engine=f"{servers} vLLM servers of {gpus} GPUs",
         at_once=at_once,
         decode_step=full,
@@ -115,7 +128,9 @@ def _cached(plan: Plan, gpus: int) -> float:
 
 def _held(plan: Plan, gpus: int) -> float:
     """Sequences of the mean length whose keys and values a server has memory for."""
-    room = SERVER_SHARE[plan.recipe.rollout.colocate] * plan.gpu.memory_gib * GIB - RESERVE
+    r = plan.recipe.rollout
+    share = r.gpu_memory_utilization if r.colocate else VLLM_SHARE
+    room = share * plan.gpu.memory_gib * GIB - RESERVE
     room -= plan.parameters.total * BYTES[plan.recipe.model.params_dtype] / gpus
     return max(room / _cached(plan, gpus) / plan.length, 1.0)
 

@@ -51,18 +51,18 @@ GPUS: dict[GpuName, Gpu] = {
 class Constants:
     """What data sheets do not say: each with its source in docs/plan.md, none for one model."""
 
-    matrix: float = 0.4
+    matrix: float = 0.39
     """Share of the peak that matrix products and attention reach."""
     bandwidth: float = 0.75
     """Share of a memory's or a link's bandwidth that is reached."""
-    launch: float = 2.7e-3
+    launch: float = 2.5e-3
     """Seconds in which a process launches a layer's forward pass, kernel by kernel."""
-    graph: float = 160e-6
+    graph: float = 130e-6
     """Seconds of a layer in a decode step of a server, which replays CUDA graphs, beyond what it
     reads, computes and sends: small kernels and the gaps between them."""
-    hop: float = 45e-6
+    hop: float = 60e-6
     """Seconds that each further node adds to a small all-reduce."""
-    tensor: float = 0.53e-3
+    tensor: float = 0.75e-3
     """Seconds to gather one tensor of the model and to load it into a server."""
     files: float = 4e9
     """Bytes/s with which a node writes to and reads from a shared file system."""

@@ -32,7 +32,7 @@ class Seconds:
     """Of the old policy and, where there is one, of the reference."""
     update: float
     handover: float
-    """Of the weights to the servers, and of the GPUs where servers are on the trainer's."""
+    """Of the weights to the servers, and of GPUs that they share with the trainer."""
     step: float
 
     def parts(self) -> dict[str, float]:
@@ -40,16 +40,16 @@ class Seconds:
 
 
 def seconds(plan: Plan, constants: Constants = CONSTANTS) -> tuple[Seconds, Rollout]:
-    """The plan's step, with rollout and training overlapped where servers run ahead."""
+    """The plan's step, with rollout and training overlapped where the recipe runs ahead."""
     recipe, updates = plan.recipe, plan.recipe.train.num_mini_batches
     made = rollout(plan, constants)
     logprobs = _passes(plan, constants, Passes(frozen(recipe), 0), drains=1)
     update = _passes(plan, constants, update_passes(recipe), drains=updates)
     update += updates * _optimizer(plan, constants)
     handover = 0.0 if recipe.rollout.engine == "in_process" else _handover(plan, constants)
-    training = logprobs + update + handover
-    ahead = recipe.rollout.async_steps > 0
-    step = max(made.seconds, training) if ahead else made.seconds + training
+    both = (made.seconds, logprobs + update)
+    # New weights wait for all that is under way.
+    step = handover + (max(both) if recipe.rollout.async_steps else sum(both))
     parts = {"logprobs": logprobs, "update": update, "handover": handover, "step": step}
     return Seconds(rollout=made.seconds, **parts), made
 
@@ -120,19 +120,20 @@ def _optimizer(plan: Plan, c: Constants) -> float:
 
 
 def _handover(plan: Plan, c: Constants) -> float:
-    """All weights to all servers; on the trainer's GPUs, each is gathered where it is not."""
-    arch, layout, gpu, r = plan.arch, plan.layout, plan.gpu, plan.recipe.rollout
+    """All weights to all servers, and the trainer's state off its GPUs and back onto them."""
+    arch, gpu, r = plan.arch, plan.gpu, plan.recipe.rollout
     model = plan.parameters.total * BYTES[plan.recipe.model.params_dtype]
     tensors = LAYER_TENSORS * arch.num_layers
     tensors += 3 * arch.experts.number * len(arch.experts.layers) if arch.experts else 0
-    if r.colocate:
-        block = layout.pp * max(layout.tp, layout.ep * layout.etp)
-        out = away(1, block, plan.recipe.cluster.gpus_per_node)
-        sent = model * (out / gpu.network + (1 - out) / gpu.nvlink)
-        # What is in the servers' way leaves the GPU, and comes back.
-        sent += 2 * max(m.weights + m.gradients + m.optimizer for m in plan.memory) / gpu.pcie
-    elif r.weight_transfer == "folder":
-        return tensors * c.tensor + 2 * model / c.files
-    else:
-        sent = model / gpu.network
-    return tensors * c.tensor + sent / c.bandwidth
+    loading = tensors * c.tensor
+    if r.weight_transfer == "nccl":  # a tensor is loaded while the next one comes
+        return max(loading, model / (gpu.network * c.bandwidth))
+    if r.servers:
+        return loading + 2 * model / c.files
+    # Into each node's memory: each rank what its peers on other nodes have of the node's part.
+    world = plan.layout.world_size
+    ranks = min(plan.recipe.cluster.gpus_per_node, world)
+    sent = model / ranks * ((1 - ranks / world) / gpu.network + 2 / gpu.pcie)
+    leaves = ("gradients", "optimizer", "weights").index(r.colocate_offload) if r.colocate else 0
+    moved = max(sum((m.optimizer, m.weights)[:leaves]) for m in plan.memory)
+    return loading + (sent + 2 * moved / gpu.pcie) / c.bandwidth
