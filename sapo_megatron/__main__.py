@@ -172,11 +172,11 @@ def _add_qualify(qualify: argparse.ArgumentParser) -> None:
 
 
 def _train(arguments: argparse.Namespace) -> int:
-    from sapo_megatron.runs.folder import find_checkpoint
+    from sapo_megatron.runs.folder import find_place
     from sapo_megatron.training.inputs import Inputs
 
     recipe = load(arguments.recipe, _overrides(arguments.rest))
-    fresh = find_checkpoint(recipe, arguments.resume) is None
+    fresh = not find_place(recipe, arguments.resume).checkpoints
 
     def work(inputs: Inputs) -> None:
         from sapo_megatron.training.loop import train

@@ -1,13 +1,17 @@
 """Save and resume: weights, optimizer, schedule, RNG, data cursor, step.
 
-A checkpoint is a folder ``step-000012`` of megatron-core's ``dist_checkpointing`` files and a
-``state.json``. It is written under another name and renamed when it is whole, so a crash while
-writing leaves the one before it valid. It loads into any data-parallel size; the other sizes of
-the layout must be those it was written with.
+A checkpoint is a folder ``step-000012`` of megatron-core's ``dist_checkpointing`` files, a
+``state.json`` and the checksums of them all. It is written under another name and renamed when the
+disk holds it, so a crash while writing leaves the one before it valid. It loads into any
+data-parallel size; the other sizes of the layout must be those it was written with.
 """
 
+import logging
+import os
+import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +20,17 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing, tensor_parallel
 from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint.api import CheckpointException
 
-from sapo_megatron.policy import compat
-from sapo_megatron.policy.parallel import failing_together
+from sapo_megatron.errors import RunFailed, UserError, one_line
+from sapo_megatron.files import checksum, sync
+from sapo_megatron.policy import compat, parallel
+from sapo_megatron.policy.parallel import ParallelGroups, failing_together
 from sapo_megatron.policy.step import Policy
-from sapo_megatron.runs.state import RunState, checkpoints, write_state
+from sapo_megatron.runs.history import checkpoints, damage, read_manifest, write_manifest
+from sapo_megatron.runs.state import RunState, write_state
+
+logger = logging.getLogger(__name__)
 
 SETTINGS = ("lr", "max_lr", "min_lr", "betas", "eps")
 """What a parameter group of Adam has of the recipe; the schedule sets its weight decay."""
@@ -36,39 +46,54 @@ def save(
 ) -> Path:
     """Write a checkpoint of ``state.step`` below ``folder`` and prune all but ``keep``.
 
-    ``beside`` writes what else belongs into its folder, on each rank. Collective over all ranks.
-    Raises RunFailed, and writes nothing, where a weight is not finite.
+    ``beside`` writes what else belongs into its folder, on each rank. One that is there stays.
+    Collective over all ranks. Raises RunFailed, and leaves nothing behind, where a weight is not
+    finite or it cannot be written.
     """
-    target = folder / f"step-{state.step:06d}"
+    groups, target = policy.groups, folder / f"step-{state.step:06d}"
     policy.model.weights.check_finite(target)
     temporary = folder / f".{target.name}.tmp"
-    if dist.get_rank() == 0:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-    # Over the world: every rank saves, and none writes before the folder is there.
-    dist.barrier(policy.groups.world)
-    beside(temporary)
-    metadata = _metadata(policy)
-    compat.write_with_threads()
-    dist_checkpointing.save(
-        _sharded_state(policy, metadata, loading=False),
-        str(temporary),
-        content_metadata={k: v for k, v in metadata.items() if isinstance(v, str)},
-    )
-    tracked = tensor_parallel.get_cuda_rng_tracker().get_states()
-    save_file({"torch": torch.get_rng_state(), **tracked}, _rng_file(temporary))
-    if torch.cuda.is_available():
-        # The writer copied the whole state through pinned memory, which torch would keep.
-        torch._C._host_emptyCache()
-    if dist.get_rank() == 0:
-        write_state(temporary, state)
-        shutil.rmtree(target, ignore_errors=True)
-        temporary.rename(target)
-        for old in checkpoints(folder)[:-keep]:
-            shutil.rmtree(old)
-    # Over the world: no rank goes on before the checkpoint can be found.
-    dist.barrier(policy.groups.world)
+    with _leaving_nothing(temporary):
+        if parallel.on_first_rank(groups, lambda: _begin(temporary, target)):
+            return target
+        with failing_together(groups):
+            beside(temporary)
+        metadata = _metadata(policy)
+        compat.write_with_threads()
+        dist_checkpointing.save(
+            _sharded_state(policy, metadata, loading=False),
+            str(temporary),
+            content_metadata={k: v for k, v in metadata.items() if isinstance(v, str)},
+        )
+        tracked = tensor_parallel.get_cuda_rng_tracker().get_states()
+        with failing_together(groups):
+            save_file({"torch": torch.get_rng_state(), **tracked}, _rng_file(temporary))
+        if torch.cuda.is_available():
+            # The writer copied the whole state through pinned memory, which torch would keep.
+            torch._C._host_emptyCache()
+        parallel.on_first_rank(groups, lambda: write_state(temporary, state))
+        _write_checksums(temporary, groups)
+        parallel.on_first_rank(groups, lambda: _end(temporary, target, keep))
     return target
+
+
+def newest_whole(candidates: list[Path], groups: ParallelGroups) -> Path | None:
+    """The first of ``candidates`` that is as it was written; None where there are none.
+
+    Says what is wrong with those before it. Collective over all ranks. Raises UserError where none
+    is whole, or where the release of megatron-core that is installed does not read it.
+    """
+    problems: list[str] = []
+    for checkpoint in candidates:
+        problem = _damage(checkpoint, groups)
+        if not problem:
+            for said in problems:
+                logger.warning("%s; taking %s", said, checkpoint.name)
+            return checkpoint
+        problems.append(f"{checkpoint}: expected a whole checkpoint, got a damaged one ({problem})")
+    if problems:
+        raise UserError(f"{problems[0]}; name another run or checkpoint")
+    return None
 
 
 def load(policy: Policy, checkpoint: Path, state: RunState) -> None:
@@ -110,6 +135,80 @@ def _keep_settings(policy: Policy, loaded: dict[Any, Any]) -> None:
                 group.update({setting: first[setting] for setting in SETTINGS})
         elif isinstance(value, dict):
             _keep_settings(policy, value)
+
+
+@contextmanager
+def _leaving_nothing(temporary: Path) -> Iterator[None]:
+    """What keeps a checkpoint from being written becomes a RunFailed, and its folder goes."""
+    try:
+        yield
+    except (OSError, RuntimeError, CheckpointException) as error:
+        cause: object = error
+        if isinstance(error, CheckpointException):  # the first rank knows what each came upon
+            cause = next((found for found, _ in error.failures.values()), "the first rank says why")
+        if dist.get_rank() == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(error, RunFailed):
+            raise
+        free = shutil.disk_usage(temporary.parents[1]).free / 2**30
+        raise RunFailed(
+            f"{temporary.parent}: a checkpoint could not be written ({one_line(cause, 200)}; "
+            f"{free:.1f} GiB free); make room, or mend it, and go on with --resume auto"
+        ) from error
+
+
+def _begin(temporary: Path, target: Path) -> bool:
+    """Whether the checkpoint is there; else make an empty folder for it."""
+    if not target.exists():
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    return target.exists()
+
+
+def _end(temporary: Path, target: Path, keep: int) -> None:
+    sync(temporary)
+    temporary.rename(target)
+    sync(target.parent)
+    for old in checkpoints(target.parent.parent)[:-keep]:
+        gone = old.with_name(f".{old.name}.tmp")  # whole or not there, for whoever looks
+        old.rename(gone)
+        shutil.rmtree(gone)
+
+
+def _write_checksums(folder: Path, groups: ParallelGroups) -> None:
+    """Have each rank read what it wrote, and the first write down what all found."""
+    names = parallel.on_first_rank(groups, lambda: os.listdir(folder))
+    found: list[Any] = [None] * dist.get_world_size()
+    sums: dict[str, tuple[int, int]] = {}
+    with failing_together(groups):
+        for name in names:
+            numbered = re.match(r"(?:__|\w+-)(\d+)[_.]", name)
+            if dist.get_rank() == (int(numbered[1]) if numbered else 0):
+                sync(folder / name)
+                sums[name] = checksum(folder / name)
+    # Over the world: each rank has read its own by now.
+    dist.all_gather_object(found, sums, group=groups.world)
+    files = {name: part[name] for part in found for name in part}
+    parallel.on_first_rank(groups, lambda: write_manifest(folder, compat.release(), files))
+
+
+def _damage(checkpoint: Path, groups: ParallelGroups) -> str:
+    """What is wrong with a checkpoint, of which each rank reads a part; empty: it is whole."""
+    manifest = parallel.on_first_rank(groups, lambda: read_manifest(checkpoint))
+    if isinstance(manifest, str):
+        return manifest
+    rank, size = dist.get_rank(), dist.get_world_size()
+    mine = sorted(manifest.files.items(), key=lambda file: file[1])[rank::size]
+    problems: list[Any] = [None] * size
+    # Over the world: each rank has read its part.
+    dist.all_gather_object(problems, damage(checkpoint, dict(mine)), group=groups.world)
+    problem = next(filter(None, problems), "")
+    if not problem and not compat.reads(manifest.files):
+        raise UserError(
+            f"{checkpoint}: expected a checkpoint that megatron-core {compat.release()} reads, got "
+            f"one of {manifest.megatron_core}; go on with that release"
+        )
+    return problem
 
 
 def _restore_steps(policy: Policy) -> None:

@@ -11,7 +11,7 @@ import queue
 import re
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import Any, ClassVar
 from unittest.mock import patch
 
+import megatron.core
 import torch
-from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies import common, filesystem_async
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 from megatron.core.models.backends import BackendSpecProvider
 from megatron.core.tensor_parallel import random
@@ -113,6 +114,20 @@ def auxiliary_loss_tokens(tokens: int, tp_size: int) -> int:
     """
     code = TopKRouter.attach_and_log_load_balancing_loss.__code__
     return tokens if "tp_cp_group" in code.co_names else tokens // tp_size
+
+
+def release() -> str:
+    """The number of the release that is installed."""
+    return megatron.core.__version__
+
+
+def reads(files: Iterable[str]) -> bool:
+    """Whether this release reads a checkpoint of these files.
+
+    0.16 keeps what is no tensor in a file of its own, without which it cannot load; 0.19 writes
+    none, and reads both.
+    """
+    return common.COMMON_STATE_FNAME in files or not hasattr(common, "TorchCommonLoadStrategy")
 
 
 def write_with_threads() -> None:

@@ -10,6 +10,8 @@ import dataclasses
 import json
 import os
 import re
+import shutil
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,9 @@ from sapo_megatron.hf.folder import SAME, sizes
 from sapo_megatron.recipe.load import to_plain, to_yaml
 from sapo_megatron.recipe.resume import check_bound, going_on
 from sapo_megatron.recipe.schema import Recipe
-from sapo_megatron.runs.state import RunState, latest, listed, read_state
+from sapo_megatron.runs.history import MANIFEST, abandon, checkpoints, home, settle
+from sapo_megatron.runs.lock import Lock
+from sapo_megatron.runs.state import RunState, listed, read_state
 
 RUNS = Path("runs")
 COMPUTED = (*SAME, "norm_eps", "rope")
@@ -51,15 +55,25 @@ class RunFolder:
     @property
     def start(self) -> Path | None:
         """The weights that the run started from, once it has a checkpoint."""
-        return (self.path.resolve() / self.state.start).resolve() if self.state else None
+        return (home(self.path.resolve()) / self.state.start).resolve() if self.state else None
 
     def updates(self, step: int) -> int:
         """Updates of all steps up to ``step``, before a resume as many as there were."""
         done, at = (self.state.updates, self.state.step) if self.state else (0, 0)
         return done + (step - at) * self.recipe.train.num_mini_batches
 
-    def write_recipe(self) -> None:
-        """Write ``config.yaml``; another one before it stays, as that of the steps up to then."""
+    def take_over(self) -> None:
+        """Put aside what is newer than the checkpoint, and write ``config.yaml``.
+
+        Another one before it stays, as that of the steps up to then.
+        """
+        settle(self.path)
+        if self.state:
+            abandon(self.path, after=self.state.step)
+            if self.state.step < self.recipe.train.steps:  # one that is there tells of fewer steps
+                (self.path / "summary.json").unlink(missing_ok=True)
+        for left in self.checkpoints.glob(".step-*.tmp"):  # of a process that was killed
+            shutil.rmtree(left)
         if self.state and self.state.recipe != to_plain(self.recipe):
             before = yaml.safe_dump(self.state.recipe, sort_keys=False)
             write_whole(self.path / f"config-{self.state.step:06d}.yaml", before)
@@ -77,69 +91,120 @@ class RunFolder:
         write_whole(self.path / "summary.json", json.dumps(summary, indent=2) + "\n")
 
 
-def find_checkpoint(recipe: Recipe, resume: str | None) -> Path | None:
-    """The checkpoint that ``resume``, as in ``open_run``, means; None: a new run is asked for.
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where a run may go on, or begin."""
 
-    Raises UserError where there is none to name, or where a folder cannot be read.
-    """
-    if resume != "auto":
-        return _checkpoint_at(Path(resume), "--resume") if resume else None
-    shared = _shared(recipe)
-    for run in [shared] if recipe.train.run_dir else _numbered(shared):
-        found = latest(run / "checkpoints")
-        if found is None and any(n.startswith("step-") for n in listed(run / "checkpoints")):
-            raise UserError(
-                f"--resume: expected a whole checkpoint in {run / 'checkpoints'}, got none that "
-                f"has a state.json; put it back, or name another run"
-            )
-        if found:
-            return found
-    return None
+    shared: Path
+    """What runs of this recipe have in common."""
+    path: Path | None
+    """The run's folder; None for one that is to be numbered."""
+    checkpoints: list[Path]
+    """Those that it may go on from, of which it takes the first that is whole; none: a new run."""
 
 
-def open_run(recipe: Recipe, arch: Architecture, resume: str | None, data: str | None) -> RunFolder:
-    """Choose and make the folder of this run; for one process, the others are told.
+def find_place(recipe: Recipe, resume: str | None) -> Place:
+    """Where this run is to be; nothing is written.
 
     ``resume``: None for a new run, ``auto`` for the newest one that has a checkpoint (or a new one
-    where none has), else a run folder or one of its checkpoints. ``data`` stands for the training
-    problems, which must be the checkpoint's; None: they may be others. Raises UserError for a
-    folder that does not fit; then nothing has been written. A resumed run's is not written to
-    before ``RunFolder.write_recipe``.
+    where none has), else a run folder or one of its checkpoints. Raises UserError where that is
+    none, or where a folder cannot be read.
     """
-    shared, explicit = _shared(recipe), recipe.train.run_dir
-    if found := find_checkpoint(recipe, resume):
-        return _go_on(_reopen(found, shared, recipe, arch, training=True), data)
-    if explicit and not resume and (shared / "metrics.jsonl").exists():
+    explicit = recipe.train.run_dir
+    shared = Path(explicit) if explicit else RUNS / recipe.name
+    found: list[Path] = []
+    if resume == "auto":
+        runs = [shared] if explicit else _numbered(shared)
+        found = next(filter(None, (checkpoints(run)[::-1] for run in runs)), [])
+    elif resume:
+        found = checkpoints_at(Path(resume), "--resume")
+    elif explicit and (shared / "metrics.jsonl").exists():
         raise UserError(
             f"train.run_dir: expected a new folder, got {shared}, which holds a run; go on with it "
             f"(--resume auto) or name another"
         )
-    path = shared
+    path = _run_of(found[0]) if found else shared if explicit else None
+    if found and not path:
+        raise UserError(
+            f"--resume: expected a checkpoint of a run, RUN/checkpoints/{found[0].name} beside "
+            f"RUN/config.yaml, got {found[0]}; put it there"
+        )
+    return Place(shared=shared, path=path, checkpoints=found)
+
+
+def hold(place: Place, stack: ExitStack) -> tuple[Place, Lock]:
+    """The place with a folder, which is made, and the right to write there until ``stack`` ends.
+
+    Raises UserError for a folder that another process writes, or nobody can.
+    """
+    path = place.path or place.shared
     try:
-        if not explicit:
-            path = _make_next(shared)
+        path = place.path or _make_next(place.shared)
         path.mkdir(parents=True, exist_ok=True)
-        run = RunFolder(path=path, shared=shared, recipe=recipe)
-        run.write_recipe()
+        lock = stack.enter_context(closing(Lock(path)))
     except OSError as error:
         raise UserError(
             f"train.run_dir: expected a folder that can be written, got {path}: "
             f"{error.strerror}; name another"
         ) from None
-    return run
+    return dataclasses.replace(place, path=path), lock
 
 
-def find_run(recipe: Recipe, arch: Architecture, path: Path) -> RunFolder:
-    """The run with a checkpoint at ``path``, to read only. Raises UserError if it does not fit."""
-    return _reopen(_checkpoint_at(path, "--checkpoint"), path, recipe, arch, training=False)
+def open_run(
+    recipe: Recipe,
+    arch: Architecture,
+    place: Place,
+    chosen: Path | None,
+    data: str | None,
+) -> RunFolder:
+    """The run in a folder that is held, which goes on from ``chosen``; for one process.
+
+    ``data`` stands for the training problems, which must be the checkpoint's; None: they may be
+    others. Raises UserError for a checkpoint that does not fit. Nothing is written before
+    ``RunFolder.take_over``.
+    """
+    assert place.path, "it is held"
+    if not chosen:
+        return RunFolder(path=place.path, shared=place.shared, recipe=recipe)
+    run = _reopen(chosen, place.path, place.shared, recipe, arch, training=True)
+    return _go_on(run, data)
 
 
-def _shared(recipe: Recipe) -> Path:
-    return Path(recipe.train.run_dir) if recipe.train.run_dir else RUNS / recipe.name
+def find_run(recipe: Recipe, arch: Architecture, checkpoint: Path) -> RunFolder:
+    """The run of a checkpoint, to read only. Raises UserError if it does not fit."""
+    path = _run_of(checkpoint) or checkpoint.parent.parent
+    return _reopen(checkpoint, path, checkpoint, recipe, arch, training=False)
+
+
+def checkpoints_at(path: Path, option: str) -> list[Path]:
+    """The checkpoints that a user's path means: itself, or those of a run, newest first.
+
+    Raises UserError where there are none.
+    """
+    path = Path(os.path.abspath(path))
+    itself = any((path / name).exists() for name in ("state.json", MANIFEST))
+    if not path.is_dir() or not (found := [path] if itself else checkpoints(path)[::-1]):
+        raise UserError(
+            f"{option}: expected a run folder with checkpoints, or a checkpoint folder, got {path}"
+        )
+    return found
+
+
+def _run_of(checkpoint: Path) -> Path | None:
+    """The run that a checkpoint is of, also where a link leads to it."""
+    places = (checkpoint, Path(os.path.realpath(checkpoint)))
+    runs = (place.parent.parent for place in places)
+    return next((run for run in runs if (run / "config.yaml").exists()), None)
 
 
 def _reopen(
-    checkpoint: Path, shared: Path, recipe: Recipe, arch: Architecture, *, training: bool
+    checkpoint: Path,
+    path: Path,
+    shared: Path,
+    recipe: Recipe,
+    arch: Architecture,
+    *,
+    training: bool,
 ) -> RunFolder:
     state = read_state(checkpoint)
     check_bound(state.recipe, recipe, checkpoint, ahead=training and bool(state.ahead))
@@ -151,15 +216,7 @@ def _reopen(
                 f"model.path: expected the model that {checkpoint} was written with, got another: "
                 f"its {key} is {ours.get(key)!r} instead of {saved.get(key)!r}"
             )
-    run = checkpoint.parents[1]
-    if not (run / "config.yaml").exists():
-        run = checkpoint.resolve().parents[1]  # a link may lead to it
-    if training and not (run / "config.yaml").exists():
-        raise UserError(
-            f"--resume: expected a checkpoint of a run, RUN/checkpoints/{checkpoint.name} beside "
-            f"RUN/config.yaml, got {checkpoint}; put it there"
-        )
-    return RunFolder(path=run, shared=shared, recipe=recipe, checkpoint=checkpoint, state=state)
+    return RunFolder(path=path, shared=shared, recipe=recipe, checkpoint=checkpoint, state=state)
 
 
 def _go_on(run: RunFolder, data: str | None) -> RunFolder:
@@ -188,17 +245,6 @@ def _go_on(run: RunFolder, data: str | None) -> RunFolder:
     if here or given[1]:  # else a numbered one, of which the name says where it is
         before["train"]["run_dir"] = here[0] if here else str(run.path.absolute())
     return dataclasses.replace(run, recipe=going_on(before, recipe))
-
-
-def _checkpoint_at(path: Path, option: str) -> Path:
-    """The checkpoint that a user's path means: itself, or the newest of a run."""
-    whole = (path / "state.json").exists()
-    found = path if whole else latest(path / "checkpoints")
-    if found is None:
-        raise UserError(
-            f"{option}: expected a run folder with checkpoints, or a checkpoint folder, got {path}"
-        )
-    return Path(os.path.abspath(found))
 
 
 def _numbered(shared: Path) -> list[Path]:

@@ -94,14 +94,3 @@ def listed(folder: Path) -> list[str]:
             f"train.run_dir: expected a folder that can be read, got {folder}: {error.strerror}; "
             f"make it readable, or name another"
         ) from None
-
-
-def checkpoints(folder: Path) -> list[Path]:
-    """The whole checkpoints below ``folder``, oldest first. Raises UserError as ``listed``."""
-    steps = (folder / name for name in listed(folder) if name.startswith("step-"))
-    return sorted(p for p in steps if (p / "state.json").exists())
-
-
-def latest(folder: Path) -> Path | None:
-    """The newest whole checkpoint below ``folder``."""
-    return next(reversed(checkpoints(folder)), None)

@@ -5,9 +5,11 @@ metric names; what is not finite is null. A histogram stands under its name as
 ``{"hist": {"edges": [n + 1 numbers], "counts": [n integers]}}``, the points of a scatter plot as
 ``{"points": [[x, y], ...]}``; edges and points to six digits.
 
-A tracker that fails is logged once and dropped: bookkeeping never stops training.
+Without its line a step is lost, so a run that cannot write it ends; any other tracker that fails is
+logged once and dropped.
 """
 
+import errno
 import json
 import logging
 import math
@@ -25,10 +27,11 @@ from typing import Any, Literal, Protocol, Self
 
 import numpy as np
 
-from sapo_megatron.errors import with_type
+from sapo_megatron.errors import RunFailed, with_type
 from sapo_megatron.files import write_whole
 from sapo_megatron.metrics import Metrics
 from sapo_megatron.recipe.schema import LoggingConfig
+from sapo_megatron.runs.history import keep_lines
 
 logger = logging.getLogger(__name__)
 
@@ -67,16 +70,19 @@ class RunTrackers:
         *,
         resume_step: int | None = None,
     ) -> None:
-        self._trackers: dict[str, Tracker] = {
-            "metrics.jsonl": JsonlTracker(run_dir / "metrics.jsonl", resume_step=resume_step)
-        }
+        self._lines = JsonlTracker(run_dir / "metrics.jsonl", resume_step=resume_step)
+        self._trackers: dict[str, Tracker] = {}
         if config.tensorboard:
             self._start("TensorBoard", lambda: TensorBoardTracker(run_dir, resume_step=resume_step))
         if config.wandb:
             self._start("W&B", lambda: WandbTracker(run_dir, config, recipe, resume_step))
 
     def log(self, step: int, metrics: Metrics) -> None:
-        """Write one step's metrics, already gathered over the ranks; once for each step."""
+        """Write one step's metrics, already gathered over the ranks; once for each step.
+
+        Raises RunFailed where ``metrics.jsonl`` cannot be written.
+        """
+        self._lines.log(step, metrics)
         for name, tracker in list(self._trackers.items()):
             try:
                 tracker.log(step, metrics)
@@ -93,6 +99,7 @@ class RunTrackers:
                 tracker.close(failed)
             except Exception as error:
                 logger.warning("%s failed while closing: %s", name, with_type(error))
+        self._lines.close()
 
     def __enter__(self) -> Self:
         return self
@@ -109,23 +116,34 @@ class RunTrackers:
 
 
 class JsonlTracker:
-    """One JSON object per step, flushed at once, so that a killed run keeps what it logged."""
+    """One JSON object per step, on the disk at once, so that no step is lost that was logged."""
 
     def __init__(self, path: Path, *, resume_step: int | None = None) -> None:
-        _keep_before(path, resume_step)
-        self._file = path.open("a", encoding="ascii")
+        keep_lines(path, (resume_step or 1) - 1)
+        self._file = path.open("ab", buffering=0)
 
     def log(self, step: int, metrics: Metrics) -> None:
+        """Raises RunFailed where the line cannot be written; then there is none of it."""
         record: dict[str, Any] = {"step": step}
         record |= {n: v if math.isfinite(v) else None for n, v in metrics.values().items()}
         for name, h in metrics.histograms().items():
             record[name] = {"hist": {"edges": _rounded(h.edges), "counts": h.counts.tolist()}}
         for name, p in metrics.points().items():
             record[name] = {"points": [_rounded(pair) for pair in p.pairs()]}
-        self._file.write(json.dumps(record, allow_nan=False) + "\n")
-        self._file.flush()
+        line = json.dumps(record, allow_nan=False).encode("ascii") + b"\n"
+        before = os.fstat(self._file.fileno()).st_size
+        try:
+            if self._file.write(line) < len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            self._file.truncate(before)
+            raise RunFailed(
+                f"{self._file.name}: the line of step {step} could not be written "
+                f"({error.strerror}); make room and go on with --resume auto"
+            ) from None
 
-    def close(self, failed: bool) -> None:
+    def close(self) -> None:
         self._file.close()
 
 
@@ -270,20 +288,6 @@ def duration(seconds: float) -> str:
     if s < 86400:
         return f"{s // 3600}h{s % 3600 // 60:02d}m"
     return f"{s // 86400}d{s % 86400 // 3600:02d}h"
-
-
-def _keep_before(path: Path, step: int | None) -> None:
-    """Leave only the lines of steps before ``step`` (none when it is None)."""
-    if not path.exists():
-        return
-    kept = []
-    for number, line in enumerate(path.read_text().splitlines() if step is not None else [], 1):
-        try:
-            if json.loads(line)["step"] < step:
-                kept.append(line + "\n")
-        except (json.JSONDecodeError, KeyError, TypeError):
-            logger.warning("%s:%d: not a line of metrics (cut off?), dropped", path, number)
-    write_whole(path, "".join(kept))
 
 
 def _wandb_id(path: Path, *, resuming: bool) -> str:

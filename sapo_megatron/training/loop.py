@@ -10,6 +10,7 @@ Every rank runs every line; what is collective says so where it is defined.
 
 import logging
 import time
+from contextlib import ExitStack
 from typing import Any
 
 import torch.distributed as dist
@@ -18,11 +19,10 @@ from sapo_megatron.data.batch import denominators, micro_batches, split_mini_bat
 from sapo_megatron.metrics import Max, Mean, Metrics
 from sapo_megatron.policy import parallel
 from sapo_megatron.recipe.schema import Recipe
-from sapo_megatron.runs.folder import open_run
 from sapo_megatron.runs.trackers import Progress
 from sapo_megatron.training.inputs import Inputs
 from sapo_megatron.training.observe import due
-from sapo_megatron.training.session import Session, open_session, shown, timed
+from sapo_megatron.training.session import Session, open_session, opened_run, shown, timed
 from sapo_megatron.training.update import set_advantages
 
 logger = logging.getLogger(__name__)
@@ -34,15 +34,15 @@ def train(
     """A whole run, on every process of it. Returns what ``summary.json`` says.
 
     None for a run that was asked to stop (:class:`~sapo_megatron.runs.folder.RunFolder`) before
-    its end. ``resume`` and ``new_data`` as in :func:`~sapo_megatron.runs.folder.open_run`. Raises
+    its end. ``resume`` as in :func:`~sapo_megatron.runs.folder.find_place`, ``new_data`` as in
+    :func:`~sapo_megatron.runs.folder.open_run`. Raises
     UserError for inputs that do not fit, RunFailed for a run that cannot go on.
     """
     began = time.monotonic()
     groups = parallel.setup(recipe.parallel, seed=recipe.train.seed)
-    data = None if new_data else inputs.source.digest()
-    run = parallel.on_first_rank(groups, lambda: open_run(recipe, inputs.arch, resume, data))
-    logger.info("run folder: %s", run.path)
-    with open_session(inputs, groups, run, began=began) as session:
+    with ExitStack() as stack:
+        run, lock = opened_run(stack, recipe, inputs, groups, resume, new_data=new_data)
+        session = stack.enter_context(open_session(inputs, groups, run, lock, began=began))
         return run_steps(session)
 
 
@@ -53,21 +53,21 @@ def run_steps(session: Session) -> dict[str, Any] | None:
         journal.before = session.evaluate()
         logger.info("before: %s", shown(journal.before))
     session.forget_stop_request()  # one that came too late for the run before
-    scores, progress = journal.before, Progress(steps)
+    scores, progress, saving = journal.before, Progress(steps), Metrics()
     if session.first_step > max(steps, 1):  # a finished run, resumed
         scores = session.evaluate()
     for step in range(session.first_step, steps + 1):
         metrics = run_step(session, step)
+        metrics.update(saving)
         if step == steps or due(step, recipe.eval.every):
             scores = session.evaluate_after(step, metrics)
-        metrics = metrics.gather(session.groups.world)
-        journal.note(metrics)
-        stop = session.stop_requested()
-        if step == steps or stop or due(step, recipe.checkpoint.every):
-            with timed(metrics, "time/checkpoint"):
-                session.save(step)
-        session.log(step, metrics)
+        metrics = session.log(step, metrics)
         progress.log(step, metrics)
+        stop, saving = session.stop_requested(), Metrics()
+        # Behind its line: one whose checkpoint is missing is written again, one without is lost.
+        if step == steps or stop or due(step, recipe.checkpoint.every):
+            with timed(saving, "time/checkpoint"):
+                session.save(step)
         if stop:
             session.forget_stop_request()
         if stop and step < steps:

@@ -25,8 +25,18 @@ from sapo_megatron.rollout.ahead import Ahead, Queue
 from sapo_megatron.rollout.collect import Collector, Responses
 from sapo_megatron.rollout.exchange import HeldRoutes, deliver_routes
 from sapo_megatron.rollout.reward import Scorer
-from sapo_megatron.runs.folder import RunFolder, find_run
+from sapo_megatron.runs.folder import (
+    Place,
+    RunFolder,
+    checkpoints_at,
+    find_place,
+    find_run,
+    hold,
+    open_run,
+)
+from sapo_megatron.runs.history import home
 from sapo_megatron.runs.journal import Journal
+from sapo_megatron.runs.lock import Lock
 from sapo_megatron.runs.state import RunState
 from sapo_megatron.runs.trackers import RunTrackers, duration
 from sapo_megatron.sample import Sample
@@ -58,6 +68,8 @@ class Session:
     ahead: Ahead
     trackers: RunTrackers | None
     """On the first rank."""
+    lock: Lock | None
+    """Likewise."""
     journal: Journal
 
     @property
@@ -87,7 +99,7 @@ class Session:
 
     def evaluate_after(self, step: int, metrics: Metrics) -> dict[str, float]:
         """The same after a step, which gets ``eval/*``."""
-        with self._saved_if_lost(step), timed(metrics, "time/eval"):
+        with self._saved_if_lost(step, metrics), timed(metrics, "time/eval"):
             scores = self.evaluate()
         if dist.get_rank() == 0:
             for name, value in scores.items():
@@ -110,7 +122,7 @@ class Session:
         queue = queue or self.ahead.queue()
         state = RunState(
             step=step,
-            start=os.path.relpath(self.start.resolve(), self.run.path.resolve()),
+            start=os.path.relpath(self.start.resolve(), home(self.run.path.resolve())),
             model=self.inputs.arch.config,
             recipe=to_plain(self.recipe),
             data=self.inputs.source.digest(),
@@ -122,13 +134,20 @@ class Session:
             updates=self.run.updates(step),
             ahead=queue.described(),
         )
+        with parallel.failing_together(self.groups):
+            if self.lock:
+                self.lock.check()
         keep = self.recipe.checkpoint.keep
         checkpoint.save(self.policy, self.run.checkpoints, state, keep=keep, beside=queue.write)
 
-    def log(self, step: int, metrics: Metrics) -> None:
-        """``metrics`` gathered from all ranks."""
-        if self.trackers:
-            self.trackers.log(step, metrics)
+    def log(self, step: int, metrics: Metrics) -> Metrics:
+        """``metrics`` of all ranks, which trackers and journal have then."""
+        metrics = metrics.gather(self.groups.world)
+        self.journal.note(metrics)
+        with parallel.failing_together(self.groups):
+            if self.trackers:
+                self.trackers.log(step, metrics)
+        return metrics
 
     def finish(self, after: dict[str, float]) -> dict[str, Any]:
         """Write and return what ``summary.json`` says."""
@@ -152,23 +171,55 @@ class Session:
         return summary
 
     @contextmanager
-    def _saved_if_lost(self, step: int) -> Iterator[None]:
+    def _saved_if_lost(self, step: int, unlogged: Metrics | None = None) -> Iterator[None]:
         """What is trained up to ``step`` is saved where the engine fails in the block.
 
-        The prompts that the block has drawn come again.
+        The prompts that the block has drawn come again. ``unlogged``: of the step, logged then.
         """
         queue = self.ahead.queue()
         try:
             yield
         except RunFailed:
+            if unlogged is not None:
+                self.log(step, unlogged)
             if step >= self.first_step:
                 self.save(step, queue)
             raise
 
 
+def opened_run(
+    stack: ExitStack,
+    recipe: Recipe,
+    inputs: Inputs,
+    groups: ParallelGroups,
+    resume: str | None,
+    *,
+    new_data: bool,
+) -> tuple[RunFolder, Lock | None]:
+    """The run's folder, which is this run's until ``stack`` ends, and the first rank's lock on it.
+
+    ``resume`` as in :func:`find_place`, ``new_data`` as in :func:`open_run`. Collective over all
+    ranks. Raises UserError where there is none to be had.
+    """
+    locks: list[Lock] = []
+
+    def held() -> Place:
+        place, lock = hold(find_place(recipe, resume), stack)
+        locks.append(lock)
+        return place
+
+    place, data = parallel.on_first_rank(groups, held), inputs.source.digest()
+    chosen = checkpoint.newest_whole(place.checkpoints, groups)
+    run = parallel.on_first_rank(
+        groups, lambda: open_run(recipe, inputs.arch, place, chosen, None if new_data else data)
+    )
+    logger.info("run folder: %s", run.path)
+    return run, next(iter(locks), None)
+
+
 @contextmanager
 def open_session(
-    inputs: Inputs, groups: ParallelGroups, run: RunFolder, *, began: float
+    inputs: Inputs, groups: ParallelGroups, run: RunFolder, lock: Lock | None, *, began: float
 ) -> Iterator[Session]:
     """The parts of ``run``, while the block lasts; ``began`` as in :class:`Journal`.
 
@@ -191,7 +242,7 @@ def open_session(
         ahead = Ahead(collector, inputs.source, recipe)
         if run.checkpoint and run.state:
             ahead.load(run.checkpoint, run.state)
-        parallel.on_first_rank(groups, run.write_recipe)
+        parallel.on_first_rank(groups, run.take_over)
         yield Session(
             recipe=recipe,
             inputs=inputs,
@@ -204,6 +255,7 @@ def open_session(
             collector=collector,
             ahead=ahead,
             trackers=_open_trackers(stack, recipe, run),
+            lock=lock,
             journal=Journal(run.state, began=began),
         )
 
@@ -214,7 +266,7 @@ def evaluate_checkpoint(recipe: Recipe, inputs: Inputs, path: Path) -> dict[str,
     Collective over all processes. Raises UserError for a checkpoint that does not fit.
     """
     groups = parallel.setup(recipe.parallel, seed=recipe.train.seed)
-    run = parallel.on_first_rank(groups, lambda: find_run(recipe, inputs.arch, path))
+    run = _found_run(recipe, inputs.arch, groups, path)
     with ExitStack() as stack:
         policy = _open_policy(stack, inputs.arch, groups, run, run.start, inputs.model)
         collector = _open_collector(stack, recipe, inputs, policy, run)
@@ -230,11 +282,18 @@ def export_checkpoint(
     a checkpoint that does not fit, RunFailed for weights that are not finite.
     """
     groups = parallel.setup(recipe.parallel, seed=recipe.train.seed)
-    run = parallel.on_first_rank(groups, lambda: find_run(recipe, arch, path))
+    run = _found_run(recipe, arch, groups, path)
     with ExitStack() as stack:
         policy = _open_policy(stack, arch, groups, run, run.start, model)
         policy.model.weights.save(out, tokenizer=recipe.model.tokenizer)
     logger.info("exported in %s: %s", recipe.model.params_dtype, out)
+
+
+def _found_run(recipe: Recipe, arch: Architecture, groups: ParallelGroups, path: Path) -> RunFolder:
+    found = parallel.on_first_rank(groups, lambda: checkpoints_at(path, "--checkpoint"))
+    chosen = checkpoint.newest_whole(found, groups)
+    assert chosen, "there is one, or it was told"
+    return parallel.on_first_rank(groups, lambda: find_run(recipe, arch, chosen))
 
 
 def _open_policy(

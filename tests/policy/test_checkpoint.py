@@ -31,7 +31,7 @@ def test_a_run_that_is_asked_to_stop(runs):
     assert found["stopped"]["left"] == ["checkpoints/step-000002"]
 
 
-@pytest.mark.parametrize("name", ["halves", "crashed", "stopped"])
+@pytest.mark.parametrize("name", ["halves", "crashed", "stopped", "full"])
 def test_an_interrupted_run_computes_what_a_whole_one_does(runs, name):
     folder, (found, _) = runs
     straight = lines(folder / "straight")
@@ -55,6 +55,18 @@ def test_a_crash_while_writing_leaves_the_checkpoint_before(runs):
     _, (found, _) = runs
     assert found["left behind"] == [".step-000003.tmp", "step-000001", "step-000002"]
     assert found["kept"] == ["step-000003", "step-000004"]
+
+
+def test_a_full_disk_is_told_in_a_line_and_leaves_nothing(runs):
+    folder, (found, other) = runs
+    full = found["full"]
+    assert "the first rank says why" in other["full"]["said"]
+    for said, reason in (("said", "File too large"), ("state", "No space left on device")):
+        assert full[said].startswith(f"{folder / 'full' / 'checkpoints'}: a checkpoint could not ")
+        assert reason in full[said]
+        assert "\n" not in full[said]
+        assert full[said].endswith("and go on with --resume auto")
+    assert full["left"] == full["left then"] == ["step-000001"]
 
 
 def test_the_prompts_of_a_lost_step_come_again(runs):
@@ -113,8 +125,8 @@ def test_responses_ahead_that_do_not_fit_are_refused_on_every_rank(runs):
     for found in runs[1]:
         refused = found["ahead"]
         assert "rollout.num_generations: expected 4, with which " in refused["other"]
-        assert "expected the " in refused["missing"]
-        assert "ahead-00000.safetensors: expected responses" in refused["torn"]
+        assert "(ahead-00001.safetensors is missing)" in refused["missing"]
+        assert "got a damaged one (ahead-0000" in refused["torn"]
         assert all(refused[name].count("\n") == 0 for name in ("other", "missing", "torn"))
 
 
@@ -142,7 +154,7 @@ def test_a_run_that_is_killed_while_it_writes_goes_on_from_its_last_checkpoint(t
     assert killed.left == []
     run = tmp_path / "runs" / "recipe" / "run-001"
     assert not (run / "summary.json").exists()
-    assert [line["step"] for line in read_metrics(run)] == [1]
+    assert [line["step"] for line in read_metrics(run)] == [1, 2]  # of which the second comes again
     words = ["train", "recipe.yaml", "--resume", "auto"]
     resumed = cli(*words, cwd=tmp_path, program=WITHOUT_REPORT)
     assert resumed.returncode == 0, resumed.stderr

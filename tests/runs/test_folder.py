@@ -2,6 +2,7 @@
 
 import json
 import os
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,13 @@ DATA = "what the problems are"
 
 
 def open_run(recipe, arch, resume=None, data=DATA):
-    return runs.open_run(recipe, arch, resume, data)
+    """The folder of a run whose newest checkpoint is whole, taken over and let go again."""
+    with ExitStack() as stack:
+        place, _ = runs.hold(runs.find_place(recipe, resume), stack)
+        chosen = next(iter(place.checkpoints), None)
+        run = runs.open_run(recipe, arch, place, chosen, data)
+        run.take_over()
+        return run
 
 
 @pytest.fixture
@@ -74,7 +81,6 @@ def test_auto_takes_the_newest_run_that_has_a_checkpoint(recipe, arch):
     run = open_run(recipe, arch)
     add_checkpoint(run, recipe, 2)
     newest = add_checkpoint(run, recipe, 8)
-    (run.checkpoints / "step-000009").mkdir()  # not whole
     open_run(recipe, arch)
     found = open_run(recipe, arch, "auto")
     assert found.path == run.path
@@ -89,8 +95,13 @@ def test_a_path_means_a_run_or_one_of_its_checkpoints(recipe, arch, monkeypatch)
     assert open_run(recipe, arch, str(run.path)).checkpoint == late
     found = open_run(recipe, arch, str(early))
     assert (found.checkpoint, found.path) == (early, run.path.absolute())
+    assert open_run(recipe, arch, "auto").checkpoint.name == early.name, "a new history"
+    aside = run.path.absolute() / "abandoned-1"
+    given_up = runs.find_run(recipe, arch, *runs.checkpoints_at(aside, "--checkpoint"))
+    assert (given_up.path, given_up.start) == (aside, found.start)
     monkeypatch.chdir(early)
-    assert runs.find_run(recipe, arch, Path(".")).path == found.path
+    assert runs.checkpoints_at(Path("."), "--checkpoint") == [early]
+    assert runs.find_run(recipe, arch, early).path == found.path
 
 
 def test_a_fixed_folder_starts_anew_only_where_nothing_is_lost(recipe, arch):
@@ -109,7 +120,8 @@ def test_weights_that_are_gone_are_missed_only_where_they_are_the_reference(reci
     (run.shared / "cold-start-x" / "config.json").unlink()
     assert open_run(recipe, arch, "auto").state.step == 2
     other = load("recipe.yaml", {"algorithm.kl_coef": "0.1"})
-    assert runs.find_run(other, arch, run.path).state.step == 2
+    (found,) = runs.checkpoints_at(run.path, "--checkpoint")
+    assert runs.find_run(other, arch, found).state.step == 2
     with pytest.raises(UserError, match=r"started from, the reference, at .*cold-start-x, got non"):
         open_run(other, arch, "auto")
     assert load(run.path / "config.yaml") == recipe  # as it was
@@ -165,3 +177,26 @@ def test_other_keys_of_the_model_s_config_are_no_other_model(recipe, arch):
     config.write_text(json.dumps({**values, "rope_theta": 5e5}))
     with pytest.raises(UserError, match=r"its rope\.theta is 500000\.0 instead"):
         open_run(recipe, read_architecture(config.parent), "auto")
+
+
+def test_a_run_that_is_being_written_is_refused_and_stays_as_it_was(recipe, arch):
+    run = open_run(recipe, arch)
+    add_checkpoint(run, recipe, 2)
+    (run.path / "lock").write_text("1 elsewhere x")
+    before = {p: p.read_bytes() for p in run.path.rglob("*") if p.is_file()}
+    with pytest.raises(UserError, match="process 1 on elsewhere"):
+        open_run(load("recipe.yaml", {"train.steps": "20"}), arch, "auto")
+    assert {p: p.read_bytes() for p in run.path.rglob("*") if p.is_file()} == before
+
+
+def test_what_is_of_no_use_any_more_goes(recipe, arch):
+    run = open_run(recipe, arch)
+    add_checkpoint(run, recipe, 2)
+    left = run.checkpoints / ".step-000003.tmp"
+    left.mkdir()
+    (run.path / "summary.json").write_text("{}")
+    open_run(load("recipe.yaml", {"train.steps": "2"}), arch, "auto")
+    assert (run.path / "summary.json").exists()
+    open_run(recipe, arch, "auto")
+    assert not left.exists()
+    assert not (run.path / "summary.json").exists(), "that of a shorter run"

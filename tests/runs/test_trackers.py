@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import resource
 import sys
 import time
 import types
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from sapo_megatron.errors import RunFailed
 from sapo_megatron.metrics import Histogram, Mean, Metrics, Points, Sum
 from sapo_megatron.recipe.schema import LoggingConfig
 from sapo_megatron.runs import trackers
@@ -75,6 +77,20 @@ def test_resume_drops_what_will_be_logged_again_and_a_line_cut_off(tmp_path, cap
     assert [r["step"] for r in _lines(tmp_path)] == [1, 2, 3, 4, 5, 6]
     assert "metrics.jsonl:6" in caplog.text
     assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_a_line_that_does_not_fit_ends_the_run_and_leaves_no_part_of_it(tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with RunTrackers(tmp_path, LoggingConfig(), {}) as t:
+        t.log(1, _metrics(0.5))
+        before = (tmp_path / "metrics.jsonl").read_bytes()
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 10, hard))
+        try:
+            with pytest.raises(RunFailed, match=r"metrics.jsonl: the line of step 2 could not be"):
+                t.log(2, _metrics(0.5))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert (tmp_path / "metrics.jsonl").read_bytes() == before
 
 
 def test_a_fresh_run_starts_an_empty_file(tmp_path):

@@ -1,10 +1,12 @@
 """What the tests of whole runs do on ranks: several runs, one after the other, in one world."""
 
 import contextlib
+import errno
 import io
 import json
 import math
 import os
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -152,6 +154,32 @@ def _lost_step(folder: Path) -> list[dict[str, Any]]:
     return [json.loads((place / "state.json").read_text())["cursor"] for place in places]
 
 
+def _full(folder: Path) -> dict[str, Any]:
+    """A run of whose second checkpoint the second rank's disk takes a part, and none of another."""
+    where, step = folder / "full", train.run_step
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def filling(session: Any, number: int) -> Any:
+        if number == 2 and dist.get_rank() == 1:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, hard))
+        return step(session, number)
+
+    train.run_step = filling
+    found = {"said": message_of(RunFailed, folder, None, train__run_dir=where, train__steps=4)}
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    train.run_step = step
+    found["left"] = sorted(p.name for p in (where / "checkpoints").iterdir())
+    checkpoint.write_state, write = _full_disk, checkpoint.write_state
+    found["state"] = message_of(RunFailed, folder, "auto", train__run_dir=where, train__steps=4)
+    checkpoint.write_state = write
+    found["left then"] = sorted(p.name for p in (where / "checkpoints").iterdir())
+    return {**found, **run(folder, "auto", train__run_dir=where, train__steps=4)}
+
+
+def _full_disk(*args: Any) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
 def resuming(folder: Path) -> dict[str, Any]:
     """Runs of four steps that were interrupted in several ways, below ``folder``."""
     if dist.get_rank() == 0:
@@ -179,6 +207,7 @@ def resuming(folder: Path) -> dict[str, Any]:
     dist.barrier()
     found["crashed"] = run(folder, "auto", train__run_dir=crashed, train__steps=4)
     found["stopped"] = _stopped(folder)
+    found["full"] = _full(folder)
     found["kept"] = sorted(p.name for p in (folder / "crashed/checkpoints").iterdir())
 
     found["ahead"] = _ahead(folder)

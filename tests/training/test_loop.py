@@ -77,6 +77,7 @@ BUDGET = [
     "eval.every=2",
     "--k=4",
     "logging.dump_every=4",
+    "checkpoint.every=2",
 ]
 
 

@@ -3,6 +3,7 @@
 import base64
 import logging
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import jinja2
@@ -21,8 +22,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Picture:
-    """A drawn figure as the template wants it: images as base64 PNG, by theme."""
+    """A drawn figure as the template wants it: images as base64 PNG, by theme; the light one is a
+    file of its own, too."""
 
+    name: str
     title: str
     caption: str
     images: dict[str, str]
@@ -39,30 +42,33 @@ def write_report(run_dir: str | Path) -> Path:
     run = read_run(run_dir)
     pictures: dict[str, list[Picture]] = {}
     missing: list[str] = []
+    for section, figures in SECTIONS.items():
+        held = [figure for figure in figures if figure.available(run)]
+        pictures[section] = [_draw(figure, run) for figure in held]
+        missing += [figure.title for figure in figures if figure not in held]
+    page = _template().render(
+        name=run.recipe.name,
+        tiles=_tiles(run),
+        rows=_rows(run),
+        smoothed=run.steps_done >= SMOOTH_FROM,
+        sections={name: drawn for name, drawn in pictures.items() if drawn},
+        missing=missing,
+    )
+    # Nothing is written before all is drawn, which takes seconds in which a process may be killed.
     with whole_folder(run_dir / "report") as folder:
-        for section, figures in SECTIONS.items():
-            held = [figure for figure in figures if figure.available(run)]
-            pictures[section] = [_draw(figure, run, folder) for figure in held]
-            missing += [figure.title for figure in figures if figure not in held]
-        page = _template().render(
-            name=run.recipe.name,
-            tiles=_tiles(run),
-            rows=_rows(run),
-            smoothed=run.steps_done >= SMOOTH_FROM,
-            sections={name: drawn for name, drawn in pictures.items() if drawn},
-            missing=missing,
-        )
+        for picture in chain.from_iterable(pictures.values()):
+            png = base64.b64decode(picture.images["light"])
+            (folder / f"{picture.name}.png").write_bytes(png)
         (folder / "index.html").write_text(page, encoding="ascii", errors="xmlcharrefreplace")
     logger.info("report: %s", run_dir / "report" / "index.html")
     return run_dir / "report" / "index.html"
 
 
-def _draw(figure: Figure, run: Run, folder: Path) -> Picture:
-    """Draw in every theme for the page; the light one is also a file of its own."""
+def _draw(figure: Figure, run: Run) -> Picture:
+    """Draw in every theme for the page."""
     images = {theme: render(figure, run, THEMES[theme]) for theme in THEMES}
-    (folder / f"{figure.name}.png").write_bytes(images["light"])
     encoded = {theme: base64.b64encode(png).decode("ascii") for theme, png in images.items()}
-    return Picture(figure.title, figure.caption, encoded)
+    return Picture(figure.name, figure.title, figure.caption, encoded)
 
 
 def _template() -> jinja2.Template:
