@@ -13,6 +13,9 @@ import numpy as np
 import torch
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
+from sapo_megatron.files import checksum
+from sapo_megatron.runs.history import MANIFEST, write_manifest
+
 
 class Calls:
     """Unpickled, it is what ``function(*args)`` returns."""
@@ -81,12 +84,23 @@ def places(checkpoint: Path) -> list[str]:
 
 
 def craft(checkpoint: Path, target: Path, place: str, value: Any) -> Path:
-    """A copy of ``checkpoint`` at ``target`` with ``value`` at ``place``, one of :func:`places`."""
+    """A copy of ``checkpoint`` at ``target`` with ``value`` at ``place``, one of :func:`places`.
+
+    Its checksums, if it has any, are those of the crafted files.
+    """
     shutil.copytree(checkpoint, target)
+    _put(target, place, value)
+    if (target / MANIFEST).exists() and place != MANIFEST:
+        files = [path for path in target.iterdir() if path.name != MANIFEST]
+        write_manifest(target, "0", {path.name: checksum(path) for path in files})
+    return target
+
+
+def _put(target: Path, place: str, value: Any) -> None:
     if (path := target / place).exists():
         plain = place in (".metadata", "state.json", "metadata.json")
         path.write_bytes(value if isinstance(value, bytes) else bytes_of(value, plain=plain))
-        return target
+        return
     described = pickle.loads((target / ".metadata").read_bytes())
     for index, where in described.storage_data.items():
         if index.fqn == place:
@@ -95,4 +109,3 @@ def craft(checkpoint: Path, target: Path, place: str, value: Any) -> Path:
                 where.offset, where.length = file.tell(), len(data)
                 file.write(data)
     (target / ".metadata").write_bytes(pickle.dumps(described))
-    return target
