@@ -32,6 +32,8 @@ from sapo_megatron.runs.state import RunState, write_state
 
 logger = logging.getLogger(__name__)
 
+LEAST_FREE = 2**26
+"""Bytes that are free where a disk is not full: what writes into one fails in many words."""
 SETTINGS = ("lr", "max_lr", "min_lr", "betas", "eps")
 """What a parameter group of Adam has of the recipe; the schedule sets its weight decay."""
 
@@ -146,14 +148,15 @@ def _leaving_nothing(temporary: Path) -> Iterator[None]:
         cause: object = error
         if isinstance(error, CheckpointException):  # the first rank knows what each came upon
             cause = next((found for found, _ in error.failures.values()), "the first rank says why")
+        if shutil.disk_usage(temporary.parents[1]).free < LEAST_FREE:
+            cause = "no space is left on the disk"
         if dist.get_rank() == 0:
             shutil.rmtree(temporary, ignore_errors=True)
         if isinstance(error, RunFailed):
             raise
-        free = shutil.disk_usage(temporary.parents[1]).free / 2**30
         raise RunFailed(
-            f"{temporary.parent}: a checkpoint could not be written ({one_line(cause, 200)}; "
-            f"{free:.1f} GiB free); make room, or mend it, and go on with --resume auto"
+            f"{temporary.parent}: a checkpoint could not be written ({one_line(cause, 200)}); mend "
+            f"that and go on with --resume auto"
         ) from error
 
 

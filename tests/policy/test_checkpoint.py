@@ -60,8 +60,8 @@ def test_a_crash_while_writing_leaves_the_checkpoint_before(runs):
 def test_a_full_disk_is_told_in_a_line_and_leaves_nothing(runs):
     folder, (found, other) = runs
     full = found["full"]
-    assert "the first rank says why" in other["full"]["said"]
-    for said, reason in (("said", "File too large"), ("state", "No space left on device")):
+    assert "(no space is left on the disk)" in other["full"]["said"]
+    for said, reason in (("said", "no space is left"), ("state", "No space left on device")):
         assert full[said].startswith(f"{folder / 'full' / 'checkpoints'}: a checkpoint could not ")
         assert reason in full[said]
         assert "\n" not in full[said]
