@@ -5,6 +5,7 @@
 
 import itertools
 import os
+import random
 
 import pytest
 
@@ -42,7 +43,10 @@ def test_every_value_of_one_key_of_each_kind(tmp_path, monkeypatch):
     path.write_text(MINIMAL)
     names = ["train.steps", "optimizer.lr", "logging.wandb_project", "model.path", "data.eval"]
     monkeypatch.setattr(mutations, "keys", lambda: names)
-    assert [outcome for outcome in mutations._values(path) if outcome.problem] == []
+    count = len(mutations.NUMBERS) + len(mutations.OTHERS) + len(mutations.REFUSED)
+    tried = list(mutations._values(path, random.Random(0), count))
+    assert len(tried) == 5 * count
+    assert [outcome for outcome in tried if outcome.problem] == []
 
 
 @pytest.mark.parametrize("text", ["010", "1:30", "0x10", "0b11", "0o17"])
