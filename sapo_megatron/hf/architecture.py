@@ -127,16 +127,15 @@ def parse_architecture(config: Any, path: str | Path = "config.json") -> Archite
     """What ``config`` says; ``path`` is the file that messages name. Raises UserError."""
     if not isinstance(config, dict):
         raise UserError(f"{path}: expected a JSON object, got {type(config).__name__}")
-    Config(config, path, "any").check_unread()
+    outer = Config(config, path, "any")
     config = text_model(config)
     kind = config.get("model_type")
     if not (isinstance(kind, str) and kind in _FAMILIES):
         raise not_ours(kind, path)
     c = Config(config, path, kind)
-    c.check_unread()
     check_quantization(c.given("quantization_config", dict), path)
     c.only("hidden_act", "silu")
-    c.only("layer_types", "full_attention")
+    c.only("layer_types", "full_attention", listed=True)
     read_attention, read_experts = _FAMILIES[kind]
     attention = read_attention(c)
     arch = Architecture(
@@ -147,7 +146,7 @@ def parse_architecture(config: Any, path: str | Path = "config.json") -> Archite
         ffn_hidden_size=c.whole("intermediate_size"),
         vocab_size=c.whole("vocab_size"),
         max_position_embeddings=c.whole("max_position_embeddings"),
-        norm_eps=c.number("rms_norm_eps", most=1),
+        norm_eps=c.number("rms_norm_eps", most=0.1),
         tied_embeddings=c.flag("tie_word_embeddings", default=False),
         attention=attention,
         rope=_rope(c, latent=isinstance(attention, LatentAttention)),
@@ -157,6 +156,8 @@ def parse_architecture(config: Any, path: str | Path = "config.json") -> Archite
     width = arch.ffn_hidden_size + (e.number * e.hidden_size if e else 0)
     most = arch.hidden_size * (3 * arch.num_layers * width + arch.vocab_size)
     c.must(most < 1e14, "hidden_size", "a model of fewer than 1e14 weights")
+    c.check_types()
+    outer.check_types()
     return arch
 
 
@@ -192,7 +193,7 @@ def _glm4_attention(c: Config) -> GroupedQueryAttention:
 
 def _minimax_attention(c: Config) -> GroupedQueryAttention:
     c.only("attention_bias", False)
-    c.only("attn_type_list", 1)  # 0: linear attention
+    c.only("attn_type_list", 1, listed=True)  # 0: linear attention
     c.only("use_qk_norm", True)
     c.only("qk_norm_type", "per_layer")
     return _grouped_query(c, qkv_bias=False, qk_norm=True, joint_norm=True)

@@ -20,20 +20,34 @@ _ROPE = ("rope_theta", "partial_rotary_factor")
 MOST_PARTS, LARGEST = 2**16, 2**24
 """The most layers, heads and experts, and the largest other size, that are taken for meant."""
 _COUNTS = ("num_", "n_", "first_k_", "topk_")
-_UNREAD: dict[type, str] = {
-    int: "bos_token_id pad_token_id max_window_layers num_nextn_predict_layers num_mtp_modules "
-    "mtp_transformer_layers pretraining_tp sliding_window ep_size shared_expert_intermediate_size",
-    float: "attention_dropout initializer_range router_aux_loss_coef aux_loss_alpha",
-    bool: "use_cache output_router_logits seq_aux use_mtp qkv_bias",
-    str: "dtype torch_dtype transformers_version",
-    list: "architectures",
-    dict: "auto_map vision_config text_config",
+_TYPES: dict[type, str] = {
+    int: "bos_token_id decoder_sparse_step ep_size first_k_dense_replace head_dim kv_lora_rank "
+    "max_window_layers moe_intermediate_size moe_layer_freq mtp_transformer_layers n_group "
+    "n_routed_experts n_shared_experts num_experts num_experts_per_tok num_key_value_heads "
+    "num_local_experts num_mtp_modules num_nextn_predict_layers pad_token_id pretraining_tp "
+    "q_lora_rank qk_nope_head_dim qk_rope_head_dim rotary_dim shared_expert_intermediate_size "
+    "shared_intermediate_size sliding_window topk_group v_head_dim",
+    float: "attention_dropout aux_loss_alpha initializer_range partial_rotary_factor "
+    "routed_scaling_factor router_aux_loss_coef router_jitter_noise",
+    bool: "attention_bias norm_topk_prob output_router_logits qkv_bias seq_aux use_cache use_mtp "
+    "use_qk_norm use_routing_bias use_sliding_window",
+    str: "dtype hidden_act qk_norm_type scoring_func topk_method torch_dtype transformers_version",
+    list: "architectures attn_type_list layer_types mlp_layer_types mlp_only_layers",
+    dict: "auto_map text_config vision_config",
 }
-"""Keys that are not read here, by their types."""
+"""Of keys that some family reads, or that only others do, the types."""
 
 
 def _any(value: Any) -> bool:
     return True
+
+
+def _small(value: int) -> bool:
+    return -1 <= value <= LARGEST
+
+
+def _share(value: float) -> bool:
+    return 0 <= value <= 1000
 
 
 class Config:
@@ -61,13 +75,16 @@ class Config:
             got = json.dumps(self.values.get(name))
             raise UserError(f"{self.path}: {name}: expected {expected}, got {got}; correct it")
 
-    def check_unread(self) -> None:
-        """Raises UserError for the wrong type in a key that others read, who get it in exports."""
-        for kind, names in _UNREAD.items():
-            for name in names.split():
-                if self.values.get(name) is not None:
-                    what = f"{kind.__name__.replace('dict', 'object')} or null"
-                    self._get((name,), (int, float) if kind is float else kind, what, _any)
+    def check_types(self) -> None:
+        """Raises UserError for a value of another type, also in a key that is only exported."""
+        for kind, names in _TYPES.items():
+            for name in filter(lambda name: self.values.get(name) is not None, names.split()):
+                if kind is int:
+                    self._get((name,), int, f"a whole number >= -1 and <= {LARGEST}", _small)
+                elif kind is float:
+                    self._get((name,), (int, float), "a number >= 0 and <= 1000", _share)
+                else:
+                    self._get((name,), kind, f"{kind.__name__.replace('dict', 'object')}", _any)
         ends = self.values.get("eos_token_id")
         tokens = ends if isinstance(ends, list) else [ends]
         whole = all(token is None or type(token) is int for token in tokens)
@@ -84,13 +101,13 @@ class Config:
             return kind()
         return self._get((name,), kind, "an object" if kind is dict else "a list", _any)
 
-    def only(self, name: str, value: Any) -> None:
+    def only(self, name: str, value: Any, *, listed: bool = False) -> None:
         """Raises UserError for any other value of a key, which may be left out.
 
-        Of a list: for any that has another element.
+        Where it is ``listed``: for a list that has another element.
         """
         got = self.values.get(name)
-        given = [x for x in (got if isinstance(got, list) else [got]) if x is not None]
+        given = got if listed and isinstance(got, list) else [] if got is None else [got]
         same_kind = isinstance(value, bool)
         others = [x for x in given if x != value or isinstance(x, bool) is not same_kind]
         if others:

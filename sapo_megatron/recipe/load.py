@@ -21,9 +21,16 @@ from pydantic.fields import FieldInfo
 from sapo_megatron.errors import UserError, nearest, one_line
 from sapo_megatron.files import read_text
 from sapo_megatron.recipe.check import check
-from sapo_megatron.recipe.peers import PEER_KEYS
 from sapo_megatron.recipe.schema import LARGEST, SMALLEST, Recipe
 
+PEER_KEYS = {
+    name: key
+    for line in Path(__file__).with_name("peers.txt").read_text(encoding="utf-8").splitlines()
+    for key, names in [line.split(": ")]
+    for name in names.split()
+}
+"""What other projects call keys of ours: verl, slime, miles, TRL, ms-swift, SkyRL, NeMo-RL, AReaL,
+OpenRLHF and Megatron-LM."""
 _PATH_KEYS = (
     "model.path",
     "model.architecture",

@@ -8,12 +8,10 @@ tags, or after "Answer:" and its likes; what stands last counts, and what is tho
 import re
 from collections.abc import Iterator
 from decimal import Decimal
-from typing import NamedTuple
 
 _THINKING = re.compile(r"<(/?)(?:think|thinking|thought)>", re.IGNORECASE)
 _MARK = re.compile(
     r"""(?P<box>\\(?:boxed|fbox)\s*\{)
-    | (?P<short>\\(?:boxed|fbox)\s+(?=[^\s{]))
     | (?P<tag><answer>)
     | (?P<hashes>^\#{4}[ \t]*(?=[-+$\\]*[\d.][^a-z\n]*$))
     | (?P<heading>^[ \t#*_>]*(?:the\s)?(?:final\s|correct\s)?answer[ \t#*_]*\n)
@@ -43,19 +41,15 @@ LONGEST, MOST_WORDS = 500, 12
 """An answer of more characters, or more words of prose, is a text and no value."""
 
 
-class Found(NamedTuple):
-    """An answer that a text gives."""
-
-    text: str
-    final: bool
-    """Whether it is in a box or a tag: then nothing before it counts, whatever it holds."""
+Found = tuple[str, bool]
+"""An answer that a text gives, and whether it is final: before a box or a tag nothing counts."""
 
 
 def given_answer(answer: str) -> str:
     """What a dataset's answer comes down to: the end of a solution, money without its sign, 1e-05
     in full. Empty where it is cut off."""
-    found = next(candidates(answer), Found(answer, final=False))
-    return number_in_full(bare(found.text))
+    found, _ = next(candidates(answer), (answer, False))
+    return number_in_full(bare(found))
 
 
 def unverifiable(answer: str) -> str:
@@ -82,17 +76,13 @@ def candidates(response: str) -> Iterator[Found]:
     """
     said = outside_thinking(response)
     for mark in reversed(list(_MARK.finditer(said))):
-        if mark["box"]:
-            yield Found(_boxes(said, mark), final=True)
-            return
-        if mark["tag"]:
-            content, closed, _ = said[mark.end() :].partition("</answer>")
-            yield Found(content.strip() if closed else "", final=True)
-            return
-        if mark["short"]:
-            yield Found(re.split(r"[\s$]", said[mark.end() :], maxsplit=1)[0], final=True)
-            return
-        yield Found(_line(said[mark.end() :]), final=False)
+        rest = said[mark.end() :]
+        if not (mark["box"] or mark["tag"]):
+            yield _line(rest), False
+            continue
+        content, closed, _ = rest.partition("</answer>")
+        yield (_boxes(said, mark) if mark["box"] else content.strip() if closed else ""), True
+        return
 
 
 def outside_thinking(response: str) -> str:
@@ -128,7 +118,8 @@ def squeezed(text: str) -> str:
 
 def says_something(text: str) -> bool:
     """Whether a text holds a number, a formula or a single letter, and not words alone."""
-    return re.search(r"\d|[\\$=]|(?<![a-zA-Z])[a-zA-Z](?![a-zA-Z])", text) is not None
+    letter = r"(?<![a-zA-Z])(?!(?:a|I)\s+[a-z])[a-zA-Z](?![a-zA-Z])"
+    return re.search(rf"\d|[\\$=]|{letter}", text) is not None
 
 
 def _boxes(said: str, last: re.Match[str]) -> str:
@@ -171,8 +162,8 @@ def _line(rest: str) -> str:
 
 
 def bare(text: str) -> str:
-    """Without signs of money, which LaTeX takes for the beginning of a formula."""
-    text = text.replace(r"\$", "").strip()
+    """Without signs of money, with which LaTeX begins a formula, and with one kind of minus."""
+    text = text.replace(r"\$", "").replace("\u2212", "-").strip()
     return re.sub(r"\$(?=[\d.])", "", text) if text.count("$") % 2 else text
 
 

@@ -38,9 +38,9 @@ def math_verify(prompt: Prompt, response: str) -> float:
 
     right = _given(_answer(prompt))
     response = f"<think>{response}" if prompt.thinking else response
-    for found in candidates(response):
-        if found.final or says_something(found.text) or squeezed(found.text) == squeezed(right):
-            return float(found.text != "" and _same(right, found.text))
+    for found, final in candidates(response):
+        if final or says_something(found) or squeezed(found) == squeezed(right):
+            return float(found != "" and _same(right, found))
     said = bare(outside_thinking(response))
     if squeezed(right) == squeezed(said) or choice(right)[0] == last_choice(said) != "":
         return 1.0

@@ -122,3 +122,45 @@ def test_values_of_the_wrong_kind(family, changes, part):
         parse_architecture(FAMILIES[family] | changes, "here/config.json")
     assert part in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "part"),
+    [
+        ("qwen3", {"use_cache": "yes"}, "use_cache: expected bool, got 'yes'"),
+        ("qwen3", {"architectures": "Qwen3"}, "architectures: expected list"),
+        (
+            "qwen3",
+            {"attention_dropout": "0"},
+            "attention_dropout: expected a number >= 0 and <= 1000",
+        ),
+        ("qwen3", {"bos_token_id": 1.5}, "bos_token_id: expected a whole number >= -1"),
+        ("qwen3", {"eos_token_id": ["</s>"]}, "eos_token_id: expected a whole number, or a list"),
+        ("qwen3", {"use_qk_norm": "x"}, "use_qk_norm: expected bool, got 'x'"),
+        ("qwen3", {"hidden_act": []}, "hidden_act: expected"),
+        ("qwen3", {"initializer_range": float("inf")}, "initializer_range: expected a number"),
+        ("deepseek-v3", {"num_key_value_heads": "x"}, "num_key_value_heads: expected a whole"),
+        ("qwen3", {"vision_config": 3}, "vision_config: expected object"),
+        ("qwen3", {"attention_bias": 0}, "attention_bias: expected false"),
+        ("minimax-m2", {"shared_intermediate_size": False}, "shared_intermediate_size: expected 0"),
+        ("qwen3", {"num_hidden_layers": 10**9}, "num_hidden_layers: expected a whole number >= 1"),
+        ("qwen3", {"vocab_size": 10**30}, "vocab_size: expected a whole number >= 1 and <= 16777"),
+        ("qwen3", {"rms_norm_eps": 2.0}, "rms_norm_eps: expected a finite number > 0 and <= 0.1"),
+        ("qwen3", {"rope_theta": 1e300}, "rope_theta: expected a finite number > 0 and <= 1e+12"),
+        ("qwen3", {"num_key_value_heads": 3}, "num_key_value_heads: expected a divisor of"),
+        ("qwen3", {"head_dim": 15}, "head_dim: expected an even number"),
+        ("qwen3-moe", {"mlp_only_layers": ["0"]}, "mlp_only_layers: expected numbers of layers"),
+        ("qwen3-moe", {"mlp_only_layers": [99]}, "mlp_only_layers: expected numbers of layers"),
+        ("deepseek-v3", {"n_group": 3}, "n_group: expected a divisor of"),
+        ("deepseek-v3", {"topk_group": 99}, "topk_group: expected at most"),
+        (
+            "qwen3",
+            {"num_hidden_layers": 60000, "hidden_size": 2**23, "intermediate_size": 2**23},
+            "hidden_size: expected a model of fewer than 1e14 weights",
+        ),
+    ],
+)
+def test_values_that_cannot_be_meant(family, changes, part):
+    with pytest.raises(UserError) as caught:
+        parse_architecture(FAMILIES[family] | changes, "here/config.json")
+    assert f"here/config.json: {part}" in str(caught.value)

@@ -414,3 +414,45 @@ def test_in_and_out_again(tmp_path):
     again = cli(*export, cwd=tmp_path)
     assert again.returncode == 2
     assert "not there yet" in again.stderr
+
+
+def put(model, file, tensors):
+    """More tensors, in a file of their own that the index names."""
+    index = json.loads((model / INDEX).read_text())
+    save_file(tensors, model / file)
+    index["weight_map"].update(dict.fromkeys(tensors, file))
+    (model / INDEX).write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.layers.4.mlp.gate.weight",
+        "model.layers.0.self_attn.q_proj.bias",
+        "model.layers.0.mlp.gate_proj.weight",
+        "model.layers.0.mlp.experts.99.up_proj.weight",
+        "model.layers.0.mlp.shared_experts.up_proj.weight",
+        "model.layers.00.input_layernorm.weight",
+        "model.visual.patch.weight",
+        "mtp.layers.0.weight",
+        "score.weight",
+        "lm_head.bias",
+    ],
+)
+def test_a_tensor_that_nothing_reads(model, name):
+    put(model, "extra.safetensors", {name: torch.ones(2)})
+    with pytest.raises(UserError, match="got one that nothing reads") as caught:
+        WeightFiles(model).left_out(read_architecture(model))
+    assert f"extra.safetensors: {name}: expected the tensors of the 4 layers" in str(caught.value)
+
+
+def test_one_tensor_by_two_names(model):
+    put(model, "extra.safetensors", {"model.language_model.norm.weight": torch.ones(2)})
+    with pytest.raises(UserError, match="the files are of two models"):
+        WeightFiles(model)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_tensor_of_a_family_is_read(tmp_path, family):
+    make_model(family, tmp_path)
+    assert WeightFiles(tmp_path).left_out(read_architecture(tmp_path)) == ""
