@@ -149,7 +149,7 @@ def _step_table(plan: Plan) -> str:
     step, batches, train = plan.step, plan.batches, plan.recipe.train
     sent = "  ".join(f"{name} {size / GIB:.1f}" for name, size in step.bytes_sent.items() if size)
     waits = f"; pipeline bubble {_bubble(plan):.0%}" if plan.layout.pp > 1 else ""
-    idle, ahead = plan.layout.dp - batches.mini_batch, plan.recipe.rollout.async_steps > 0
+    idle = plan.layout.dp - batches.mini_batch
     waits += f"; {idle} of {plan.layout.dp} data-parallel ranks get none" if idle > 0 else ""
     taken, made = seconds(plan)
     each = 1e3 * sum(made.decode_step.values())
@@ -167,7 +167,7 @@ def _step_table(plan: Plan) -> str:
             for name, (stage, took) in passes.items()
         },
         "hand-over": f"{taken.handover:.0f} s",
-        "step": f"{taken.step:.0f} s (estimated){', rollout and training at once' * ahead}",
+        "step": f"{taken.step:.0f} s (all of these are estimated)",
         "GiB sent per GPU": f"{sent or 'nothing'} (log-probs and updates)",
     }
     at_most = "as long as it may be"
