@@ -112,8 +112,6 @@ APART = (
     Row(**LLAMA, release="0.3", mean=900, gpus=8, layout=(1, 1, 1, 1), seconds=112),
 )
 """With which they are not."""
-STATED = (ROWS[0], ROWS[5])
-"""One model on its trainer's GPUs in a node each, one across nodes."""
 
 
 @functools.cache
@@ -214,9 +212,8 @@ def test_measured_steps(row):
     assert got == pytest.approx(documented(row)[0], abs=0.011)
 
 
-@pytest.mark.parametrize("row", STATED, ids=lambda row: row.words)
-def test_a_row_from_the_others(row):
-    assert 1 / 1.5 <= predicted(row) <= 1.5
+def test_a_row_from_the_others():
+    assert 1 / 1.5 <= predicted(ROWS[0]) <= 1.5
 
 
 @pytest.mark.slow

@@ -160,7 +160,7 @@ def _step_table(plan: Plan) -> str:
         "updates": f"{train.num_mini_batches} of {batches.mini_batch} sequences, "
         f"{batches.micro_batches} micro-batches per rank{waits}",
         "rollout": f"{taken.rollout:.0f} s: {made.engine}, {made.at_once:.0f} sequences at once, "
-        f"{each:.0f} ms a decode step",
+        f"{each:.0f} ms a step",
         **{
             name: f"{took:.0f} s: {_short(step.flops[stage])}FLOP, "
             f"{_at_peak(plan, step.flops[stage]):.3g} s at the GPUs' peak"
