@@ -362,7 +362,7 @@ def test_micro_batches_are_those_of_training(name, settings):
     layout = Layout.of(recipe, recipe.cluster.nodes * 8)
     batches = Batches.of(recipe, layout)
     multiple = 2 * layout.cp if layout.cp > 1 else 1
-    fed = -(-(batches.longest - 1) // multiple) * multiple
+    fed = -(-(batches.length - 1) // multiple) * multiple
     rows = plan_micro_batches(
         [fed] * batches.mini_batch,
         layout.dp,

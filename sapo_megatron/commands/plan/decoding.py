@@ -26,41 +26,25 @@ class Rollout:
     """Seconds of a step with so many, by what they are spent on."""
 
 
-def rollout(plan: Plan, constants: Constants) -> Rollout:
-    """A rollout whose sequences have the plan's mean length, prompt included."""
-    if plan.recipe.rollout.engine == "in_process":
-        return _in_process(plan, constants)
-    return _on_servers(plan, constants)
-
-
 def server_gpus(plan: Plan) -> int:
-    """GPUs of a server; of one that others start, as few as hold the weights in half of theirs."""
+    """GPUs of a server; of one that others start, as few as hold the weights in half of theirs.
+
+    Unless the recipe says how many.
+    """
     r = plan.recipe.rollout
+    if r.server_tensor_parallel_size > 1 or not r.servers:
+        return r.server_tensor_parallel_size
     weights = plan.parameters.total * BYTES[plan.recipe.model.params_dtype]
     needed = 2 * weights / (VLLM_SHARE * plan.gpu.memory_gib * GIB)
-    fewest = 2 ** max(math.ceil(math.log2(needed)), 0) if r.servers else 1
-    return max(r.server_tensor_parallel_size, fewest)
+    return 2 ** max(math.ceil(math.log2(needed)), 0)
 
 
-def batches_together(plan: Plan) -> int:
-    """Steps' batches that servers work on at once: new weights wait until they have none left."""
-    return 1
-
-
-def _servers(plan: Plan, gpus: int) -> int:
-    r, cluster = plan.recipe.rollout, plan.recipe.cluster
-    if r.colocate and r.num_servers is None:
-        return max(plan.layout.world_size // gpus, 1)
-    nodes = -(-plan.layout.world_size // cluster.gpus_per_node)
-    return len(r.servers) or nodes * (r.num_servers or 1)
-
-
-def _in_process(plan: Plan, constants: Constants) -> Rollout:
+def in_process(plan: Plan, c: Constants) -> Rollout:
     """Batches one after the other, each until its longest response ends, at the limit."""
     r, at_once = plan.recipe.rollout, plan.batches.generated_at_once
     batches = -(-plan.batches.sequences // plan.layout.dp_cp // at_once)
     context = longest(plan.recipe) - r.max_response_length / 2
-    each = _decode_step(plan, constants, plan.layout.tp, at_once, context, launch=constants.launch)
+    each = _decode_step(plan, c, plan.layout.tp, at_once, context, launch=c.launch)
     return Rollout(
         seconds=batches * r.max_response_length * sum(each.values()),
         engine=f"in process, {batches} batches in turn",
@@ -69,42 +53,35 @@ def _in_process(plan: Plan, constants: Constants) -> Rollout:
     )
 
 
-def _on_servers(plan: Plan, c: Constants) -> Rollout:
-    """Batches that servers keep full and that run out, their lengths exponential up to the limit.
+def on_servers(plan: Plan, c: Constants) -> Rollout:
+    """A batch with which servers are full until it runs out.
 
-    Each token ends a response with the same chance, such that the mean is the plan's.
+    Each token ends a response with the same chance, such that the mean is the plan's: lengths are
+    exponential, up to the limit.
     """
-    r, gpus = plan.recipe.rollout, server_gpus(plan)
-    servers = _servers(plan, gpus)
-    prompt = plan.length * r.max_prompt_length / longest(plan.recipe)
-    response = plan.length - prompt
-    together = batches_together(plan)
-    asked = together * plan.batches.sequences / servers
+    r, world, gpus = plan.recipe.rollout, plan.layout.world_size, server_gpus(plan)
+    number = (r.num_servers or 1) * -(-world // plan.recipe.cluster.gpus_per_node)
+    if r.colocate and r.num_servers is None:
+        number = max(world // gpus, 1)
+    number = len(r.servers) or number
+    limit, prompt = r.max_response_length, plan.length * r.max_prompt_length / longest(plan.recipe)
+    response, asked = plan.length - prompt, plan.batches.sequences / number
     at_once = min(asked, r.server_concurrency, _held(plan, gpus))
-    rate = _rate(response / r.max_response_length)
+    rate = _rate(response / limit)
     times = [(i + 0.5) / SLICES for i in range(SLICES)]
     left = [math.exp(-rate * time) for time in times]
 
-    def step(share: float, made: float) -> dict[str, float]:
-        return _decode_step(plan, c, gpus, at_once * share, prompt + made, launch=c.graph)
+    def step(share: float, time: float) -> dict[str, float]:
+        return _decode_step(plan, c, gpus, at_once * share, prompt + time * limit, launch=c.graph)
 
-    mean = sum(n * t for n, t in zip(left, times, strict=True)) / sum(left)
-    full = step(1.0, mean * r.max_response_length)
-    last = sum(
-        sum(step(share, time * r.max_response_length).values())
-        for share, time in zip(left, times, strict=True)
-    )
-    seconds = last * r.max_response_length / SLICES
-    seconds += (asked / at_once - 1) * response * sum(full.values())
+    pairs = list(zip(left, times, strict=True))
+    full = step(1.0, sum(share * time for share, time in pairs) / sum(left))
+    last = sum(sum(step(share, time).values()) for share, time in pairs) / SLICES
+    seconds = last * limit + (asked / at_once - 1) * response * sum(full.values())
     # The responses to a prompt share what is computed of it.
-    prompts = r.rollout_batch_size * together / servers * prompt
-    seconds += prompts * _computing(plan, c, gpus)
-    return Rollout(
-        seconds=seconds / together,
-        engine=f"{servers} vLLM servers of {gpus} GPUs",
-        at_once=at_once,
-        decode_step=full,
-    )
+    seconds += r.rollout_batch_size / number * prompt * _computing(plan, c, gpus)
+    engine = f"{number} vLLM servers of {gpus} GPUs"
+    return Rollout(seconds=seconds, engine=engine, at_once=at_once, decode_step=full)
 
 
 def _rate(share: float) -> float:

@@ -7,42 +7,34 @@ from sapo_megatron.recipe.schema import GpuName
 
 @dataclass(frozen=True, kw_only=True)
 class Gpu:
-    """Figures of data sheets (docs/plan.md); of a node, of one with eight GPUs."""
+    """What data sheets say, in bytes/s and one direction where not said (docs/plan.md)."""
 
     memory_gib: float
     """What the driver reports as total (``nvidia-smi``, MiB / 1024)."""
     host_memory_gib: float
-    """Of a node. Assumed: about the least of NVIDIA's DGX and the large clouds."""
+    """Of a node with eight. Assumed: about the least of NVIDIA's DGX and the large clouds."""
     tflops: float
     """Peak of dense bf16 matrix products, 1e12 FLOP/s."""
     memory: float
-    """Bytes/s of its memory."""
     nvlink: float
-    """Bytes/s to the other GPUs of a node, in one direction, as all that follow."""
     network: float
-    """Bytes/s to other nodes: one network card a GPU."""
+    """To other nodes: one network card a GPU."""
     pcie: float
-    """Bytes/s to the host."""
     host: float
-    """Bytes/s of a node's host memory."""
+    """Of the host memory of a node with eight."""
 
 
-_HOPPER = {"tflops": 989.0, "nvlink": 450e9, "network": 50e9, "pcie": 64e9, "host": 614e9}
+def _gpu(mib: int, *rest: float) -> Gpu:
+    names = ("host_memory_gib", "tflops", "memory", "nvlink", "network", "pcie", "host")
+    return Gpu(memory_gib=mib / 1024, **dict(zip(names, rest, strict=True)))
+
 
 GPUS: dict[GpuName, Gpu] = {
-    "a100-80gb": Gpu(
-        **{"memory_gib": 81920 / 1024, "host_memory_gib": 1152, "tflops": 312, "memory": 2.04e12},
-        **{"nvlink": 300e9, "network": 25e9, "pcie": 32e9, "host": 410e9},
-    ),
-    "h100-80gb": Gpu(**_HOPPER, memory_gib=81559 / 1024, host_memory_gib=1740, memory=3.35e12),
-    "h20-96gb": Gpu(
-        **{**_HOPPER, "tflops": 148}, memory_gib=97871 / 1024, host_memory_gib=1740, memory=4.0e12
-    ),
-    "h200-141gb": Gpu(**_HOPPER, memory_gib=143771 / 1024, host_memory_gib=1850, memory=4.8e12),
-    "b200-180gb": Gpu(
-        **{"memory_gib": 183359 / 1024, "host_memory_gib": 2000, "tflops": 2250, "memory": 8.0e12},
-        **{"nvlink": 900e9, "network": 50e9, "pcie": 64e9, "host": 717e9},
-    ),
+    "a100-80gb": _gpu(81920, 1152, 312, 2.04e12, 300e9, 25e9, 32e9, 410e9),
+    "h100-80gb": _gpu(81559, 1740, 989, 3.35e12, 450e9, 50e9, 64e9, 614e9),
+    "h20-96gb": _gpu(97871, 1740, 148, 4.0e12, 450e9, 50e9, 64e9, 614e9),
+    "h200-141gb": _gpu(143771, 1850, 989, 4.8e12, 450e9, 50e9, 64e9, 614e9),
+    "b200-180gb": _gpu(183359, 2000, 2250, 8.0e12, 900e9, 50e9, 64e9, 717e9),
 }
 """SXM boards, eight to a node as NVIDIA's HGX systems have them."""
 

@@ -149,7 +149,7 @@ def _step_table(plan: Plan) -> str:
     step, batches, train = plan.step, plan.batches, plan.recipe.train
     sent = "  ".join(f"{name} {size / GIB:.1f}" for name, size in step.bytes_sent.items() if size)
     waits = f"; pipeline bubble {_bubble(plan):.0%}" if plan.layout.pp > 1 else ""
-    idle, ahead = plan.layout.dp - batches.mini_batch, plan.recipe.rollout.async_steps > 0
+    idle = plan.layout.dp - batches.mini_batch
     waits += f"; {idle} of {plan.layout.dp} data-parallel ranks get none" if idle > 0 else ""
     taken, made = seconds(plan)
     each = 1e3 * sum(made.decode_step.values())
@@ -160,14 +160,14 @@ def _step_table(plan: Plan) -> str:
         "updates": f"{train.num_mini_batches} of {batches.mini_batch} sequences, "
         f"{batches.micro_batches} micro-batches per rank{waits}",
         "rollout": f"{taken.rollout:.0f} s: {made.engine}, {made.at_once:.0f} sequences at once, "
-        f"{each:.0f} ms a decode step",
+        f"{each:.0f} ms a step",
         **{
             name: f"{took:.0f} s: {_short(step.flops[stage])}FLOP, "
             f"{_at_peak(plan, step.flops[stage]):.3g} s at the GPUs' peak"
             for name, (stage, took) in passes.items()
         },
         "hand-over": f"{taken.handover:.0f} s",
-        "step": f"{taken.step:.0f} s (estimated){', rollout and training at once' * ahead}",
+        "step": f"{taken.step:.0f} s (all of these are estimated)",
         "GiB sent per GPU": f"{sent or 'nothing'} (log-probs and updates)",
     }
     at_most = "as long as it may be"

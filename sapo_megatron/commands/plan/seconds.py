@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass
 
 from sapo_megatron.commands.plan import Plan
 from sapo_megatron.commands.plan.activations import IMBALANCE
-from sapo_megatron.commands.plan.decoding import Rollout, rollout
+from sapo_megatron.commands.plan.decoding import Rollout, in_process, on_servers
 from sapo_megatron.commands.plan.gpus import CONSTANTS, Constants
 from sapo_megatron.commands.plan.layout import away
 from sapo_megatron.commands.plan.memory import BYTES, sharded
@@ -40,16 +40,18 @@ class Seconds:
 
 
 def seconds(plan: Plan, constants: Constants = CONSTANTS) -> tuple[Seconds, Rollout]:
-    """The plan's step, with rollout and training overlapped where the recipe runs ahead."""
+    """The plan's step, with rollout and training overlapped where servers run ahead."""
     recipe, updates = plan.recipe, plan.recipe.train.num_mini_batches
-    made = rollout(plan, constants)
+    here = recipe.rollout.engine == "in_process"
+    made = (in_process if here else on_servers)(plan, constants)
     logprobs = _passes(plan, constants, Passes(frozen(recipe), 0), drains=1)
     update = _passes(plan, constants, update_passes(recipe), drains=updates)
     update += updates * _optimizer(plan, constants)
-    handover = 0.0 if recipe.rollout.engine == "in_process" else _handover(plan, constants)
+    handover = 0.0 if here else _handover(plan, constants)
     both = (made.seconds, logprobs + update)
-    # New weights wait for all that is under way.
-    step = handover + (max(both) if recipe.rollout.async_steps else sum(both))
+    # In process nothing overlaps; on servers new weights wait for all that is under way.
+    ahead = recipe.rollout.async_steps > 0 and not here
+    step = handover + (max(both) if ahead else sum(both))
     parts = {"logprobs": logprobs, "update": update, "handover": handover, "step": step}
     return Seconds(rollout=made.seconds, **parts), made
 
