@@ -19,6 +19,7 @@ import resource
 import select
 import signal
 import sys
+import threading
 from collections.abc import Mapping
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -180,10 +181,14 @@ def _outlive(worker: int, connection: Connection) -> int:
     """
     import psutil
 
-    poll = select.poll()
-    poll.register(connection, 0)  # which still tells that the other end is closed
-    poll.register(os.pidfd_open(worker), select.POLLIN)
-    poll.poll()
+    def end_with_owner() -> None:
+        poll = select.poll()
+        poll.register(connection, 0)  # which still tells that the other end is closed
+        poll.poll()
+        os.kill(worker, signal.SIGKILL)
+
+    threading.Thread(target=end_with_owner, daemon=True).start()
+    os.waitid(os.P_PID, worker, os.WEXITED | os.WNOWAIT)
     status = 0
     while True:
         for child in psutil.Process().children():

@@ -81,7 +81,7 @@ def fails_on_short(prompt: Prompt, response: str) -> float:
 
 def tells_two_apart(prompt: Prompt, response: str) -> float:
     """A reward that differs between responses to the source's first two prompts alone."""
-    return zlib.crc32(response.encode()) / 2**32 if prompt.uid < 2 else 0.0
+    return zlib.crc32(response.encode()) / 2**32 if prompt.uid < 3 else 0.0
 
 
 def breaks(prompt: Prompt, response: str) -> float:
