@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 ROLLOUTS = {"fp32": "float32", "bf16": "bfloat16", "fp8": "bfloat16"}
 TRAINERS = {"fp32": "float32", "bf16": "bfloat16"}
 THRESHOLDS = (0.5, 0.8, 0.95)
-PROMPTS, PROMPT, RESPONSE = 256, 32, 96
+PROMPTS, PROMPT, RESPONSE = 128, 32, 96
 """Responses, and tokens of a prompt and a response."""
 
 

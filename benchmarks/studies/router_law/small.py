@@ -63,8 +63,8 @@ def main() -> None:
     inputs = preflight(recipe, 1)
     groups = parallel.setup(recipe.parallel, seed=recipe.train.seed)
     (RUN / "metrics.jsonl").unlink(missing_ok=True)  # of an attempt that did not come to its end
-    run = open_run(recipe, inputs.arch, None)
-    with open_session(recipe, inputs, groups, run, began=time.monotonic()) as session:
+    run = open_run(recipe, inputs.arch, None, None)
+    with open_session(inputs, groups, run, began=time.monotonic()) as session:
         found = of_session(session)
     found["cpu_s"] = round(time.process_time() - began, 1)
     write_whole(path, json.dumps(found, indent=1) + "\n")
