@@ -151,7 +151,7 @@ def test_a_rounded_router_ties(monkeypatch, last_first):
 def of_folder(model, text, out, recipe=None):
     """What a rank of the command comes to."""
     return folder.of_folder(
-        argparse.Namespace(model=model, recipe=recipe, text=text, length=32, blocks=2, out=out)
+        argparse.Namespace(model=model, recipe=recipe, text=text, length=32, blocks=1, out=out)
     )
 
 

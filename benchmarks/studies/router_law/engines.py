@@ -11,7 +11,6 @@ with its own experts, with the rollout's (R3), and with those that its scores be
 import argparse
 import json
 import logging
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from sapo_megatron.files import whole_folder, write_whole
 from sapo_megatron.hf import fp8
 from sapo_megatron.policy.decode import MegatronDecoder
 from sapo_megatron.policy.model import Model
+from sapo_megatron.policy.routers import ModelRouters
 from sapo_megatron.rollout.engine import Request, SamplingParams
 from sapo_megatron.rollout.generate import generate
 from sapo_megatron.sample import PackedBatch, Sample
@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 ROLLOUTS = {"fp32": "float32", "bf16": "bfloat16", "fp8": "bfloat16"}
 TRAINERS = {"fp32": "float32", "bf16": "bfloat16"}
 THRESHOLDS = (0.5, 0.8, 0.95)
-PROMPTS, PROMPT, RESPONSE = 256, 32, 96
+PROMPTS, PROMPT, RESPONSE = 128, 32, 96
 """Responses, and tokens of a prompt and a response."""
 
 
@@ -85,7 +85,6 @@ def sampled(folder: Path, dtype: str) -> list[Sample]:
 def compared(folder: Path, dtype: str, samples: Sequence[Sample]) -> dict[str, Any]:
     """A trainer that reads what a rollout has sampled."""
     recipe = recipe_of(folder, dtype=dtype)
-    found: dict[str, Any] = {}
     with opened(folder, router="own", recipe=recipe) as policy:
         model = policy.model
         batches = micro_batches(samples, policy.groups.micro_batching(recipe))
@@ -93,23 +92,15 @@ def compared(folder: Path, dtype: str, samples: Sequence[Sample]) -> dict[str, A
         free, held = read(model, batches), read(model, batches, held=rollout)
         found = point(summed(model, batches, rollout, held, free))
         found["router_flip_by_layer"] = by_layer(batches, rollout, free)
-    if model.routers.moe_layers:
-        found["graded"] = {
-            f"{threshold:g}": graded(folder, dtype, samples, threshold) for threshold in THRESHOLDS
-        }
+        layers = model.routers.moe_layers
+        for threshold in THRESHOLDS if layers else ():
+            model.routers = ModelRouters(model.chunks, model.config, layers, threshold=threshold)
+            held = read(model, batches, held=rollout)
+            numbers = point(summed(model, batches, rollout, held, held))
+            found.setdefault("graded", {})[f"{threshold:g}"] = {
+                name: numbers[name] for name in ("var_a", "kl_held", "k3_held", "extreme_held")
+            }
     return found
-
-
-def graded(folder: Path, dtype: str, samples: Sequence[Sample], threshold: float) -> dict[str, Any]:
-    """What is left with the experts that the trainer's scores bear out."""
-    recipe = recipe_of(folder, dtype=dtype, threshold=threshold)
-    with opened(folder, router="own", recipe=recipe) as policy:
-        model = policy.model
-        batches = micro_batches(samples, policy.groups.micro_batching(recipe))
-        rollout = as_read(model, batches)
-        held = read(model, batches, held=rollout)
-        numbers = point(summed(model, batches, rollout, held, held))
-    return {name: numbers[name] for name in ("var_a", "kl_held", "k3_held", "extreme_held")}
 
 
 def as_read(model: Model, batches: Sequence[PackedBatch]) -> Read:
@@ -129,19 +120,16 @@ def main() -> None:
     logger.setLevel(logging.INFO)
     for name in names:
         path = RESULTS / f"engines-{name.replace(', ', '-').replace(' ', '-')}.json"
-        if path.exists():
-            continue
-        began = time.process_time()
-        folder, found = folder_of(name), {}
+        folder = folder_of(name)
+        found = json.loads(path.read_text())["pairs"] if path.exists() else {}
         for rollout, dtype in ROLLOUTS.items():
+            pairs = {f"{rollout} rollout, {trainer} trainer": t for trainer, t in TRAINERS.items()}
+            if pairs.keys() <= found.keys():
+                continue
             samples = sampled(in_fp8(folder) if rollout == "fp8" else folder, dtype)
-            for trainer, of_trainer in TRAINERS.items():
-                found[f"{rollout} rollout, {trainer} trainer"] = compared(
-                    folder, of_trainer, samples
-                )
-                logger.info("%s: %s rollout, %s trainer", name, rollout, trainer)
-        said = {"model": name, "pairs": found, "cpu_s": round(time.process_time() - began, 1)}
-        write_whole(path, json.dumps(said, indent=1) + "\n")
+            found |= {pair: compared(folder, trainer, samples) for pair, trainer in pairs.items()}
+            write_whole(path, json.dumps({"model": name, "pairs": found}, indent=1) + "\n")
+            logger.info("%s: %s rollout", name, rollout)
 
 
 if __name__ == "__main__":

@@ -137,14 +137,14 @@ BIAS = 0.1
 """Standard deviation of a selection bias, where a router has one."""
 
 
-def recipe_of(folder: Path, *, dtype: str = "float32", threshold: float = 0.0) -> Recipe:
+def recipe_of(folder: Path, *, dtype: str = "float32") -> Recipe:
     """One process; micro-batches of 4096 tokens."""
     return Recipe(
         name="router-law",
         model=ModelConfig(path=str(folder), params_dtype=dtype, moe_aux_loss_coeff=1e-3),
         data=DataConfig(train=SourceConfig()),
         train=TrainConfig(max_tokens_per_gpu=4096),
-        routing=RoutingConfig(prob_every=0, replay_threshold=threshold),
+        routing=RoutingConfig(prob_every=0),
     )
 
 

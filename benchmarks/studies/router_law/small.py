@@ -45,9 +45,9 @@ SETTINGS = {
     "train.run_dir": str(RUN),
 }
 WARM_STEPS = 3
-ROLLOUTS = 40
-"""Of 256 responses each, that are measured."""
-SIZES = (0.3, 1.0, 3.0, 10.0)
+ROLLOUTS = (24, 100)
+"""Fewest and most that are measured, of 256 responses each."""
+SIZES = (1.0, 3.0, 10.0)
 MINI_BATCH, ROUNDS, SEEDS = 128, 8, 3
 """Responses of a mini-batch, mini-batches that a mean was over, runs that a median was over."""
 WORLDS = 400
@@ -63,8 +63,8 @@ def main() -> None:
     inputs = preflight(recipe, 1)
     groups = parallel.setup(recipe.parallel, seed=recipe.train.seed)
     (RUN / "metrics.jsonl").unlink(missing_ok=True)  # of an attempt that did not come to its end
-    run = open_run(recipe, inputs.arch, None)
-    with open_session(recipe, inputs, groups, run, began=time.monotonic()) as session:
+    run = open_run(recipe, inputs.arch, None, None)
+    with open_session(inputs, groups, run, began=time.monotonic()) as session:
         found = of_session(session)
     found["cpu_s"] = round(time.process_time() - began, 1)
     write_whole(path, json.dumps(found, indent=1) + "\n")
@@ -78,9 +78,8 @@ def of_session(session: Session) -> dict[str, Any]:
     update(session)
     direction = weights.direction()
     weights.restore()
-    rollouts = [responses(session) for _ in range(ROLLOUTS)]
-    text = Text(session.policy, recipe, rollouts.__getitem__)
-    sums = {e: measured(weights, text, direction, e, (ROLLOUTS, ROLLOUTS)) for e in SIZES}
+    text = Text(session.policy, recipe, lambda number: responses(session))
+    sums = {e: measured(weights, text, direction, e, ROLLOUTS) for e in SIZES}
     found: dict[str, Any] = {"points": {f"{e:g}": point(s) for e, s in sums.items()}}
     found["few"] = {f"{e:g}": windows(s) for e, s in sums.items()}
     return found
