@@ -89,7 +89,7 @@ class Case:
 
 
 def cases() -> list[Case]:
-    """All runs: the first seed's, then those of the others, the hardest first; then controls.
+    """All runs, what says most first: a seed of most conditions, then N = 16 on all; last controls.
 
     Controls are the losses at N = 1, where ratios are 1 and all of them have one gradient, and
     ``old_policy: rollout`` in step, where both engines have one policy.
@@ -104,8 +104,10 @@ def cases() -> list[Case]:
     )
     controls = [*one, ("sapo", ASYNC_N, 0, "rollout")]
     first, *others = SEEDS
-    made = [Case(*row, first) for row in [*four, *sixteen, *eight, *two]]
-    for rows in (sixteen, eight, four, two):
+    made = [Case(*row, first) for row in [*four, *sixteen, *eight]]
+    made += [Case(*row, seed) for seed in others for row in sixteen]
+    made += [Case(*row, first) for row in two]
+    for rows in (eight, four, two):
         made += [Case(*row, seed) for seed in others for row in rows]
     return made + [Case(*row, seed) for seed in SEEDS for row in controls]
 

@@ -36,10 +36,10 @@ ASYNC: list[Arm] = [
     )
 ]
 MEASURED = (
-    ("log_var", "{:.1e}"),
-    ("sampler_kl", "{:.1e}"),
-    ("ratio_max", "{:.1e}"),
-    ("grad_norm_max", "{:.0f}"),
+    ("log_var", "{:.4f}"),
+    ("sampler_kl", "{:z.4f}"),
+    ("ratio_max", "{:.3g}"),
+    ("grad_norm_max", "{:.3g}"),
 )
 """Keys of a run that have a column each."""
 COLOURS = {"sapo": "#1b6ca8", "grpo": "#d95f02", "gspo": "#4d4d4d", "vespo": "#3a923a"}
@@ -94,7 +94,7 @@ def of_arms(results: Results, arms: Iterable[Arm]) -> list[list[str]]:
                 name_of(arm),
                 str(arm[1]),
                 str(arm[2]),
-                f"{sum(v.collapsed for v in verdicts)} of {len(runs)}",
+                f"{sum(v.collapsed for v in verdicts)} of {len(runs)}" if runs else "not run",
                 cell([v.end for v in verdicts], "{:.2f}"),
                 cell([v.fall for v in verdicts], "{:.2f}"),
                 *(cell([run[key] for run in runs], form) for key, form in MEASURED),
@@ -119,6 +119,8 @@ def share(runs: Iterable[dict[str, Any]]) -> str:
     swaps, total, router = (
         sum(split[name] for split in splits) for name in ("swaps", "total", "router")
     )
+    if not splits:
+        return "-"
     if swaps < LEAST_SWAPS or not total > 0:
         return f"unknown ({swaps:.0f} swaps)"
     return f"{router / total:.1%} ({swaps:.0f} swaps)"
@@ -170,7 +172,8 @@ def draw_curves(results: Results, arms: list[Arm], place: int, title: str, path:
         ax.grid(alpha=0.25)
         ax.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("held-out problems answered rightly (avg@4)")
-    axes[0].legend(frameon=False, fontsize=8)
+    lines = {line.get_label(): line for ax in axes for line in ax.get_legend_handles_labels()[0]}
+    figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncol=4, frameon=False)
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
