@@ -57,6 +57,8 @@ def save(
     )
     tracked = tensor_parallel.get_cuda_rng_tracker().get_states()
     save_file({"torch": torch.get_rng_state(), **tracked}, _rng_file(temporary))
+    # Over the world: the folder has every rank's files before it gets its name.
+    dist.barrier(policy.groups.world)
     if torch.cuda.is_available():
         # The writer copied the whole state through pinned memory, which torch would keep.
         torch._C._host_emptyCache()

@@ -15,6 +15,7 @@ from typing import Any
 import torch.distributed as dist
 
 from sapo_megatron.data.batch import denominators, micro_batches, split_mini_batches
+from sapo_megatron.launcher import noting
 from sapo_megatron.metrics import Max, Mean, Metrics
 from sapo_megatron.policy import parallel
 from sapo_megatron.recipe.schema import Recipe
@@ -42,7 +43,10 @@ def train(
     data = None if new_data else inputs.source.digest()
     run = parallel.on_first_rank(groups, lambda: open_run(recipe, inputs.arch, resume, data))
     logger.info("run folder: %s", run.path)
-    with open_session(inputs, groups, run, began=began) as session:
+    with (
+        noting(run.path, dist.get_rank()),
+        open_session(inputs, groups, run, began=began) as session,
+    ):
         return run_steps(session)
 
 

@@ -105,7 +105,9 @@ def test_no_file_elsewhere_is_read(plain, tmp_path, name):
 COMMANDS = {
     "train": lambda recipe, inputs, path, out: train(recipe, inputs, str(path)),
     "eval": lambda recipe, inputs, path, out: evaluate_checkpoint(recipe, inputs, path),
-    "export": export_checkpoint,
+    "export": lambda recipe, inputs, path, out: export_checkpoint(
+        recipe, inputs.model, inputs.arch, path, out
+    ),
 }
 
 
