@@ -324,6 +324,8 @@ def _on_all_processes(
         inputs = (preflight if _speaks() else read_inputs)(recipe, processes, fresh=fresh)
     if not launched and processes > 1:
         return launch(processes, ["sapo_megatron", *words])
+    if STORE in os.environ and not recipe.rollout.servers:  # to which NCCL brings the weights
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
     work(inputs)
     from sapo_megatron.policy import parallel
 
@@ -393,7 +395,8 @@ def _fail(error: Exception, status: int, debug: bool, *, everywhere: bool) -> in
     if debug:
         logger.exception("")
     if everywhere or _speaks():
-        who = f"rank {os.environ['RANK']}: " if everywhere and "RANK" in os.environ else ""
+        of_a_rank = "RANK" in os.environ and (everywhere or not _is_main())
+        who = f"rank {os.environ['RANK']}: " if of_a_rank else ""
         sys.stderr.write(f"error: {who}{one_line(error)}\n")
     return status
 

@@ -1,8 +1,8 @@
 """Ranks on one machine: ``python -m sapo_megatron.launcher PROCESSES MODULE WORDS...``.
 
 As ``torchrun --standalone`` would start them, but nothing listens beyond this machine: the ranks
-meet in a file of a folder that is only their owner's, and talk over the loopback interface. They
-end when the launcher does, however that comes about.
+meet in a file of a folder that is only their owner's, and gloo listens on loopback. They end when
+the launcher does, however that comes about.
 """
 
 import contextlib
@@ -98,11 +98,10 @@ def note(run: Path, rank: int, what: str) -> None:
 
 def _environment(rank: int, processes: int, store: Path) -> dict[str, str]:
     threads = str(max((os.cpu_count() or 1) // processes, 1))
-    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes}
+    place: dict[str, object] = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes}
     place |= {"LOCAL_WORLD_SIZE": processes, STORE: store, PARENT: os.getpid()}
     ours = {name: str(value) for name, value in place.items()}
-    loopback = dict.fromkeys(("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"), "lo")
-    return {"OMP_NUM_THREADS": threads, **os.environ, **ours, **loopback}
+    return {"OMP_NUM_THREADS": threads, **os.environ, **ours, "GLOO_SOCKET_IFNAME": "lo"}
 
 
 def _wait(running: dict[int, int], failed: dict[int, int], limit_s: float) -> None:

@@ -9,9 +9,14 @@ import sys
 import time
 import uuid
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch.distributed as dist
 
+from sapo_megatron.errors import RunFailed, UserError
+from sapo_megatron.policy import parallel
+from tests.support.gloo import run_ranks
 from tests.support.tiny import ROOT, bearing, end, still_there, write_recipe
 
 LAUNCHER = ("sapo_megatron.launcher", "2")
@@ -42,7 +47,7 @@ def start(tmp_path):
         end(mark)
 
 
-def until(true, timeout=250.0):
+def until(true, timeout=600.0):
     last = time.monotonic() + timeout
     while not (found := true()):
         assert time.monotonic() < last
@@ -118,3 +123,32 @@ def test_a_run_listens_to_this_machine_alone_and_ends_with_its_launcher(start, t
     process.kill()
     process.wait()
     assert still_there(mark) == []
+
+
+def raised(errors):
+    """What each of ``errors``, by rank, comes to on this rank."""
+    said = []
+    for by_rank in errors:
+        groups = SimpleNamespace(world=dist.group.WORLD)
+        try:
+            with parallel.failing_together(groups):
+                if error := by_rank[dist.get_rank()]:
+                    raise error
+        except Exception as caught:
+            said.append((type(caught).__name__, str(caught)))
+    return said
+
+
+def test_what_fails_on_one_rank_names_it():
+    errors = [
+        (None, UserError("model.path: this")),
+        (RunFailed("both"), RunFailed("both")),
+        (OSError(28, "No space left on device"), None),
+    ]
+    first, second = run_ranks(2, raised, errors)
+    assert first == second
+    assert first == [
+        ("UserError", "rank 1: model.path: this"),
+        ("RunFailed", "both"),
+        ("RunFailed", "rank 0: [Errno 28] No space left on device"),
+    ]

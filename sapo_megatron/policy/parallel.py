@@ -286,10 +286,9 @@ def _init_process_group(backend: str, timeout_s: float) -> None:
     timeout = timedelta(seconds=timeout_s)
     if store := os.environ.get(STORE):
         # All ranks are on this machine: a file, and nothing that others could talk to.
-        rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        dist.init_process_group(
-            backend, init_method=f"file://{store}", rank=rank, world_size=size, timeout=timeout
-        )
+        size = int(os.environ["WORLD_SIZE"])
+        rank, meeting = int(os.environ["RANK"]), dist.FileStore(store, size)
+        dist.init_process_group(backend, store=meeting, rank=rank, world_size=size, timeout=timeout)
     elif launched():
         try:
             dist.init_process_group(backend, timeout=timeout)

@@ -129,7 +129,7 @@ def _measured(
     # A rank knows its place from its environment: these have one of their own.
     outer = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     env = {name: value for name, value in os.environ.items() if name not in (*outer, STORE, PARENT)}
-    env["OMP_NUM_THREADS"] = "1"
+    env |= {"OMP_NUM_THREADS": "1", "NCCL_SOCKET_IFNAME": "lo"}
     if where == "reference":
         env["CUDA_VISIBLE_DEVICES"] = ""
     module = ["sapo_megatron.commands.qualify.worker", str(mine)]
