@@ -61,8 +61,8 @@ $(STAMP): requirements.txt pyproject.toml
 
 # For instance: make train ARGS="--loss_type grpo train.steps=3"
 train: venv
-	OMP_NUM_THREADS=1 $(BIN)/python -m torch.distributed.run --standalone \
-		--nproc-per-node $(PROCESSES) -m sapo_megatron train $(RECIPE) $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m sapo_megatron.launcher $(PROCESSES) \
+		sapo_megatron train $(RECIPE) $(ARGS)
 
 # All tests on the megatron-core of requirements.txt, then some of them on the other release; with
 # ARGS, those tests on the first alone: make test ARGS="tests/objective/test_sapo.py -k gate"

@@ -20,5 +20,10 @@ shift
 run_dir=$(run_folder "$recipe" "${JOB_ID:-$(date +%Y%m%d-%H%M%S)-$$}")
 processes=$(processes_here)
 
-become "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$processes" \
-    -m sapo_megatron train "$recipe" --resume auto "train.run_dir=$run_dir" "$@"
+if [[ $processes == gpu ]]; then
+    IFS=, read -ra gpus <<<"${CUDA_VISIBLE_DEVICES:-$(nvidia-smi --list-gpus | paste -sd,)}"
+    processes=${#gpus[@]}
+fi
+
+become "$PYTHON" -m sapo_megatron.launcher "$processes" \
+    sapo_megatron train "$recipe" --resume auto "train.run_dir=$run_dir" "$@"

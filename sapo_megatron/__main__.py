@@ -9,6 +9,7 @@ import dataclasses
 import json
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from typing import Any, NoReturn
 
 from sapo_megatron.errors import RunFailed, UserError, one_line
 from sapo_megatron.files import write_whole
+from sapo_megatron.launcher import STORE, join, launch
 from sapo_megatron.patches import HOSTS
 from sapo_megatron.recipe.check import smallest_world
 from sapo_megatron.recipe.load import expanded, load
@@ -42,6 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
     words = sys.argv[1:] if argv is None else list(argv)
     debug = "--debug" in words
+    join()
     _set_up_logging(debug)
     _set_up_environment()
     try:
@@ -62,6 +65,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(error, 1, debug, everywhere=False)
     except OSError as error:  # a full disk, say, and maybe on this process alone
         return _fail(error, 1, debug, everywhere=True)
+    except RuntimeError as error:
+        if "RANK" not in os.environ:
+            raise
+        if lost := re.search(r"Connection (closed|reset) by peer|[Tt]imed out|NCCL", str(error)):
+            what = RunFailed(
+                f"no answer of the other ranks ({lost[0]}); they tell why, or are gone"
+            )
+            return _fail(what, 1, debug, everywhere=True)
+        return _fail(error, 1, True, everywhere=True)
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
 
@@ -311,34 +323,13 @@ def _on_all_processes(
     else:  # once a machine: what all would stumble over, one looks for and tells
         inputs = (preflight if _speaks() else read_inputs)(recipe, processes, fresh=fresh)
     if not launched and processes > 1:
-        return _launch(processes, words)
+        return launch(processes, ["sapo_megatron", *words])
+    if STORE in os.environ and not recipe.rollout.servers:  # to which NCCL brings the weights
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
     work(inputs)
     from sapo_megatron.policy import parallel
 
     parallel.shutdown()
-    return 0
-
-
-def _launch(processes: int, words: list[str]) -> int:
-    """Run this program on this machine as torchrun would; returns its exit status."""
-    from torch.distributed import run
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-
-    os.environ.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // processes, 1)))
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    options = ["--standalone", "--nproc-per-node", str(processes), "-m", "sapo_megatron"]
-    try:
-        run.run(run.parse_args([*options, *words]))
-    except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        if failure.exitcode < 0:
-            name = signal.Signals(-failure.exitcode).name
-            raise RunFailed(f"process {rank} was ended by {name} (out of memory?)") from None
-        # It has said why.
-        return failure.exitcode if failure.exitcode in (1, 2) else 1
-    except SignalException as error:
-        return 128 + error.sigval
     return 0
 
 
@@ -361,13 +352,14 @@ def _overrides(words: Sequence[str]) -> dict[str, str]:
 
 def _launched_world() -> int:
     """The number of processes that were started. Raises UserError where that is not said."""
-    for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+    meeting = () if STORE in os.environ else ("MASTER_ADDR", "MASTER_PORT")
+    for name in ("WORLD_SIZE", *meeting):
         if not os.environ.get(name):
             raise UserError(
                 f"{name}: expected it in the environment beside RANK, got none; start with "
                 f"torchrun, or unset RANK"
             )
-    for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"):
+    for name in ("RANK", "WORLD_SIZE", *meeting[1:]):
         if not os.environ[name].isdecimal():
             raise UserError(f"{name}: expected a whole number, got {os.environ[name]!r}; change it")
     return int(os.environ["WORLD_SIZE"])
@@ -403,7 +395,9 @@ def _fail(error: Exception, status: int, debug: bool, *, everywhere: bool) -> in
     if debug:
         logger.exception("")
     if everywhere or _speaks():
-        sys.stderr.write(f"error: {one_line(error)}\n")
+        of_a_rank = "RANK" in os.environ and (everywhere or not _is_main())
+        who = f"rank {os.environ['RANK']}: " if of_a_rank else ""
+        sys.stderr.write(f"error: {who}{one_line(error)}\n")
     return status
 
 

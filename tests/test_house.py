@@ -17,7 +17,7 @@ from tests.support.tiny import ROOT
 PACKAGE = ROOT / "sapo_megatron"
 FLOORS = (
     ("__init__", "errors", "files", "sample", "splitmix"),
-    ("metrics",),
+    ("launcher", "metrics"),
     ("hf",),
     ("recipe",),
     ("objective", "routing", "data"),

@@ -156,8 +156,8 @@ NODES = {"NNODES": "2:4", "MASTER_ADDR": "node7", "JOB_ID": "j1"}
             ["recipe.yaml", "--loss_type", "grpo", "logging.wandb_name=two words"],
             {"JOB_ID": "j1"},
             [
-                *[*TORCHRUN, "--standalone", "--nproc-per-node", "2"],
-                *["-m", "sapo_megatron", "train", "recipe.yaml", "--resume", "auto"],
+                *[sys.executable, "-m", "sapo_megatron.launcher", "2"],
+                *["sapo_megatron", "train", "recipe.yaml", "--resume", "auto"],
                 *["train.run_dir=runs/recipe/j1"],
                 *["--loss_type", "grpo", "logging.wandb_name=two words"],
             ],
@@ -210,7 +210,11 @@ def test_one_process_a_gpu_unless_told(start, tmp_path):
     path = two_gpus(tmp_path)
     run = start("single_node.sh", "recipe.yaml", DRY_RUN="1", NPROC_PER_NODE=None, PATH=path)
     assert run.wait() == 0
-    assert "--nproc-per-node gpu" in run.said
+    assert " sapo_megatron.launcher 2 sapo_megatron train " in run.said
+    env = {"NPROC_PER_NODE": None, "PATH": path, "CUDA_VISIBLE_DEVICES": "1"}
+    one = start("single_node.sh", "recipe.yaml", DRY_RUN="1", **env)
+    assert one.wait() == 0
+    assert " sapo_megatron.launcher 1 sapo_megatron train " in one.said
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import sentencepiece
 
 from sapo_megatron.errors import UserError, one_line
+from sapo_megatron.hf.folder import check_inside
 
 logger = logging.getLogger(__name__)
 
@@ -203,6 +204,8 @@ def load_tokenizer(
     embeddings does not have.
     """
     place = Path(path)
+    if place.is_dir():
+        check_inside(place)
     model_file = place / "tokenizer.model" if place.is_dir() else place
     fast = (place / "tokenizer.json", place / "tokenizer_config.json")
     tokenizer: Tokenizer

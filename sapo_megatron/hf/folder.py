@@ -40,6 +40,7 @@ SAME = (
 """What a model must have in common with ``model.architecture``; the rest is its own affair."""
 NOT_WEIGHTS = ("*.json", "*.jinja", "*.txt", "*.model", "*.py", "tiktoken*")
 """What a model folder holds beside weights: its configuration and its tokenizer."""
+TEMPLATES = ("additional_chat_templates", "additional_chat_templates/*")
 OTHER_FORMATS = ("*.gguf", "pytorch_model*.bin", "consolidated*.pth")
 LFS = b"version https://git-lfs"
 """How a file begins that stands for one which git LFS has not fetched."""
@@ -76,6 +77,7 @@ def _find(path: str, patterns: list[str]) -> Path:
 
 def _checked(folder: Path) -> Path:
     """``folder``, if what it holds beside weights is a model's. Raises UserError."""
+    check_inside(folder)
     if (adapter := folder / "adapter_config.json").exists():
         raise UserError(
             f"{adapter}: expected a whole model, got an adapter; merge it into its base model "
@@ -86,6 +88,35 @@ def _checked(folder: Path) -> Path:
     for path in itertools.chain(*map(folder.glob, NOT_WEIGHTS)):
         _refuse_pointer(path)
     return folder
+
+
+def check_inside(folder: Path) -> None:
+    """Refuse a folder that would have files from elsewhere read, or copied. Raises UserError.
+
+    Those are links out of it, unless into the ``blobs`` of its Hugging Face cache, and what its
+    tokenizer's settings have transformers open.
+    """
+    home = Path(os.path.realpath(folder))
+    blobs = home.parents[1] / "blobs" if home.parent.name == "snapshots" else home
+    for path in itertools.chain(*map(folder.glob, ("*.safetensors", *NOT_WEIGHTS, *TEMPLATES))):
+        real = Path(os.path.realpath(path))
+        if not real.is_relative_to(home) and real.parent != blobs:
+            raise UserError(
+                f"{path}: expected a file in this folder, got a link to {real}; put the file there"
+            )
+    path = folder / "tokenizer_config.json"
+    try:
+        settings = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError):
+        return  # who needs it will say so
+    for key, value in settings.items() if isinstance(settings, dict) else ():
+        names = value if isinstance(value, list) else [value]
+        opened = key.endswith(("_file", "_files")) and key != "special_tokens_map_file"
+        if opened and any(isinstance(name, str) and Path(name).name != name for name in names):
+            raise UserError(
+                f"{path}: {key}: expected the name of a file in this folder, got {value!r}; put "
+                f"the file there"
+            )
 
 
 def _without_weights(folder: Path) -> UserError:
@@ -222,13 +253,13 @@ class WeightFiles:
         Raises UserError, naming the file, for weights that are missing, cut short, of two
         generations, or in a dtype that is not read. ``config.json`` has been read before.
         """
+        check_inside(folder)
         self.folder = folder
         self._files: dict[str, Path] = {}
         self._stored: dict[str, str] = {}
         """The names on disk."""
         self._open: dict[Path, Any] = {}
         for path, names in self._listed().items():
-            self._check_inside(path)
             self._open[path] = _opened(path)
             held = set(self._open[path].keys())
             for name in held if names is None else names:
@@ -285,16 +316,6 @@ class WeightFiles:
                 f"remove it if it is of another model, or download the index again"
             )
         return listed
-
-    def _check_inside(self, path: Path) -> None:
-        """Refuse a link out of the folder, or out of the model's part of a Hugging Face cache."""
-        home = Path(os.path.realpath(self.folder))
-        root = home.parents[1] if home.parent.name == "snapshots" else home
-        real = Path(os.path.realpath(path))
-        if not real.is_relative_to(root):
-            raise UserError(
-                f"{path}: expected a file in this folder, got a link to {real}; put the file there"
-            )
 
     def _check_scales(self) -> None:
         """Refuse fp8 weights that their scales, or ``config.json``, do not fit."""

@@ -18,6 +18,7 @@ from torch.distributed import ProcessGroup
 
 from sapo_megatron.data.batch import MicroBatching
 from sapo_megatron.errors import RunFailed, UserError, one_line
+from sapo_megatron.launcher import STORE
 from sapo_megatron.policy import cpu
 from sapo_megatron.policy.machine import check_parallel
 from sapo_megatron.recipe.schema import ParallelConfig, Recipe
@@ -233,8 +234,8 @@ def on_first_rank(groups: ParallelGroups, function: Callable[[], T]) -> T:
 def failing_together(groups: ParallelGroups) -> Iterator[None]:
     """A RunFailed, UserError or OSError of one rank in the block is raised on every rank behind it.
 
-    Collective over all ranks, each of which must come to the block's end, or out of it by such an
-    error, without waiting for another.
+    It names the rank unless all ranks have one. Collective over all ranks, each of which must come
+    to the block's end, or out of it by such an error, without waiting for another.
     """
     mine: Exception | None = None
     try:
@@ -244,8 +245,12 @@ def failing_together(groups: ParallelGroups) -> Iterator[None]:
     errors: list[Any] = [None] * dist.get_world_size()
     # Over the world: every rank comes here, whatever happened in its block.
     dist.all_gather_object(errors, mine, group=groups.world)
-    first = next((error for error in errors if error is not None), None)
-    if first is not None:
+    failed = [rank for rank, error in enumerate(errors) if error is not None]
+    if failed:
+        first = errors[failed[0]]
+        if len(failed) < len(errors):
+            kind = UserError if isinstance(first, UserError) else RunFailed
+            first = kind(f"rank {failed[0]}: {first}")
         raise first from None
 
 
@@ -279,7 +284,12 @@ def teardown() -> None:
 
 def _init_process_group(backend: str, timeout_s: float) -> None:
     timeout = timedelta(seconds=timeout_s)
-    if launched():
+    if store := os.environ.get(STORE):
+        # All ranks are on this machine: a file, and nothing that others could talk to.
+        size = int(os.environ["WORLD_SIZE"])
+        rank, meeting = int(os.environ["RANK"]), dist.FileStore(store, size)
+        dist.init_process_group(backend, store=meeting, rank=rank, world_size=size, timeout=timeout)
+    elif launched():
         try:
             dist.init_process_group(backend, timeout=timeout)
         except dist.DistNetworkError as error:

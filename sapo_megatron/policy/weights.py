@@ -26,7 +26,7 @@ from sapo_megatron.errors import RunFailed
 from sapo_megatron.files import whole_file, whole_folder
 from sapo_megatron.hf.architecture import Architecture
 from sapo_megatron.hf.config import in_both_spellings, tokenizer_for_both
-from sapo_megatron.hf.folder import INDEX, NOT_WEIGHTS, Listed, WeightFiles
+from sapo_megatron.hf.folder import INDEX, NOT_WEIGHTS, Listed, WeightFiles, check_inside
 from sapo_megatron.hf.names import Entry, Named, Plain, entry
 from sapo_megatron.policy import parallel
 from sapo_megatron.policy.gpt import LogprobGPT
@@ -387,6 +387,7 @@ def _beside_weights(source: Path) -> list[Path]:
     """The tokenizer and the like in a model folder, or a tokenizer's one file."""
     if source.is_file():
         return [source]
+    check_inside(source)
     found = (path for pattern in NOT_WEIGHTS for path in source.glob(pattern))
     return [path for path in found if path.name not in ("config.json", INDEX)]
 

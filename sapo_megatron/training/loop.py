@@ -16,6 +16,7 @@ from typing import Any
 import torch.distributed as dist
 
 from sapo_megatron.data.batch import denominators, micro_batches, split_mini_batches
+from sapo_megatron.launcher import noting
 from sapo_megatron.metrics import Max, Mean, Metrics
 from sapo_megatron.policy import parallel
 from sapo_megatron.recipe.schema import Recipe
@@ -42,6 +43,7 @@ def train(
     groups = parallel.setup(recipe.parallel, seed=recipe.train.seed)
     with ExitStack() as stack:
         run, lock = opened_run(stack, recipe, inputs, groups, resume, new_data=new_data)
+        stack.enter_context(noting(run.path, dist.get_rank()))
         session = stack.enter_context(open_session(inputs, groups, run, lock, began=began))
         return run_steps(session)
 

@@ -10,9 +10,17 @@ import torch.distributed as dist
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from sapo_megatron.data.tokenizer import load_tokenizer
 from sapo_megatron.errors import UserError
 from sapo_megatron.hf.architecture import LatentAttention, read_architecture
-from sapo_megatron.hf.folder import INDEX, WeightFiles, check_same, find_architecture, find_model
+from sapo_megatron.hf.folder import (
+    INDEX,
+    WeightFiles,
+    check_inside,
+    check_same,
+    find_architecture,
+    find_model,
+)
 from sapo_megatron.policy import parallel, weights
 from sapo_megatron.policy.model import Model
 from sapo_megatron.recipe.load import load
@@ -178,6 +186,67 @@ def test_links_within_a_hugging_face_cache(whole, tmp_path):
     path.symlink_to(f"../../../models--C--D/blobs/{number}")
     with pytest.raises(UserError, match=rf"{path.name}: .* got a link to .*models--C--D/"):
         WeightFiles(snapshot)
+
+
+BESIDE = [
+    *("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"),
+    *("special_tokens_map.json", "chat_template.jinja", "merges.txt", "tokenizer.model"),
+    *("modeling.py", "tiktoken.bpe", "additional_chat_templates/tools.jinja"),
+    "additional_chat_templates",
+]
+
+
+@pytest.mark.parametrize("name", BESIDE)
+@pytest.mark.parametrize("target", ["../elsewhere", "/etc/hostname", "here/../../elsewhere"])
+def test_links_of_what_is_beside_weights(tmp_path, name, target):
+    model = tmp_path / "model"
+    (model / name).parent.mkdir(parents=True)
+    (model / "here").mkdir()
+    (tmp_path / "elsewhere").write_text("{}")
+    (model / name).symlink_to(target if "/" not in name else model / target)
+    for read in (
+        lambda: find_model(str(model)),
+        lambda: WeightFiles(model),
+        lambda: load_tokenizer(str(model), 100),
+        lambda: weights._beside_weights(model),
+    ):
+        with pytest.raises(UserError) as caught:
+            read()
+        message = str(caught.value)
+        assert message.startswith(f"{model / name}: expected a file in this folder, got a link to")
+        assert "\n" not in message
+
+
+def test_links_within_a_folder(whole, tmp_path):
+    model = shutil.copytree(whole, tmp_path / "model")
+    (model / "tokenizer.json").symlink_to("config.json")
+    (model / "unread").symlink_to("/etc")
+    assert find_model(str(model)) == model
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"vocab_file": "/etc/passwd"}, "vocab_file: expected the name of a file in this folder"),
+        ({"tokenizer_file": "../x/tokenizer.json"}, "tokenizer_file: "),
+        ({"merges_file": "a/../../merges.txt"}, "merges_file: "),
+        ({"fast_tokenizer_files": ["../tokenizer.1.0.json"]}, "fast_tokenizer_files: "),
+        ({"fast_tokenizer_files": ["tokenizer.json", "/x/tokenizer.1.json"]}, "got ['tokenizer"),
+        ({"special_tokens_map_file": "/root/x.json"}, ""),  # which nobody opens
+        ({"tokenizer_file": None, "fast_tokenizer_files": ["tokenizer.1.0.json"]}, ""),
+        ({"name_or_path": "/home/x/model"}, ""),
+        ([1], ""),
+    ],
+)
+def test_names_in_a_tokenizers_settings(tmp_path, settings, said):
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    if not said:
+        check_inside(tmp_path)
+        return
+    with pytest.raises(UserError) as caught:
+        check_inside(tmp_path)
+    assert str(caught.value).startswith(f"{tmp_path / 'tokenizer_config.json'}: ")
+    assert said in str(caught.value)
 
 
 FOLDERS = {

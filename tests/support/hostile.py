@@ -11,10 +11,26 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
+from sapo_megatron.errors import UserError
 from sapo_megatron.files import checksum
+from sapo_megatron.policy import parallel
+from sapo_megatron.recipe.load import load
 from sapo_megatron.runs.history import MANIFEST, write_manifest
+from sapo_megatron.training.inputs import read_inputs
+from sapo_megatron.training.loop import train
+from sapo_megatron.training.session import evaluate_checkpoint, export_checkpoint
+from tests.support.tiny import write_recipe
+
+COMMANDS: dict[str, Callable[..., Any]] = {
+    "train": lambda recipe, inputs, path, out: train(recipe, inputs, str(path)),
+    "eval": lambda recipe, inputs, path, out: evaluate_checkpoint(recipe, inputs, path),
+    "export": lambda recipe, inputs, path, out: export_checkpoint(
+        recipe, inputs.model, inputs.arch, path, out
+    ),
+}
 
 
 class Calls:
@@ -109,3 +125,62 @@ def _put(target: Path, place: str, value: Any) -> None:
                 where.offset, where.length = file.tell(), len(data)
                 file.write(data)
     (target / ".metadata").write_bytes(pickle.dumps(described))
+
+
+def plain_checkpoint(folder: Path) -> Path:
+    """A checkpoint below ``folder`` of a ``tensor`` and a ``value.lr``, in one file."""
+    state = {"tensor": torch.ones(3), "value": {"lr": 1.0}}
+    dcp.save(state, checkpoint_id=folder / "torch's", no_dist=True)
+    described = dcp.FileSystemReader(folder / "torch's").read_metadata()
+    described.storage_meta = None  # torch's own writer keeps a Path there
+    return craft(folder / "torch's", folder / "plain", ".metadata", described)
+
+
+def refused(load: Callable[[], Any], place: Path, mark: Path) -> tuple[str, str]:
+    """What is said of something hostile at ``place``, and what is wrong with that, or nothing."""
+    try:
+        load()
+        message, problem = "", "it was taken"
+    except UserError as error:
+        message, problem = str(error), ""
+        if "\n" in message or str(place) not in message:
+            problem = f"expected one line about {place}, got {message!r}"
+        if "weights_only" in message:
+            problem = f"it says how to have it run: {message}"
+    except Exception as error:  # what a user would see as a traceback
+        message, problem = str(error), f"{type(error).__name__}: {error}"
+    if mark.exists():
+        mark.unlink()
+        problem = f"it ran; {problem}"
+    return message, problem
+
+
+def refusals(folder: Path, every: int) -> tuple[list[str], list[tuple[str, str, str]]]:
+    """On a rank: a run's checkpoint with something hostile at each of its places, by each command.
+
+    ``every``: of those only each so-many-th. Returns the places, and what was tried: place,
+    command, problem.
+    """
+    write_recipe(folder, rollout={"async_steps": 1}, train={"steps": 2}, checkpoint={"every": 1})
+    recipe = load(folder / "recipe.yaml", {"train.run_dir": str(folder / "run")})
+    train(recipe, read_inputs(recipe, 1))
+    parallel.teardown()
+    kept, mark = folder / "run" / "checkpoints" / "step-000001", folder / "ran"
+    values = list({**payloads(mark), **by_hand(mark)}.values())
+    found = places(kept)
+    tried = []
+    for number, (place, command) in enumerate((p, c) for p in found for c in COMMANDS):
+        if number % every or (place.startswith("ahead-") and command != "train"):
+            continue  # nobody else reads those
+        crafted = kept.with_name("step-000003")
+        craft(kept, crafted, place, values[number % len(values)])
+        arguments = recipe, read_inputs(recipe, 1), crafted, folder / "out"
+        _, problem = refused(
+            lambda: COMMANDS[command](*arguments),  # noqa: B023
+            crafted,
+            mark,
+        )
+        tried.append((place, command, problem))
+        parallel.teardown()
+        shutil.rmtree(crafted)
+    return found, tried

@@ -21,6 +21,7 @@ import torch
 
 from sapo_megatron.commands.qualify.checks import CHECKS, Check
 from sapo_megatron.errors import UserError
+from sapo_megatron.launcher import PARENT, STORE
 
 TIMEOUT_S = 600.0
 """Seconds for all measurements of one kind of process."""
@@ -125,17 +126,16 @@ def _measured(
         "names": sorted(names),
     }
     (mine / "request.json").write_text(json.dumps(request))
-    # A process of torchrun's knows its place from its environment: these have one of their own.
+    # A rank knows its place from its environment: these have one of their own.
     outer = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    env = {name: value for name, value in os.environ.items() if name not in outer}
-    env["OMP_NUM_THREADS"] = "1"
+    env = {name: value for name, value in os.environ.items() if name not in (*outer, STORE, PARENT)}
+    env |= {"OMP_NUM_THREADS": "1", "NCCL_SOCKET_IFNAME": "lo"}
     if where == "reference":
         env["CUDA_VISIBLE_DEVICES"] = ""
     module = ["sapo_megatron.commands.qualify.worker", str(mine)]
     words = [sys.executable, "-m", *module]
     if "pair" in where:
-        launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-        words = [sys.executable, "-m", *launcher, "-m", *module]
+        words = [sys.executable, "-m", "sapo_megatron.launcher", "2", *module]
     with (mine / "log").open("w+") as log:
         try:
             done = subprocess.run(

@@ -18,6 +18,7 @@ import sapo_megatron.policy  # noqa: F401  (makes Megatron importable without a 
 import torch  # isort: skip
 
 from sapo_megatron.commands.qualify.policies import Setting
+from sapo_megatron.launcher import join
 
 ABSENT = "not installed: "
 """How the error of a measurement begins that wants a package which is not there."""
@@ -52,6 +53,7 @@ def main(folder: Path) -> None:
 
     It has the ``names`` of measurements, and all of a :class:`Setting` but its folder.
     """
+    join()
     logging.basicConfig(level=logging.ERROR)
     request = json.loads((folder / "request.json").read_text())
     rank = os.environ.get("RANK", "0")

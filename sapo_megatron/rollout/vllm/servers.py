@@ -34,7 +34,7 @@ OF_THE_TRAINER = re.compile(
     "(RANK|LOCAL_RANK|WORLD_SIZE|LOCAL_WORLD_SIZE|MASTER_ADDR|MASTER_PORT)$|MEGATRON_CORE_VERSION$"
     # vLLM's tensor parallelism dies of segments that can grow (vllm issue 42609).
     "|PYTORCH_(CUDA_)?ALLOC_CONF$|CUDA_DEVICE_MAX_CONNECTIONS$"
-    "|TORCHELASTIC_|TORCH_NCCL_|GROUP_|ROLE_|PYTHON"
+    "|TORCHELASTIC_|TORCH_NCCL_|GROUP_|ROLE_|PYTHON|SAPO_MEGATRON_(STORE|PARENT)$"
 )
 """Variables that torchrun and the trainer set for themselves, by how their names begin."""
 
