@@ -24,14 +24,9 @@ SETTINGS = {
 }
 CHANGES = {
     "nothing": {},
-    "lr": {"lr": 1e-3},
-    "min_lr": {"min_lr": 1e-3},
-    "lr_warmup_steps": {"lr_warmup_steps": 6},
-    "lr_decay_style": {"lr_decay_style": "cosine"},
-    "weight_decay": {"weight_decay": 0.3},
-    "adam_beta1": {"adam_beta1": 0.7},
-    "adam_beta2": {"adam_beta2": 0.8},
-    "adam_eps": {"adam_eps": 1e-5},
+    "lr": {"lr": 1e-3, "min_lr": 1e-3},
+    "schedule": {"lr_warmup_steps": 6, "lr_decay_style": "cosine"},
+    "adam": {"weight_decay": 0.3, "adam_beta1": 0.7, "adam_beta2": 0.8, "adam_eps": 1e-5},
     "length": {"total_updates": 16},
 }
 STATE = RunState(
