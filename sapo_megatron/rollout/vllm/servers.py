@@ -200,6 +200,7 @@ def _environment(folder: Path) -> dict[str, str]:
         "VLLM_SERVER_DEV_MODE": "1",
         "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",
+        "GLOO_SOCKET_IFNAME": "lo",  # a server's workers are all on this machine
     }
     # GiB; what vLLM takes otherwise is most of the machine's memory, for every server.
     return {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"} | kept | ours
