@@ -5,6 +5,7 @@ Exit status: 0 done, 1 the work failed, 2 the input is wrong (one line on stderr
 """
 
 import argparse
+import errno
 import dataclasses
 import json
 import logging
@@ -38,6 +39,10 @@ PATHS = ("recipe", "resume", "checkpoint", "out", "run", "run_dir", "json")
 """Words that are paths, of which ``~`` and ``$NAME`` are understood."""
 
 
+LONGEST = 1500
+"""Characters of an error that are shown."""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
     words = sys.argv[1:] if argv is None else list(argv)
@@ -61,7 +66,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except RunFailed as error:
         return _fail(error, 1, debug, everywhere=False)
     except OSError as error:  # a full disk, say, and maybe on this process alone
-        return _fail(error, 1, debug, everywhere=True)
+        status = 2 if error.errno == errno.ENAMETOOLONG else 1
+        return _fail(error, status, debug, everywhere=True)
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
 
@@ -403,7 +409,7 @@ def _fail(error: Exception, status: int, debug: bool, *, everywhere: bool) -> in
     if debug:
         logger.exception("")
     if everywhere or _speaks():
-        sys.stderr.write(f"error: {one_line(error)}\n")
+        sys.stderr.write(f"error: {one_line(error, LONGEST)}\n")
     return status
 
 
