@@ -5,6 +5,7 @@ Exit status: 0 done, 1 the work failed, 2 the input is wrong (one line on stderr
 """
 
 import argparse
+import errno
 import dataclasses
 import json
 import logging
@@ -40,6 +41,10 @@ PATHS = ("recipe", "resume", "checkpoint", "out", "run", "run_dir", "json")
 """Words that are paths, of which ``~`` and ``$NAME`` are understood."""
 
 
+LONGEST = 1500
+"""Characters of an error that are shown."""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
     words = sys.argv[1:] if argv is None else list(argv)
@@ -64,7 +69,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except RunFailed as error:
         return _fail(error, 1, debug, everywhere=False)
     except OSError as error:  # a full disk, say, and maybe on this process alone
-        return _fail(error, 1, debug, everywhere=True)
+        status = 2 if error.errno == errno.ENAMETOOLONG else 1
+        return _fail(error, status, debug, everywhere=True)
     except RuntimeError as error:
         if "RANK" not in os.environ:
             raise
@@ -397,7 +403,7 @@ def _fail(error: Exception, status: int, debug: bool, *, everywhere: bool) -> in
     if everywhere or _speaks():
         of_a_rank = "RANK" in os.environ and (everywhere or not _is_main())
         who = f"rank {os.environ['RANK']}: " if of_a_rank else ""
-        sys.stderr.write(f"error: {who}{one_line(error)}\n")
+        sys.stderr.write(f"error: {who}{one_line(error, LONGEST)}\n")
     return status
 
 
