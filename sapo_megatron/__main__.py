@@ -5,8 +5,8 @@ Exit status: 0 done, 1 the work failed, 2 the input is wrong (one line on stderr
 """
 
 import argparse
-import errno
 import dataclasses
+import errno
 import json
 import logging
 import os
