@@ -10,6 +10,7 @@ others any time; a kill counts where it hit a process at its work.
 import hashlib
 import os
 import random
+import re
 import signal
 import sys
 import threading
@@ -127,7 +128,9 @@ def _attempt(kind: str, place: Path, kill: Kill | None) -> tuple[Left, int]:
         {name: value for name, value in line.items() if not name.startswith(("time/", "perf/"))}
         for line in read_metrics(run)
     ]
-    files = sorted(str(path.relative_to(run)) for path in run.rglob("*") if path.name != "in-use")
+    # What runs share is named after the model's folder, too; a name left in use goes with the next.
+    found = (str(path.relative_to(run)) for path in run.rglob("*") if path.name != "in-use")
+    files = sorted(re.sub("-[0-9a-f]{10}", "", name) for name in found)
     return Left([digest for digest, _ in results], lines, files), results[0][1]
 
 
