@@ -1,6 +1,7 @@
 """What is written whole: the old one stays until the new one is there."""
 
 import os
+import signal
 
 import pytest
 
@@ -62,3 +63,20 @@ def test_two_may_write_a_folder_at_once(tmp_path):
         (other / "b").write_text("")
     assert os.listdir(tmp_path / "start") == ["a"]
     assert os.listdir(tmp_path) == ["start"]
+
+
+def test_what_a_killed_process_left_of_a_folder_goes_with_the_next(tmp_path):
+    path = tmp_path / "report"
+    child = os.fork()
+    if not child:
+        with whole_folder(path) as folder:
+            (folder / "half.txt").write_text("half")
+            os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(child, 0)
+    (left,) = tmp_path.iterdir()
+    with whole_folder(path) as one:
+        assert not left.exists()
+        with whole_folder(path) as other:
+            (other / "a.txt").write_text("")
+            assert one.exists(), "that is in use"
+    assert os.listdir(tmp_path) == ["report"]

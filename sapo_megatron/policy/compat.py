@@ -118,7 +118,7 @@ def auxiliary_loss_tokens(tokens: int, tp_size: int) -> int:
 
 def release() -> str:
     """The number of the release that is installed."""
-    return megatron.core.__version__
+    return megatron.core.__version__.partition("+")[0]
 
 
 def reads(files: Iterable[str]) -> bool:

@@ -2,6 +2,9 @@
 
 from importlib.metadata import version
 
+from packaging.version import Version
+
+from sapo_megatron.policy import compat
 from tests.support.gloo import run_ranks
 from tests.support.tiny import cli
 
@@ -29,3 +32,9 @@ def test_on_ranks():
 def test_in_programs(tmp_path):
     done = cli(cwd=tmp_path, program=("-c", PROGRAM), fresh=True)
     assert done.stdout.strip() == RELEASE, done.stderr
+
+
+def test_it_reads_what_it_can_of_another_release():
+    assert compat.release() == RELEASE
+    assert compat.reads([".metadata", "common.pt"])
+    assert compat.reads([".metadata"]) == (Version(RELEASE) >= Version("0.19"))
