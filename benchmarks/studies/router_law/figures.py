@@ -33,6 +33,8 @@ LAWFUL = (
     "grouped",
 )
 """Models for which the law is meant to hold."""
+PAIRS = 6
+"""Of a rollout and a trainer, when all are measured."""
 CONTROLS = ("dense", "cloned experts", "vanishing weight", "bf16 router", "bf16 weights")
 
 
@@ -46,8 +48,10 @@ def main() -> None:
     if engines := {
         n: f for n in ("base", "sigmoid, biased", "dense") if (f := result("engines", n))
     }:
-        draw_engines(engines)
-        tables |= {"engines": engine_rows(engines), "graded": graded_rows(engines)}
+        rounded = {k: v["points"]["1"] for k, v in laws["base"]["kinds"].items() if "weights" in k}
+        tables |= {"engines": engine_rows(engines, rounded), "graded": graded_rows(engines)}
+        if len(engines["base"]["pairs"]) == PAIRS:
+            draw_engines(engines)
     if (path := RESULTS / "small.json").exists():
         small = json.loads(path.read_text())
         draw_small(small)
@@ -186,7 +190,7 @@ def draw_engines(engines: dict[str, Any]) -> None:
     figure, (left, right) = plt.subplots(1, 2, figsize=(10.5, 4), layout="constrained")
     pairs = {n: p for n, p in engines["base"]["pairs"].items() if n != "fp32 rollout, fp32 trainer"}
     colours = (BLUE, ORANGE, GREEN, RED, GREY)
-    for (name, pair), colour in zip(pairs.items(), colours, strict=True):
+    for (name, pair), colour in zip(pairs.items(), colours, strict=False):
         flips = pair["router_flip_by_layer"]
         left.plot(range(1, len(flips) + 1), flips, marker="o", ms=3, color=colour, label=name)
     left.set(xlabel="layer", ylabel="share of tokens with another set")
@@ -213,26 +217,21 @@ def draw_engines(engines: dict[str, Any]) -> None:
 
 def draw_small(small: dict[str, Any]) -> None:
     figure, ax = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
-    x = np.array([p["var_a"][0] for p in small["points"].values()])
-    share = np.array([p["share"] for p in small["points"].values()]).T
-    ax.errorbar(
-        x,
-        share[0],
-        yerr=np.abs(share[1:] - share[0]),
-        color=BLUE,
-        marker="o",
-        label="all responses",
-    )
+    sizes = list(small["sizes"].values())
+    x = np.arange(len(sizes))
+    ax.plot(x, [p["share"] for p in sizes], "o", color=BLUE, label="all tokens")
     for shift, name, colour, label in (
-        (0.93, "mini_batch", GREY, "one mini-batch: middle half and 90 percent"),
-        (1.07, "median_of_runs", ORANGE, "median of 3 runs of 8 mini-batches"),
+        (-0.12, "one", GREY, "one window of two swaps: middle half and 90 percent"),
+        (0.12, "median_of_runs", ORANGE, "median of 3 means over 8 windows"),
     ):
-        q = np.array([few[name] for few in small["few"].values()]).T
-        ax.vlines(x * shift, q[0], q[4], color=colour, lw=1)
-        ax.vlines(x * shift, q[1], q[3], color=colour, lw=4)
-        ax.plot(x * shift, q[2], "_", color=colour, ms=12, label=label)
-    ax.set(xscale="log", xlabel="Var a (nats$^2$)", ylabel="router's share of the variance")
-    ax.set_title("Mini-batches of 128 responses do not see the share")
+        q = np.array([p[name] for p in sizes]).T
+        ax.vlines(x + shift, q[0], q[4], color=colour, lw=1)
+        ax.vlines(x + shift, q[1], q[3], color=colour, lw=4)
+        ax.plot(x + shift, q[2], "_", color=colour, ms=12, label=label)
+    names = [f"e = {e}\n{p['window']} tokens" for e, p in small["sizes"].items()]
+    ax.set_xticks(x, names)
+    ax.set(ylabel="router's share of the variance")
+    ax.set_title("What a window with two swaps sees of the share")
     ax.axhline(0, color=GREY, lw=0.5)
     ax.legend(frameon=False, fontsize=8)
     finish(figure, "router-few-swaps")
@@ -295,24 +294,26 @@ def control_rows(laws: dict[str, Any]) -> list[list[str]]:
     return rows
 
 
-def engine_rows(engines: dict[str, Any]) -> list[list[str]]:
+def engine_rows(engines: dict[str, Any], rounded: dict[str, Any]) -> list[list[str]]:
+    """``rounded``: points at which weights alone were rounded."""
+    pairs = [
+        (name, *(word.split()[0] for word in pair.split(", ")), p)
+        for name, found in engines.items()
+        for pair, p in found["pairs"].items()
+    ]
+    pairs += [("base", f"fp32, {kind}", "fp32", p) for kind, p in rounded.items()]
     rows = [
         ["model", "rollout", "trainer", "router_flip", "tokens with a flip", "share",
          "replay removes", "KL (k3)", "with R3", "F(2)", "with R3"]
     ]  # fmt: skip
-    for name, found in engines.items():
-        for pair, p in found["pairs"].items():
-            rollout, trainer = (word.split()[0] for word in pair.split(", "))
-            enough = p["swaps"] >= 400
-            rows.append([
-                name, rollout, trainer,
-                f"{p['router_flip'][0]:.2%}" if name != "dense" else "-",
-                f"{p['tokens_flipped'][0]:.1%}" if name != "dense" else "-",
-                shown(p["share"]) if enough else "-",
-                shown(p["replay_removes"]) if enough else "-",
-                f"{p['k3'][0]:.1e}", f"{p['k3_held'][0]:.1e}",
-                f"{p['extreme'][0]:.1e}", f"{p['extreme_held'][0]:.1e}",
-            ])  # fmt: skip
+    for name, rollout, trainer, p in pairs:
+        enough = p["swaps"] >= 400
+        rows.append([
+            name, rollout, trainer, f"{p['router_flip'][0]:.2%}", f"{p['tokens_flipped'][0]:.1%}",
+            shown(p["share"]) if enough else "-", shown(p["replay_removes"]) if enough else "-",
+            f"{p['k3'][0]:.1e}", f"{p['k3_held'][0]:.1e}",
+            f"{p['extreme'][0]:.1e}", f"{p['extreme_held'][0]:.1e}",
+        ])  # fmt: skip
     return rows
 
 
@@ -329,14 +330,13 @@ def graded_rows(engines: dict[str, Any]) -> list[list[str]]:
 
 def small_rows(small: dict[str, Any]) -> list[list[str]]:
     rows = [
-        ["e", "Var a", "swaps in all", "share, all", "swaps a mini-batch",
-         "share, one mini-batch (quartiles)", "median of 3 runs (5 to 95 percent)"]
+        ["e", "Var a", "swaps", "share, all tokens", "tokens of a window",
+         "share, one window (quartiles)", "median of 3 means (5 to 95 percent)"]
     ]  # fmt: skip
-    for e, p in small["points"].items():
-        few = small["few"][e]
-        one, runs = few["mini_batch"], few["median_of_runs"]
+    for e, p in small["sizes"].items():
+        one, runs = p["one"], p["median_of_runs"]
         rows.append([
-            e, f"{p['var_a'][0]:.1e}", str(p["swaps"]), shown(p["share"]), f"{few['swaps']:.1f}",
+            e, f"{p['var_a']:.1e}", str(p["swaps"]), f"{p['share']:.3f}", str(p["window"]),
             f"{one[2]:.3f} ({one[1]:.3f} to {one[3]:.3f})",
             f"{runs[2]:.3f} ({runs[0]:.3f} to {runs[4]:.3f})",
         ])  # fmt: skip
