@@ -283,9 +283,8 @@ def _suggest(key: str) -> str:
             return f"here it is called {PEER_KEYS[part]}"
         if part in by_name:
             return f"the nearest is {by_name[part]}"
-    named = nearest(parts[-1], by_name, cutoff=0.7)
-    if near := by_name[named] if named else nearest(key, known, cutoff=0.7):
-        return f"the nearest is {near}"
+    if near := nearest(parts[-1], by_name, cutoff=0.7):
+        return f"the nearest is {by_name[near]}"
     inside = [k.removeprefix(f"{parts[0]}.") for k in known if k.startswith(f"{parts[0]}.")]
     if inside:
         return f"{parts[0]} has {', '.join(inside)}"

@@ -34,18 +34,18 @@ def refusal(path, overrides=None):
 
 
 def test_a_slice_of_the_torture(tmp_path):
-    tried = list(itertools.islice(mutations.trials(0, tmp_path), 120))
+    tried = list(itertools.islice(mutations.trials(0, tmp_path), 60))
     assert [outcome for outcome in tried if outcome.problem] == []
 
 
 def test_every_value_of_one_key_of_each_kind(tmp_path, monkeypatch):
     path = tmp_path / "good.yaml"
     path.write_text(MINIMAL)
-    names = ["train.steps", "optimizer.lr", "logging.wandb_project", "model.path", "data.eval"]
+    names = ["train.steps", "model.path", "data.eval"]
     monkeypatch.setattr(mutations, "keys", lambda: names)
     count = len(mutations.NUMBERS) + len(mutations.OTHERS) + len(mutations.REFUSED)
     tried = list(mutations._values(path, random.Random(0), count))
-    assert len(tried) == 5 * count
+    assert len(tried) == 3 * count
     assert [outcome for outcome in tried if outcome.problem] == []
 
 
