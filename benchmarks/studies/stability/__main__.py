@@ -12,7 +12,7 @@ import argparse
 import json
 import math
 import multiprocessing
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from itertools import repeat
 from pathlib import Path
 from typing import Any
@@ -43,7 +43,8 @@ def run(out: Path, jobs: int) -> None:
     with ProcessPoolExecutor(jobs, context, cases.quietly, max_tasks_per_child=1) as pool:
         pool.submit(cases.cold_start, out).result()
         list(pool.map(cases.before, cases.SEEDS, repeat(out)))
-        for _ in pool.map(cases.run, cases.cases(), repeat(out)):
+        for made in as_completed([pool.submit(cases.run, case, out) for case in cases.cases()]):
+            made.result()
             collect(out)
 
 

@@ -13,7 +13,15 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from benchmarks.studies.stability.cases import ASYNC_N, LOSSES, MINI_BATCHES, ROOT, SEEDS, STALENESS
+from benchmarks.studies.stability.cases import (
+    ASYNC_N,
+    LOSSES,
+    MINI_BATCHES,
+    ROOT,
+    SCORE,
+    SEEDS,
+    STALENESS,
+)
 from benchmarks.studies.stability.criterion import better, steadier, verdict
 
 PAGE = ROOT / "docs" / "stability.md"
@@ -158,7 +166,7 @@ def draw_curves(results: Results, arms: list[Arm], place: int, title: str, path:
     """A panel for each value that the arms have at ``place``: the seeds thin, their mean thick."""
     values = sorted({arm[place] for arm in arms})
     figure, axes = plt.subplots(
-        1, len(values), figsize=(12, 3.8), sharey=True, layout="constrained"
+        1, len(values), figsize=(12, 3.8), sharex=True, sharey=True, layout="constrained"
     )
     for ax, value in zip(axes, values, strict=True):
         for arm in (arm for arm in arms if arm[place] == value and results.get(arm)):
@@ -167,11 +175,13 @@ def draw_curves(results: Results, arms: list[Arm], place: int, title: str, path:
             for curve in curves:
                 ax.plot(*zip(*curve, strict=True), alpha=0.3, linewidth=0.8, **style)
             ax.plot(*mean_curve(curves), linewidth=2, label=name_of(arm), **style)
+        if not ax.lines:
+            ax.text(0.5, 0.5, "not run", transform=ax.transAxes, ha="center")
         ax.set_title(title.format(value), fontsize=10)
         ax.set_xlabel("updates")
         ax.grid(alpha=0.25)
         ax.spines[["top", "right"]].set_visible(False)
-    axes[0].set_ylabel("held-out problems answered rightly (avg@4)")
+    axes[0].set_ylabel(f"held-out {SCORE}")
     lines = {line.get_label(): line for ax in axes for line in ax.get_legend_handles_labels()[0]}
     figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncol=4, frameon=False)
     figure.savefig(path, dpi=150)
