@@ -217,21 +217,26 @@ def draw_engines(engines: dict[str, Any]) -> None:
 
 def draw_small(small: dict[str, Any]) -> None:
     figure, ax = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
-    sizes = list(small["sizes"].values())
-    x = np.arange(len(sizes))
-    ax.plot(x, [p["share"] for p in sizes], "o", color=BLUE, label="all tokens")
+    x = np.array([p["var_a"][0] for p in small["points"].values()])
+    share = np.array([p["share"] for p in small["points"].values()]).T
+    ax.errorbar(
+        x,
+        share[0],
+        yerr=np.abs(share[1:] - share[0]),
+        color=BLUE,
+        marker="o",
+        label="all responses",
+    )
     for shift, name, colour, label in (
-        (-0.12, "one", GREY, "one window of two swaps: middle half and 90 percent"),
-        (0.12, "median_of_runs", ORANGE, "median of 3 means over 8 windows"),
+        (0.93, "mini_batch", GREY, "one mini-batch: middle half and 90 percent"),
+        (1.07, "median_of_runs", ORANGE, "median of 3 runs of 8 mini-batches"),
     ):
-        q = np.array([p[name] for p in sizes]).T
-        ax.vlines(x + shift, q[0], q[4], color=colour, lw=1)
-        ax.vlines(x + shift, q[1], q[3], color=colour, lw=4)
-        ax.plot(x + shift, q[2], "_", color=colour, ms=12, label=label)
-    names = [f"e = {e}\n{p['window']} tokens" for e, p in small["sizes"].items()]
-    ax.set_xticks(x, names)
-    ax.set(ylabel="router's share of the variance")
-    ax.set_title("What a window with two swaps sees of the share")
+        q = np.array([few[name] for few in small["few"].values()]).T
+        ax.vlines(x * shift, q[0], q[4], color=colour, lw=1)
+        ax.vlines(x * shift, q[1], q[3], color=colour, lw=4)
+        ax.plot(x * shift, q[2], "_", color=colour, ms=12, label=label)
+    ax.set(xscale="log", xlabel="Var a (nats$^2$)", ylabel="router's share of the variance")
+    ax.set_title("Mini-batches of 128 responses do not see the share")
     ax.axhline(0, color=GREY, lw=0.5)
     ax.legend(frameon=False, fontsize=8)
     finish(figure, "router-few-swaps")
@@ -330,13 +335,14 @@ def graded_rows(engines: dict[str, Any]) -> list[list[str]]:
 
 def small_rows(small: dict[str, Any]) -> list[list[str]]:
     rows = [
-        ["e", "Var a", "swaps", "share, all tokens", "tokens of a window",
-         "share, one window (quartiles)", "median of 3 means (5 to 95 percent)"]
+        ["e", "Var a", "swaps in all", "share, all", "swaps a mini-batch",
+         "share, one mini-batch (quartiles)", "median of 3 runs (5 to 95 percent)"]
     ]  # fmt: skip
-    for e, p in small["sizes"].items():
-        one, runs = p["one"], p["median_of_runs"]
+    for e, p in small["points"].items():
+        few = small["few"][e]
+        one, runs = few["mini_batch"], few["median_of_runs"]
         rows.append([
-            e, f"{p['var_a']:.1e}", str(p["swaps"]), f"{p['share']:.3f}", str(p["window"]),
+            e, f"{p['var_a'][0]:.1e}", str(p["swaps"]), shown(p["share"]), f"{few['swaps']:.1f}",
             f"{one[2]:.3f} ({one[1]:.3f} to {one[3]:.3f})",
             f"{runs[2]:.3f} ({runs[0]:.3f} to {runs[4]:.3f})",
         ])  # fmt: skip

@@ -1,36 +1,56 @@
-"""What few swaps do to a share: one measurement, seen through windows of the size of a mini-batch.
+"""What few swaps do to a share: the tiny recipe's first updates, seen through windows of any size.
 
     python -m benchmarks.studies.router_law.small
 
-A small update of the model with 3 layers is measured on many tokens, and then as if there had been
-only as many as hold two swaps on average, in pieces of 4 tokens, as short responses are: in one
-window, and in the median of 3 means over 8 windows, which is what runs with few measurements were
-judged by. Writes ``results/small.json``.
+From the cold start of ``recipes/tiny-moe-cpu.yaml`` three steps of training, then one update on 128
+responses (N = 2 mini-batches). Its ratios are measured on many responses of the same policy, and
+then again as if only the 128 of a mini-batch had been there. Writes ``results/small.json``.
 """
 
-import functools
-import itertools
 import json
 import logging
+import time
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from benchmarks.studies.router_law import RESULTS, changes
-from benchmarks.studies.router_law.law import held_out_block
-from benchmarks.studies.router_law.measure import Text, Weights, read
-from benchmarks.studies.router_law.models import MODELS, folder_of, opened, recipe_of
+from benchmarks.studies.router_law import CACHE, RESULTS, ROOT
+from benchmarks.studies.router_law.measure import C, Text, Weights, measured, numbers, point
+from sapo_megatron.data.batch import denominators, micro_batches, split_mini_batches
 from sapo_megatron.files import write_whole
-from sapo_megatron.routing.divergence import flips
+from sapo_megatron.policy import parallel
+from sapo_megatron.recipe.load import load
+from sapo_megatron.rollout.engine import SamplingParams
+from sapo_megatron.runs.folder import open_run
+from sapo_megatron.sample import Sample
+from sapo_megatron.training.inputs import preflight
+from sapo_megatron.training.loop import run_step
+from sapo_megatron.training.session import Session, open_session
+from sapo_megatron.training.update import set_advantages
 
-MODEL = "depth 3"
-SIZES = {0.01: 12, 0.03: 6, 0.1: 3}
-"""Sizes of the update, and blocks of 8192 tokens that it takes for 400 swaps."""
-SWAPS, PIECE, ROUNDS, RUNS = 2, 4, 8, 3
-WORLDS = 1000
+logger = logging.getLogger(__name__)
+
+RUN = CACHE / "tiny-moe-cpu"
+SETTINGS = {
+    "parallel.expert_model_parallel_size": "1",
+    "rollout.rollout_batch_size": "32",
+    "train.num_mini_batches": "2",
+    "train.steps": "10",
+    "optimizer.lr_warmup_steps": "0",
+    "routing.decompose_every": "0",
+    "routing.prob_every": "0",
+    "eval.num_problems": "32",
+    "eval.k": "1",
+    "train.run_dir": str(RUN),
+}
+WARM_STEPS = 3
+ROLLOUTS = 40
+"""Of 256 responses each, that are measured."""
+SIZES = (0.3, 1.0, 3.0, 10.0)
+MINI_BATCH, ROUNDS, SEEDS = 128, 8, 3
+"""Responses of a mini-batch, mini-batches that a mean was over, runs that a median was over."""
+WORLDS = 400
 
 
 def main() -> None:
@@ -38,64 +58,74 @@ def main() -> None:
     path = RESULTS / "small.json"
     if path.exists():
         return
-    variant, folder = MODELS[MODEL], folder_of(MODEL)
-    recipe = recipe_of(folder)
-    with opened(folder, router=variant.router, recipe=recipe, optimizer=changes.ADAM) as policy:
-        weights = Weights(policy.model)
-        text = Text(policy, recipe, functools.partial(held_out_block, variant.length))
-        batches = changes.update_batches(variant.length)
-        direction = changes.update(policy, weights, recipe, batches)
-        found = {
-            f"{e:g}": windows(tokens(weights, text, direction, e, blocks))
-            for e, blocks in SIZES.items()
-        }
-    write_whole(path, json.dumps({"model": MODEL, "sizes": found}, indent=1) + "\n")
+    began = time.process_time()
+    recipe = load(ROOT / "recipes" / "tiny-moe-cpu.yaml", SETTINGS)
+    inputs = preflight(recipe, 1)
+    groups = parallel.setup(recipe.parallel, seed=recipe.train.seed)
+    (RUN / "metrics.jsonl").unlink(missing_ok=True)  # of an attempt that did not come to its end
+    run = open_run(recipe, inputs.arch, None, None)
+    with open_session(inputs, groups, run, began=time.monotonic()) as session:
+        found = of_session(session)
+    found["cpu_s"] = round(time.process_time() - began, 1)
+    write_whole(path, json.dumps(found, indent=1) + "\n")
 
 
-def tokens(
-    weights: Weights, text: Text, direction: Sequence[Tensor], e: float, blocks: int
-) -> np.ndarray:
-    """a, b and swaps of each token, ``[3, tokens]``. One process."""
-    rows: list[Tensor] = []
-    for batches, old in itertools.islice(text.blocks(), blocks):
-        with weights.moved(direction, e):
-            held = read(text.policy.model, batches, held=old)
-            free = read(text.policy.model, batches)
-        for was, at, now, sets, new in zip(
-            old.logprobs, held.logprobs, free.logprobs, old.experts, free.experts, strict=True
-        ):
-            a, b = at.double() - was.double(), now.double() - at.double()
-            rows.append(torch.stack([a, b, (flips(sets, new) > 0).sum(1).double()]))
-    return torch.cat(rows, dim=1).numpy()
+def of_session(session: Session) -> dict[str, Any]:
+    recipe = session.recipe
+    for number in range(1, WARM_STEPS + 1):
+        run_step(session, number)
+    weights = Weights(session.policy.model)
+    update(session)
+    direction = weights.direction()
+    weights.restore()
+    rollouts = [responses(session) for _ in range(ROLLOUTS)]
+    text = Text(session.policy, recipe, rollouts.__getitem__)
+    sums = {e: measured(weights, text, direction, e, (ROLLOUTS, ROLLOUTS)) for e in SIZES}
+    found: dict[str, Any] = {"points": {f"{e:g}": point(s) for e, s in sums.items()}}
+    found["few"] = {f"{e:g}": windows(s) for e, s in sums.items()}
+    return found
 
 
-def windows(found: np.ndarray) -> dict[str, Any]:
-    """The share of all tokens, of one window, and the median of means over windows."""
-    rate = found[2].mean()
-    pieces = found[:, : found.shape[1] // PIECE * PIECE].reshape(3, -1, PIECE)
-    count = max(1, round(SWAPS / rate / PIECE))
+def responses(session: Session) -> list[Sample]:
+    """256 to new prompts; the weights are at their start."""
+    recipe = session.recipe.rollout
+    params = SamplingParams(
+        temperature=recipe.temperature,
+        top_p=recipe.top_p,
+        max_new_tokens=recipe.max_response_length,
+        stop_ids=session.inputs.endings.stop_ids,
+        seed=session.recipe.train.seed,
+    )
+    prompts = session.inputs.source.next(recipe.rollout_batch_size)
+    groups = session.collector.respond(prompts, recipe.num_generations, params).groups
+    return [sample for group in groups for sample in group.samples]
+
+
+def update(session: Session) -> None:
+    """The first of a step's two."""
+    collected = session.collect(WARM_STEPS + 1)
+    set_advantages(collected.groups, session.recipe.algorithm.adv_estimator)
+    first, _ = split_mini_batches(collected.groups, 2)
+    batches = micro_batches(first, session.groups.micro_batching(session.recipe))
+    (packed,), _ = session.updater.old_logprobs([batches], step=1)
+    session.updater.update(packed, denominators(first), step=1, mini_batch=0)
+
+
+def windows(sums: np.ndarray) -> dict[str, Any]:
+    """What one mini-batch, a mean over ``ROUNDS`` and a median over ``SEEDS`` of them would say."""
     rng = np.random.default_rng(4)
-    one, runs = [], []
-    for _ in range(WORLDS):
-        chosen = rng.integers(pieces.shape[1], size=(RUNS, ROUNDS, count))
-        a, b, _ = pieces[:, chosen].reshape(3, RUNS, ROUNDS, -1)
-        var_z, part = (a + b).var(-1), (a + b).var(-1) - a.var(-1) - cov(a, b)
-        one += list((part / var_z).ravel())
-        runs.append(np.median(part.mean(1) / var_z.mean(1)))
-    a, b, swaps = found
+    chosen = rng.integers(len(sums), size=(WORLDS, SEEDS, ROUNDS, MINI_BATCH))
+    parts = sums[chosen].sum(3)
+    found = numbers(parts)
+    means = {name: found[name].mean(2) for name in ("var_a", "var_b", "cov", "var_z")}
+    run = (means["var_b"] + means["cov"]) / means["var_z"]
     return {
-        "swaps": int(swaps.sum()),
-        "tokens": found.shape[1],
-        "var_a": float(a.var()),
-        "share": float(1 - (a.var() + cov(a, b)) / (a + b).var()),
-        "window": count * PIECE,
-        "one": quantiles(one),
-        "median_of_runs": quantiles(runs),
+        "swaps": float(parts[..., C["swaps"]].mean()),
+        "mini_batch": quantiles(found["share"].ravel()),
+        "mini_batch_var_b": quantiles(found["var_b"].ravel()),
+        "median_of_runs": quantiles(np.median(run, axis=1)),
+        "pooled": float(numbers(sums.sum(0))["share"]),
     }
-
-
-def cov(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    return (a * b).mean(-1) - a.mean(-1) * b.mean(-1)
 
 
 def quantiles(values: Sequence[float]) -> list[float]:
