@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, tensor_parallel
+from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.api import CheckpointException
@@ -128,13 +129,15 @@ def _rng_file(checkpoint: Path) -> Path:
 def _keep_settings(policy: Policy, loaded: dict[Any, Any]) -> None:
     """Put the recipe's settings, which are those of every group, into the loaded groups.
 
-    megatron-core 0.19 tells groups apart by the learning rates, too, and would not find others.
+    megatron-core 0.19 tells groups apart by the learning rates, too, and would not find others. The
+    classes of Adam on the host, which groups name, are no part of a checkpoint.
     """
     first = policy.optimizer.param_groups[0]
+    ours = {k: v for k, v in first.items() if k in SETTINGS or isinstance(v, type)}
     for name, value in loaded.items():
         if name == "param_groups":
             for group in value:
-                group.update({setting: first[setting] for setting in SETTINGS})
+                group.update(ours)
         elif isinstance(value, dict):
             _keep_settings(policy, value)
 
@@ -259,5 +262,20 @@ def _sharded_state(policy: Policy, metadata: dict[str, Any], *, loading: bool) -
     state["optimizer"] = policy.optimizer.sharded_state_dict(
         models, is_loading=loading, metadata=metadata
     )
+    _drop_classes(state["optimizer"])
     state["scheduler"] = policy.scheduler.state_dict()
     return state
+
+
+def _drop_classes(part: Any) -> None:
+    """Leave out what a checkpoint's reader would have to call: the classes of Adam on the host."""
+    if isinstance(part, ShardedObject):
+        part = part.data
+    if isinstance(part, dict):
+        for name in [name for name, value in part.items() if isinstance(value, type)]:
+            del part[name]
+        part = part.values()
+    elif not isinstance(part, list):
+        return
+    for inner in part:
+        _drop_classes(inner)

@@ -185,7 +185,8 @@ def _outlive(worker: int, connection: Connection) -> int:
         poll = select.poll()
         poll.register(connection, 0)  # which still tells that the other end is closed
         poll.poll()
-        os.kill(worker, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):  # it has ended by itself
+            os.kill(worker, signal.SIGKILL)
 
     threading.Thread(target=end_with_owner, daemon=True).start()
     os.waitid(os.P_PID, worker, os.WEXITED | os.WNOWAIT)

@@ -165,8 +165,9 @@ def _read_by(source: Source, module: str, node: ast.AST) -> str:
             fields.add(argument.arg)
         elif found := source.find(module, text):
             fields |= _fields(source, found)
+    reads = ("body.get", "raw_request.query_params.getlist")
     for part in ast.walk(node):
-        if isinstance(part, ast.Call) and ast.unparse(part.func) == "body.get":
+        if isinstance(part, ast.Call) and ast.unparse(part.func) in reads:
             fields.add(part.args[0].value)
     return " ".join(sorted(fields))
 

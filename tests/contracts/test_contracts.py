@@ -182,7 +182,8 @@ def test_servers_are_asked_for_what_they_have(requests):
             request = Request(uid=0, prompt_tokens=(5, 9))
             await server.complete(request, params, 7, arch, with_routes=False)
             await server.sleep()
-            await server.wake_up()
+            await server.wake_up("weights")
+            await server.wake_up("kv_cache")
 
     with FakeVllm() as fake:
         asyncio.run(ask(fake.url))

@@ -152,7 +152,7 @@ def test_the_log_says_that_nothing_is_checked(recipe, caplog, answers):
         ({"config": {"eos_token_id": [-2]}}, "/config.json: eos_token_id: .*got -2"),
         (
             {"config": {"text_config": inside(eos_token_id=1.5)}},
-            "config.json: eos_token_id: .*got 1.5",
+            r"config.json: eos_token_id: .*got \[1.5\]",
         ),
         (
             {"stop_token_ids": [3, 300]},

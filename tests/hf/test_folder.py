@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from sapo_megatron.data.tokenizer import load_tokenizer
-from sapo_megatron.errors import UserError
+from sapo_megatron.errors import RunFailed, UserError
 from sapo_megatron.hf.architecture import LatentAttention, read_architecture
 from sapo_megatron.hf.folder import (
     INDEX,
@@ -371,7 +371,7 @@ def export_to_a_full_disk(model, out):
     try:
         policy.weights.save(out / "full")
         told = ""
-    except OSError as error:
+    except RunFailed as error:
         told = str(error)
     dist.barrier()  # the first rank tidies up
     left = sorted(path.name for path in out.iterdir())
@@ -384,7 +384,7 @@ def export_to_a_full_disk(model, out):
 
 def test_an_export_that_fails_leaves_nothing(whole, tmp_path):
     first, second = run_ranks(2, export_to_a_full_disk, whole, tmp_path)
-    assert first == second == ("[Errno 28] No space left on device", [])
+    assert first == second == ("rank 1: [Errno 28] No space left on device", [])
     assert WeightFiles(tmp_path / "whole")
     assert [path.name for path in tmp_path.iterdir()] == ["whole"]
 

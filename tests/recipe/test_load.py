@@ -180,7 +180,7 @@ def test_a_wrong_type_says_what_is_wanted(write, key, text, expected):
 def test_not_a_finite_positive_number(write, key, value):
     message = refusal(write(), {key: value if value != "0" else "0.0"})
     assert key.rsplit(".", 1)[-1] in message
-    assert "expected a finite number > 0, got" in message
+    assert "expected a finite number > " in message
 
 
 @pytest.mark.parametrize(

@@ -465,7 +465,7 @@ def test_no_process_is_left_behind(verifiers):
     scorer.close()
     assert not alive(pid)
     scorer.close()
-    with pytest.raises(AssertionError):
+    with pytest.raises(RuntimeError, match="after shutdown"):
         scored(scorer, [asked])
 
 

@@ -96,8 +96,9 @@ def measure(place: Place, model: Path, out: Path) -> dict[str, Any] | None:
     gradients_as_weights(policy)
     policy.model.weights.save(out / "gradients")
     policy.close()
+    found = {"logits": logits, "grad_norms": norms} if groups.is_leader else None
     parallel.teardown()
-    return {"logits": logits, "grad_norms": norms} if groups.is_leader else None
+    return found
 
 
 def _logits(policy: Policy, sample: Sample) -> Any:

@@ -57,7 +57,7 @@ def write_run(
         if experts:
             metrics.update(router_metrics(step, steps, generator))
         tracker.log(step, metrics)
-    tracker.close(failed=False)
+    tracker.close()
     summary = {
         "steps": steps,
         "wall_s": 8.2 * steps,

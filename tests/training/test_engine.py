@@ -366,4 +366,4 @@ def failing_on_two_ranks(url):
 
 
 def test_all_ranks_end_where_weights_cannot_be_sent():
-    assert run_ranks(2, failing_on_two_ranks, "http://a") == ["http://a: gone"] * 2
+    assert run_ranks(2, failing_on_two_ranks, "http://a") == ["rank 0: http://a: gone"] * 2

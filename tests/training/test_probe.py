@@ -124,7 +124,7 @@ def differences(folder, dtype):
         with closing(policy):
             for case in CASES:
                 server.fault = computing(*case)
-                with open_engine(recipe, inputs, policy, folder) as engine:
+                with open_engine(recipe, inputs, policy, folder, None) as engine:
                     try:
                         with engine.serving(record=False) as metrics:
                             found.append(metrics.values()["rollout/probe_diff"])

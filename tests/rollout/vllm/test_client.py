@@ -438,7 +438,7 @@ def test_routes_are_taken_where_all_servers_return_them(servers, caplog):
         servers[-1].description["routed_experts"] = others_do
         found = engine(*(server.url for server in servers))
         found.check()
-        found.take_routes()
+        found.take_routes(everywhere=found.returns_routes)
         found.load(TESTS, PROBE)
         samples = sampled(found, REQUESTS[:1], PARAMS)
         assert [s.routes is not None for s in samples] == [others_do]
