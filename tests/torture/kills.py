@@ -128,14 +128,20 @@ def _attempt(kind: str, place: Path, kill: Kill | None) -> tuple[Left, int]:
         {name: value for name, value in line.items() if not name.startswith(("time/", "perf/"))}
         for line in read_metrics(run)
     ]
-    # What runs share is named after the model's folder, too; a name left in use goes with the next.
-    found = (str(path.relative_to(run)) for path in run.rglob("*") if path.name != "in-use")
+    # What runs share is named after the model's folder, too; a name left in use goes with the next,
+    # and what ranks say of one that was killed stays.
+    paths = (path for path in run.rglob("*") if path.name not in ("in-use", "errors.txt"))
+    found = (str(path.relative_to(run)) for path in paths)
     files = sorted(re.sub("-[0-9a-f]{10}", "", name) for name in found)
     return Left([digest for digest, _ in results], lines, files), results[0][1]
 
 
 def _go_on(place: Path, settings: dict[str, Any], kill: Kill | None) -> tuple[str, int]:
-    """On a rank: (digest, changes of files) of a run that goes through."""
+    """On a rank: (digest, changes of files) of a run that goes through.
+
+    What it says, of the ranks that are killed beside it too, is in ``said``.
+    """
+    os.dup2(os.open(place / "said", os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
     digests, steps = [], loop.run_steps
 
     def kept(session: Any) -> Any:
