@@ -32,8 +32,10 @@ def start(tmp_path):
         marks.append(f"SAPO_MEGATRON_TEST={mark}")
         kept = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
         paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+        # Whoever runs the tests in the background of a shell has SIGINT ignored.
+        heeding = ("env", "--default-signal=INT")
         process = subprocess.Popen(
-            [sys.executable, "-m", *map(str, words)],
+            [*heeding, sys.executable, "-m", *map(str, words)],
             cwd=tmp_path,
             env={**kept, "PYTHONPATH": paths, "SAPO_MEGATRON_TEST": mark, **env},
             stdin=subprocess.DEVNULL,
