@@ -13,6 +13,7 @@ import json
 import math
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict
 from itertools import repeat
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from typing import Any
 from benchmarks.studies.stability import cases
 
 RESULTS = cases.HERE / "results.json"
+KEYS = ("loss", "n", "k", "old_policy", "seed")
+"""What tells one run from another."""
 
 
 def main() -> None:
@@ -36,8 +39,13 @@ def main() -> None:
 
 
 def run(out: Path, jobs: int) -> None:
-    """Train what ``out`` does not have, and collect. Each run is a process of its own."""
+    """Train what neither ``out`` nor ``results.json`` has, and collect; a process for each run."""
     out.mkdir(parents=True, exist_ok=True)
+    known = {tuple(found[key] for key in KEYS): found for found in json.loads(RESULTS.read_text())}
+    for case in cases.cases():
+        path, found = out / f"{case.name}.json", known.get(tuple(asdict(case)[k] for k in KEYS))
+        if found and not path.exists():
+            path.write_text(json.dumps(found))
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["sapo_megatron.training.loop"])
     with ProcessPoolExecutor(jobs, context, cases.quietly, max_tasks_per_child=1) as pool:
