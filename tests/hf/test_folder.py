@@ -7,6 +7,7 @@ import shutil
 import pytest
 import torch
 import torch.distributed as dist
+import transformers
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -521,7 +522,11 @@ def test_one_tensor_by_two_names(model):
         WeightFiles(model)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+# transformers 4 cannot make those that are newer than it; kimi_k2 is the hub's name for another.
+MADE = {*transformers.CONFIG_MAPPING, "kimi_k2"}
+
+
+@pytest.mark.parametrize("family", [f for f, c in FAMILIES.items() if c["model_type"] in MADE])
 def test_every_tensor_of_a_family_is_read(tmp_path, family):
     make_model(family, tmp_path)
     assert WeightFiles(tmp_path).left_out(read_architecture(tmp_path)) == ""
