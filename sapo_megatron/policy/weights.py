@@ -187,7 +187,7 @@ class HuggingFaceWeights:
         ranks. Returns what this node has written.
         """
         with parallel.failing_together(self._groups):
-            folder.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # a memory that all users share
             tensors = self._of_peers(nodes)
             try:
                 mine = _replace(tensors, folder, f"rank-{nodes.local:05d}")

@@ -245,6 +245,11 @@ def _check_servers(r: RolloutConfig) -> None:
             f"rollout.weight_transfer: expected folder with rollout.{name}, whose servers share "
             f"the trainer's GPUs (NCCL wants one for each process), got nccl; remove one of the two"
         )
+    if r.servers and r.min_servers > len(r.servers):
+        raise UserError(
+            f"rollout.min_servers: expected at most {len(r.servers)}, the number of "
+            f"rollout.servers, got {r.min_servers}; lower it, or name more"
+        )
     for url in r.servers:
         if not re.fullmatch(r"https?://[\w.-]+(:\d+)?|https?://\[[\da-fA-F:]+\](:\d+)?", url):
             raise UserError(

@@ -129,7 +129,7 @@ class RolloutConfig:
     """Servers that the trainer starts on each node; None: as many as its GPUs hold, and one where
     there are none."""
     server_tensor_parallel_size: Count = 1
-    """GPUs of one server that the trainer starts."""
+    """GPUs of one server that the trainer starts; of servers elsewhere it tells ``plan`` alone."""
     min_servers: Count = 1
     """Servers, of those that one process speaks to, without which a run ends with a checkpoint."""
     async_steps: Annotated[int, Field(ge=0, le=8)] = 0

@@ -20,6 +20,14 @@ class Needs(NamedTuple):
 RULES = (
     Needs("rollout.engine", "in_process", "rollout.colocate", (False,), "which has no servers"),
     Needs(
+        *("rollout.vllm_python", None, "rollout.num_servers", (None,)),
+        "the Python of servers to start",
+    ),
+    Needs(
+        *("rollout.colocate", False, "rollout.colocate_offload", ("gradients",)),
+        "whose servers have GPUs of their own",
+    ),
+    Needs(
         *("rollout.colocate", True, "rollout.async_steps", (0,)),
         "whose servers sleep while the model trains",
     ),

@@ -7,13 +7,14 @@ the log-probs that the training engine gives it; a run whose servers do not stop
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 from sapo_megatron.data.batch import MicroBatching
+from sapo_megatron.errors import RunFailed
 from sapo_megatron.metrics import Max, Metrics, Sum
 from sapo_megatron.policy import parallel
 from sapo_megatron.policy.decode import MegatronDecoder
@@ -188,9 +189,13 @@ class Following:
         asked = [request for request in requests if request.uid >= 0]
         try:
             redrawn = self._servers.sample(asked, params, arrived)
-        finally:
-            if self._offload is not None:
-                self._servers.sleep()
+        except RunFailed:
+            if self._offload is not None:  # a checkpoint is written next, if there is memory for it
+                with suppress(RunFailed):
+                    self._servers.sleep()
+            raise
+        if self._offload is not None:
+            self._servers.sleep()
         metrics.add("rollout/redrawn", Sum(float(redrawn)))
         return metrics
 

@@ -23,6 +23,23 @@ LAYOUT = Layout(world=4, pp=2)
 """Two ranks with sequences of their own, and two that see no log-prob."""
 
 
+def opened(recipe, groups, folder, **optimizer):
+    """A policy whose next update is its first, and the batches for it."""
+    policy = Policy(
+        recipe,
+        parse_architecture(MODELS[LAYOUT.model]),
+        groups,
+        folder,
+        optimizer=dataclasses.replace(recipe.optimizer, lr=1e-3, **optimizer),
+        total_updates=1,
+    )
+    batches = [
+        dataclasses.replace(batch, old_logprob=batch.rollout_logprob)
+        for batch in micro_batches(samples(LAYOUT), groups.micro_batching(recipe))
+    ]
+    return policy, batches
+
+
 def steps(folder):
     """By ess_scaling: how far each weight moved, learning rate in the metrics and after the step.
 
@@ -50,18 +67,7 @@ def steps(folder):
         return share, metrics
 
     for scaled in (False, True):
-        policy = Policy(
-            recipe,
-            parse_architecture(MODELS[LAYOUT.model]),
-            groups,
-            folder,
-            optimizer=dataclasses.replace(recipe.optimizer, lr=1e-3, ess_scaling=scaled),
-            total_updates=1,
-        )
-        batches = [
-            dataclasses.replace(batch, old_logprob=batch.rollout_logprob)
-            for batch in micro_batches(samples(LAYOUT), groups.micro_batching(recipe))
-        ]
+        policy, batches = opened(recipe, groups, folder, ess_scaling=scaled)
         weights = [p for chunk in policy.model.chunks for p in chunk.parameters()]
         before = [p.detach().clone() for p in weights]
         metrics = policy.update(batches, loss, where="here")[0].gather(groups.world).values()
@@ -79,18 +85,7 @@ def aside(folder):
     groups = parallel.setup(recipe.parallel, seed=1)
     found = []
     for left in (False, True):
-        policy = Policy(
-            recipe,
-            parse_architecture(MODELS[LAYOUT.model]),
-            groups,
-            folder,
-            optimizer=dataclasses.replace(recipe.optimizer, lr=1e-3),
-            total_updates=1,
-        )
-        batches = [
-            dataclasses.replace(batch, old_logprob=batch.rollout_logprob)
-            for batch in micro_batches(samples(LAYOUT), groups.micro_batching(recipe))
-        ]
+        policy, batches = opened(recipe, groups, folder)
         if left:
             with policy.aside("gradients") as leave:
                 if dist.get_rank() == 1:

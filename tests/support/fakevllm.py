@@ -180,6 +180,20 @@ def after(seconds: float) -> Callable[[str, dict[str, Any], Callable[[], Answer]
     return fault
 
 
+def behind(
+    other: FakeVllm,
+) -> Callable[[str, dict[str, Any], Callable[[], Answer]], Answer]:
+    """A fault: to answer completions only once another server has been asked for some."""
+
+    def fault(path: str, body: dict[str, Any], own: Callable[[], Answer]) -> Answer:
+        last = time.monotonic() + 60.0
+        while "seed" in body and not other.prompts() and time.monotonic() < last:
+            time.sleep(0.01)
+        return own()
+
+    return fault
+
+
 def sampled(engine: Any, requests: Sequence[Request], params: SamplingParams) -> list[Sample]:
     """What an engine samples, in the order of the requests."""
     found: list[Sample] = []

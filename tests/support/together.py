@@ -1,6 +1,7 @@
 """Settings that may be combined: which are, the runs that have every pair of them, and a table."""
 
 import itertools
+import math
 from pathlib import Path
 from typing import Any, get_args
 
@@ -85,6 +86,17 @@ def runs(folder: Path, found: list[dict[str, str]], **sections: dict[str, Any]) 
         settings = {k: v for k, v in cell.items() if k != "correction"}
         settings |= CORRECTIONS[cell["correction"]] | {"train.run_dir": str(folder / str(number))}
         run(folder, **{k.replace(".", "__"): v for k, v in settings.items()})
+
+
+def check_trained(every: list[dict[str, str]], done: list[tuple[dict[str, str], Any]]) -> None:
+    """``done``, (cell, its metrics by step), have every pair of ``every``; each cell has learnt."""
+    assert set().union(*map(pairs, every)) == set().union(*(pairs(cell) for cell, _ in done))
+    for cell, lines in done:
+        for line in lines:
+            assert math.isfinite(line["actor/pg_loss"]), cell
+            assert line["actor/grad_norm"] > 0, cell
+        ahead = cell["rollout.async_steps"] == "2"
+        assert [line["rollout/staleness"] for line in lines] == [0, float(ahead)], cell
 
 
 def table(recipe: Path) -> str:

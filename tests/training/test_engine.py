@@ -205,8 +205,8 @@ def test_a_colocated_server_that_is_back_is_woken_before_it_gets_weights(tmp_pat
         away.description["sleep_mode"] = True
         _, engine = following(tmp_path, server, away, colocate=True)
         rollout(engine)
-    server.fault = fakevllm.after(0.1)
     with engine.serving(record=True), FakeVllm(away.port) as back:
+        server.fault = fakevllm.behind(back)
         back.description["sleep_mode"] = True
         back.asleep = {"weights", "kv_cache"}
         engine.generate(REQUESTS * 4, PARAMS, lambda sample: None)
@@ -234,6 +234,17 @@ def test_a_colocated_server_that_does_not_sleep_ends_the_run(tmp_path, server, a
     server.fault = lambda path, body, own: answer if "/sleep" in path else own()
     with pytest.raises(RunFailed, match=f"^{server.url}: /sleep: expected .* {message}"):
         rollout(engine)
+
+
+def test_what_ends_a_rollout_is_told_and_not_that_servers_cannot_sleep_then(tmp_path, server):
+    _, engine = following(tmp_path, server, colocate=True)
+    answers = {"/v1/completions": (400, b"no such token"), "/sleep?level=2": (500, b"dead")}
+    server.fault = lambda path, body, own: (
+        answers[path] if path in answers and "prompt_logprobs" not in body else own()
+    )
+    with pytest.raises(RunFailed, match=r"/v1/completions: .* no such token"):
+        rollout(engine)
+    assert calls(server)[-1] == "sleep"
 
 
 def test_a_colocated_server_that_does_not_wake_ends_the_run(tmp_path, server):

@@ -1,12 +1,10 @@
 """Settings that go together do so with rollouts from a vLLM server, too."""
 
-import math
-
 import pytest
 
 from tests.support.gloo import run_ranks
 from tests.support.tiny import read_metrics, write_recipe
-from tests.support.together import cells, chosen, pairs, runs
+from tests.support.together import cells, check_trained, chosen, runs
 from tests.vllm.conftest import ARCH
 
 
@@ -39,13 +37,7 @@ def of_servers(folder, asked, sections):
 
 def test_every_pair_of_settings_has_run(done, tmp_path):
     every = on_servers(tmp_path)
-    assert set().union(*map(pairs, every)) == set().union(*(pairs(cell) for cell, _ in done))
-    for cell, lines in done:
-        for line in lines:
-            assert math.isfinite(line["actor/pg_loss"]), cell
-            assert line["actor/grad_norm"] > 0, cell
-        ahead = cell["rollout.async_steps"] == "2"
-        assert [line["rollout/staleness"] for line in lines] == [0, float(ahead)], cell
+    check_trained(every, done)
 
 
 def test_ratios_begin_where_the_old_policy_says(done):

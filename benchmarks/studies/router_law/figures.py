@@ -16,6 +16,8 @@ from benchmarks.studies.router_law import RESULTS, ROOT
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+from sapo_megatron.routing.variance import LEAST_SWAPS
+
 DOCS = ROOT / "docs"
 PAGE = DOCS / "router-variance.md"
 BLUE, ORANGE, GREEN, GREY, RED = "#1b6ca8", "#d95f02", "#2a8f57", "#4d4d4d", "#b2182b"
@@ -54,6 +56,7 @@ def main() -> None:
             draw_engines(engines)
     if (path := RESULTS / "small.json").exists():
         small = json.loads(path.read_text())
+        small["points"] = {e: p for e, p in small["points"].items() if p["swaps"] >= LEAST_SWAPS}
         draw_small(small)
         tables["small"] = small_rows(small)
     write_page(tables)
@@ -175,7 +178,7 @@ def draw_controls(laws: dict[str, Any]) -> None:
             points = [
                 (float(e), p)
                 for e, p in laws[name]["kinds"]["update"]["points"].items()
-                if p["swaps"] >= 400
+                if p["swaps"] >= LEAST_SWAPS
             ]
             bars(ax, points, "var_b", color=colour, label=label)
     if "dense" in laws:
@@ -231,7 +234,7 @@ def draw_small(small: dict[str, Any]) -> None:
         (0.93, "mini_batch", GREY, "one mini-batch: middle half and 90 percent"),
         (1.07, "median_of_runs", ORANGE, "median of 3 runs of 8 mini-batches"),
     ):
-        q = np.array([few[name] for few in small["few"].values()]).T
+        q = np.array([small["few"][e][name] for e in small["points"]]).T
         ax.vlines(x * shift, q[0], q[4], color=colour, lw=1)
         ax.vlines(x * shift, q[1], q[3], color=colour, lw=4)
         ax.plot(x * shift, q[2], "_", color=colour, ms=12, label=label)
@@ -290,11 +293,12 @@ def control_rows(laws: dict[str, Any]) -> list[list[str]]:
             continue
         kind = laws[name]["kinds"]["update"]
         for e, p in kind["points"].items():
+            if p["swaps"] < LEAST_SWAPS and name != "dense":
+                continue
             exponent = kind.get("exponent_var_b_rare", kind.get("exponent_var_b"))
             last = shown(exponent, "{:.2f}") if exponent and np.isfinite(exponent[0]) else "-"
-            few = "" if p["swaps"] >= 400 or name == "dense" else " (too few)"
             share = "0" if p["var_b"][0] == 0 else shown(p["share"])
-            rows.append([name, e, f"{p['swaps']}{few}", f"{p['var_a'][0]:.1e}",
+            rows.append([name, e, f"{p['swaps']}", f"{p['var_a'][0]:.1e}",
                          f"{p['var_b'][0]:.1e}", share, last])  # fmt: skip
     return rows
 
@@ -312,7 +316,7 @@ def engine_rows(engines: dict[str, Any], rounded: dict[str, Any]) -> list[list[s
          "replay removes", "KL (k3)", "with R3", "F(2)", "with R3"]
     ]  # fmt: skip
     for name, rollout, trainer, p in pairs:
-        enough = p["swaps"] >= 400
+        enough = p["swaps"] >= LEAST_SWAPS
         rows.append([
             name, rollout, trainer, f"{p['router_flip'][0]:.2%}", f"{p['tokens_flipped'][0]:.1%}",
             shown(p["share"]) if enough else "-", shown(p["replay_removes"]) if enough else "-",

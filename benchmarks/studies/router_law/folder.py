@@ -22,7 +22,7 @@ from typing import Any
 import torch.distributed as dist
 
 from benchmarks.studies.router_law import changes
-from benchmarks.studies.router_law.measure import LEAST_SWAPS, Text, Weights, measured, point
+from benchmarks.studies.router_law.measure import Text, Weights, measured, point
 from benchmarks.studies.router_law.models import opened, recipe_of
 from benchmarks.studies.router_law.text import VOCABULARY, sequences, stdlib
 from sapo_megatron.data.tokenizer import load_tokenizer
@@ -33,6 +33,7 @@ from sapo_megatron.hf.folder import find_model
 from sapo_megatron.recipe.check import check_world
 from sapo_megatron.recipe.load import load
 from sapo_megatron.recipe.schema import Recipe
+from sapo_megatron.routing.variance import LEAST_SWAPS
 from sapo_megatron.sample import Sample
 
 SIZES = (0.01, 0.03, 0.1, 0.3, 1.0)

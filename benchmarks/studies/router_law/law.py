@@ -25,7 +25,6 @@ from benchmarks.studies.router_law import RESULTS, changes
 from benchmarks.studies.router_law.margins import jumps, margins
 from benchmarks.studies.router_law.measure import (
     DRAWS,
-    LEAST_SWAPS,
     Text,
     Weights,
     by_layer,
@@ -42,6 +41,7 @@ from benchmarks.studies.router_law.routers import Rounded
 from benchmarks.studies.router_law.text import sequences, stdlib
 from sapo_megatron.files import write_whole
 from sapo_megatron.policy.model import Model
+from sapo_megatron.routing.variance import LEAST_SWAPS
 from sapo_megatron.sample import Sample
 
 logger = logging.getLogger(__name__)

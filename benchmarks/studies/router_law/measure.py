@@ -24,9 +24,9 @@ from sapo_megatron.policy.model import Forward, Model
 from sapo_megatron.policy.step import Policy
 from sapo_megatron.recipe.schema import Recipe
 from sapo_megatron.routing.divergence import flips
+from sapo_megatron.routing.variance import LEAST_SWAPS
 from sapo_megatron.sample import PackedBatch, Sample
 
-LEAST_SWAPS = 400
 DRAWS = 500
 COLUMNS = (
     "tokens",

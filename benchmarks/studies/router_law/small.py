@@ -11,6 +11,7 @@ import json
 import logging
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
@@ -22,11 +23,10 @@ from sapo_megatron.files import write_whole
 from sapo_megatron.policy import parallel
 from sapo_megatron.recipe.load import load
 from sapo_megatron.rollout.engine import SamplingParams
-from sapo_megatron.runs.folder import open_run
 from sapo_megatron.sample import Sample
 from sapo_megatron.training.inputs import preflight
 from sapo_megatron.training.loop import run_step
-from sapo_megatron.training.session import Session, open_session
+from sapo_megatron.training.session import Session, open_session, opened_run
 from sapo_megatron.training.update import set_advantages
 
 logger = logging.getLogger(__name__)
@@ -63,9 +63,10 @@ def main() -> None:
     inputs = preflight(recipe, 1)
     groups = parallel.setup(recipe.parallel, seed=recipe.train.seed)
     (RUN / "metrics.jsonl").unlink(missing_ok=True)  # of an attempt that did not come to its end
-    run = open_run(recipe, inputs.arch, None, None)
-    with open_session(inputs, groups, run, began=time.monotonic()) as session:
-        found = of_session(session)
+    with ExitStack() as stack:
+        run, lock = opened_run(stack, recipe, inputs, groups, None, new_data=False)
+        opened = open_session(inputs, groups, run, lock, began=time.monotonic())
+        found = of_session(stack.enter_context(opened))
     found["cpu_s"] = round(time.process_time() - began, 1)
     write_whole(path, json.dumps(found, indent=1) + "\n")
 

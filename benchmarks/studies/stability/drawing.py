@@ -23,10 +23,9 @@ from benchmarks.studies.stability.cases import (
     STALENESS,
 )
 from benchmarks.studies.stability.criterion import better, steadier, verdict
+from sapo_megatron.routing.variance import LEAST_SWAPS
 
 PAGE = ROOT / "docs" / "stability.md"
-LEAST_SWAPS = 400
-"""Below so many a router's share is not told."""
 
 Arm = tuple[str, int, int, str]
 """Loss, N, K and old policy: what runs on several seeds have in common."""

@@ -101,7 +101,7 @@ class VllmEngine:
         """
         self._urls = tuple(urls)
         self._config = config
-        self._least = min(config.min_servers, len(self._urls))
+        assert config.min_servers <= len(self._urls), "refused before servers start"
         self._arch = arch
         self._with_routes = with_routes
         self._exited = exited
@@ -207,8 +207,8 @@ class VllmEngine:
             for state, problem in zip(states, problems, strict=True):
                 if not state.ready:
                     logger.warning("%s is left out for now: %s", state.server.url, problem)
-            if sum(not state.lost for state in states) < self._least:
-                raise RunFailed(_lost(states, self._least))
+            if sum(not state.lost for state in states) < self._config.min_servers:
+                raise RunFailed(_lost(states, self._config.min_servers))
 
     async def _label(self, label: str) -> None:
         async with self._connected() as states:
@@ -231,7 +231,7 @@ class VllmEngine:
                 for _ in range(min(part, self._config.server_concurrency))
             ]
             try:
-                await _finished(work, slots, states, self._least)
+                await _finished(work, slots, states, self._config.min_servers)
             finally:
                 for task in slots:
                     task.cancel()

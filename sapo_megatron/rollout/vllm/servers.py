@@ -73,6 +73,11 @@ class LocalServers:
                 f"{python}, which is no program; make test-vllm sets one up in venvs/vllm"
             )
         gpus = _gpus_of_servers(recipe.rollout)
+        if len(gpus) < (least := recipe.rollout.min_servers):
+            raise UserError(
+                f"rollout.min_servers: expected at most {len(gpus)}, as many as this node starts, "
+                f"got {least}; lower it, or raise rollout.num_servers"
+            )
         folder.mkdir(parents=True, exist_ok=True)
         environment = _environment(folder)
         self._weights = weights

@@ -371,13 +371,13 @@ def test_a_server_that_was_away_gets_the_weights_before_it_gets_work(servers, ca
     away.die()
     assert list(client.load(TESTS.parent, PROBE)) == [first.url]
     assert f"{away.url} is left out" in caplog.text
-    first.fault = fakevllm.after(0.1)
     with FakeVllm(away.port) as back:
+        first.fault = fakevllm.behind(back)
         assert len(sampled(client, REQUESTS, PARAMS)) == len(REQUESTS)
         assert back.folders == [str(TESTS.parent)]
         assert back.prompts()
-        paths = [path for path, body in back.calls if "seed" in body or "folder" in str(body)]
-        assert paths
+        asked = ["seed" if "seed" in body else body.get("method") for _, body in back.calls]
+        assert asked.index("sapo_load") < asked.index("seed")
 
 
 def test_a_server_that_was_restarted_gets_the_weights_again(server):
@@ -558,12 +558,13 @@ def test_servers_beside_the_trainer_have_the_gpus_that_it_leaves(tmp_path, monke
         ({"colocate": True, "num_servers": 2}, "at most 1 servers .* 1 GPUs .* the trainer, got 2"),
         ({"colocate": True, "server_tensor_parallel_size": 2}, "at most 0 servers .* got 1"),
         ({}, "at most 0 servers .* the 0 GPUs of this node that no process trains on, got 1"),
+        ({"colocate": True, "min_servers": 2}, "at most 1, as many as this node starts, got 2"),
     ],
 )
 def test_more_servers_than_gpus(settings, message, tmp_path, monkeypatch):
     config = recipe(tmp_path, program(tmp_path, "exit 3"), **settings)
     monkeypatch.setattr(servers_module.torch.cuda, "device_count", lambda: 1)
-    with pytest.raises(UserError, match=rf"rollout\.num_servers: expected {message}"):
+    with pytest.raises(UserError, match=rf"^rollout\.(num|min)_servers: expected {message}"):
         LocalServers(config, tmp_path, tmp_path / "servers", tmp_path / "weights")
 
 
@@ -585,12 +586,15 @@ def test_servers_end_when_the_trainer_is_killed(tmp_path):
         servers.LocalServers(load(here / "recipe.yaml"), here, here / "servers", here / "weights")
     """
     recipe(tmp_path, python)
+    (tmp_path / "weights").mkdir()
+    (tmp_path / "weights" / "model.safetensors").write_bytes(b"in the memory of the node")
     trainer = subprocess.Popen([sys.executable, "-c", textwrap.dedent(script)], cwd=tmp_path)
     pid = tmp_path / "pid"
     wait_until(lambda: pid.exists() and pid.read_text().strip())
     trainer.send_signal(signal.SIGKILL)
     trainer.wait()
     wait_until(lambda: not alive(int(pid.read_text())))
+    wait_until(lambda: not (tmp_path / "weights").exists())
 
 
 def test_a_server_that_does_not_end_when_asked_is_killed(tmp_path):
@@ -633,6 +637,15 @@ def wait_until(holds):
         ({"engine": "vllm", "servers": ["http://a/v1"]}, "expected URLs .* got 'http://a/v1'"),
         ({"engine": "vllm", "servers": ["http://a", "http://a"]}, "got http://a twice"),
         ({"engine": "vllm", "vllm_python": "python", "num_servers": 0}, "rollout.num_servers"),
+        ({"num_servers": 2}, "num_servers: expected none with rollout.vllm_python none"),
+        (
+            {"engine": "vllm", "vllm_python": "python", "colocate_offload": "weights"},
+            "colocate_offload: expected gradients with rollout.colocate false",
+        ),
+        (
+            {"engine": "vllm", "servers": ["http://a", "http://b"], "min_servers": 3},
+            "min_servers: expected at most 2, the number of rollout.servers, got 3",
+        ),
         ({"weight_transfer": "nccl"}, "rollout.weight_transfer: expected folder .* in_process"),
         (
             {"engine": "vllm", "vllm_python": "python", "weight_transfer": "nccl"},
