@@ -71,6 +71,8 @@ def judge(function: RewardFunction, prompt: Prompt, response: str) -> tuple[floa
     score = score.get("score") if isinstance(score, Mapping) else score
     try:
         reward = float(score)
+    except OverflowError:
+        reward = math.inf
     except Exception:
         kind = type(found).__name__
         return math.nan, f"expected a number or a dictionary with a number as score, got {kind}"
