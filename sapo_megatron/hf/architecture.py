@@ -4,6 +4,7 @@ What a family can express and this package does not compute is refused here, bef
 built; so is every other family, by ``hf/kinds.py``.
 """
 
+import dataclasses
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -28,6 +29,8 @@ class GroupedQueryAttention:
     qk_norm: bool
     joint_norm: bool = False
     """Whether that norm is one over all heads (MiniMax-M2), and not one of each."""
+    output_gate: bool = False
+    """Whether queries come with a gate that what was attended to passes (Qwen3-Next)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +44,31 @@ class LatentAttention:
     qk_nope_head_dim: int
     qk_rope_head_dim: int
     v_head_dim: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class GatedDeltaNet:
+    """Linear attention that stands in place of attention in most layers (arXiv 2412.06464)."""
+
+    num_key_heads: int
+    num_value_heads: int
+    key_head_dim: int
+    value_head_dim: int
+    conv_size: int
+    """Positions that the convolution over query, key and value sees."""
+    layers: tuple[int, ...]
+    """Numbers, from 0, of the layers that have it."""
+
+    @property
+    def state_size(self) -> int:
+        """Numbers that a layer keeps of a sequence in fp32, however long it is."""
+        return self.num_value_heads * self.key_head_dim * self.value_head_dim
+
+    @property
+    def mixed_size(self) -> int:
+        """Numbers of a token's query, key and value, which the convolution sees."""
+        keys = self.num_key_heads * self.key_head_dim
+        return 2 * keys + self.num_value_heads * self.value_head_dim
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +113,8 @@ class Experts:
     group_topk: int = 1
     shared_hidden_size: int = 0
     """Inner width of the experts that every token passes; 0: none."""
+    shared_gate: bool = False
+    """Whether a gate says how much of those a token takes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,6 +135,9 @@ class Architecture:
     attention: GroupedQueryAttention | LatentAttention
     rope: Rope
     experts: Experts | None
+    delta_net: GatedDeltaNet | None = None
+    zero_centered_norm: bool = False
+    """Whether norms multiply by 1 + weight; never those inside :class:`GatedDeltaNet`."""
 
 
 def read_architecture(folder: str | Path) -> Architecture:
@@ -135,7 +168,9 @@ def parse_architecture(config: Any, path: str | Path = "config.json") -> Archite
     c = Config(config, path, kind)
     check_quantization(c.given("quantization_config", dict), path)
     c.only("hidden_act", "silu")
-    c.only("layer_types", "full_attention", listed=True)
+    hybrid = kind in _HYBRID
+    if not hybrid:
+        c.only("layer_types", "full_attention", listed=True)
     read_attention, read_experts = _FAMILIES[kind]
     attention = read_attention(c)
     arch = Architecture(
@@ -143,7 +178,7 @@ def parse_architecture(config: Any, path: str | Path = "config.json") -> Archite
         model_type=kind,
         num_layers=c.whole("num_hidden_layers"),
         hidden_size=c.whole("hidden_size"),
-        ffn_hidden_size=c.whole("intermediate_size"),
+        ffn_hidden_size=c.whole(_INNER.get(kind, "intermediate_size")),
         vocab_size=c.whole("vocab_size"),
         max_position_embeddings=c.whole("max_position_embeddings"),
         norm_eps=c.number("rms_norm_eps", most=0.1),
@@ -151,6 +186,8 @@ def parse_architecture(config: Any, path: str | Path = "config.json") -> Archite
         attention=attention,
         rope=_rope(c, latent=isinstance(attention, LatentAttention)),
         experts=read_experts(c) if read_experts else None,
+        delta_net=_delta_net(c) if hybrid else None,
+        zero_centered_norm=hybrid,
     )
     e = arch.experts
     width = arch.ffn_hidden_size + (e.number * e.hidden_size if e else 0)
@@ -184,6 +221,31 @@ def _qwen3_attention(c: Config) -> GroupedQueryAttention:
     c.only("attention_bias", False)  # it would put one on the output projection as well
     c.only("use_sliding_window", False)
     return _grouped_query(c, qkv_bias=False, qk_norm=True)
+
+
+def _gated_attention(c: Config) -> GroupedQueryAttention:
+    c.only("attn_output_gate", True)
+    return dataclasses.replace(_qwen3_attention(c), output_gate=True)
+
+
+def _delta_net(c: Config) -> GatedDeltaNet:
+    layers, kinds = range(c.whole("num_hidden_layers")), c.given("layer_types", list)
+    if not kinds:
+        interval = c.whole("full_attention_interval")
+        kinds = ["linear_attention" if (i + 1) % interval else "full_attention" for i in layers]
+    known = all(kind in ("full_attention", "linear_attention") for kind in kinds)
+    what = f"linear_attention or full_attention for each of the {len(layers)} layers"
+    c.must(known and len(kinds) == len(layers), "layer_types", what)
+    keys, values = c.whole("linear_num_key_heads"), c.whole("linear_num_value_heads")
+    c.must(values % keys == 0, "linear_num_value_heads", f"a multiple of the {keys} key heads")
+    return GatedDeltaNet(
+        num_key_heads=keys,
+        num_value_heads=values,
+        key_head_dim=c.whole("linear_key_head_dim"),
+        value_head_dim=c.whole("linear_value_head_dim"),
+        conv_size=c.whole("linear_conv_kernel_dim", least=2),
+        layers=tuple(i for i in layers if kinds[i] == "linear_attention"),
+    )
 
 
 def _glm4_attention(c: Config) -> GroupedQueryAttention:
@@ -240,6 +302,17 @@ def _qwen3_experts(c: Config) -> Experts:
     )
 
 
+def _gated_experts(c: Config) -> Experts:
+    if c.kind == "qwen3_5_moe_text":  # which leaves no choice
+        c.only("norm_topk_prob", True)
+        c = Config({**c.values, "decoder_sparse_step": 1, "norm_topk_prob": True}, c.path, c.kind)
+    return dataclasses.replace(
+        _qwen3_experts(c),
+        shared_hidden_size=c.whole("shared_expert_intermediate_size"),
+        shared_gate=True,
+    )
+
+
 def _deepseek_experts(c: Config) -> Experts:
     c.only("scoring_func", "sigmoid")
     c.only("topk_method", "noaux_tc")
@@ -290,8 +363,12 @@ _FAMILIES: dict[str, tuple[Callable[[Config], Any], Callable[[Config], Any] | No
     "glm4_moe": (_glm4_attention, _deepseek_experts),
     "glm4_moe_lite": (_latent_attention, _deepseek_experts),
     "minimax_m2": (_minimax_attention, _minimax_experts),
+    "qwen3_next": (_gated_attention, _gated_experts),
+    "qwen3_5_moe_text": (_gated_attention, _gated_experts),
 }
 """``model_type`` -> what reads its attention and its experts."""
+_HYBRID = ("qwen3_next", "qwen3_5_moe_text")
+_INNER = {"qwen3_5_moe_text": "moe_intermediate_size"}  # of layers without experts, which has none
 
 
 def _rope(c: Config, *, latent: bool) -> Rope:
@@ -315,10 +392,10 @@ def _rope(c: Config, *, latent: bool) -> Rope:
             f"{c.path}: rope_scaling: expected none for {c.kind}, got {kind}, which is not "
             f"supported; remove it"
         )
-    if c.kind not in ("glm4_moe", "minimax_m2"):
+    if c.kind not in ("glm4_moe", "minimax_m2", *_HYBRID):
         r.only("partial_rotary_factor", 1.0)
     if c.kind != "glm4_moe":  # which has no default
-        r.values.setdefault("partial_rotary_factor", 1.0)
+        r.values.setdefault("partial_rotary_factor", 0.25 if c.kind in _HYBRID else 1.0)
     fraction = r.number("partial_rotary_factor")
     if fraction > 1:
         raise UserError(

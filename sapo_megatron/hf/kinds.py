@@ -13,6 +13,8 @@ CLASSES = {
     "glm4_moe": "Glm4MoeForCausalLM",
     "glm4_moe_lite": "Glm4MoeLiteForCausalLM",
     "minimax_m2": "MiniMaxM2ForCausalLM",
+    "qwen3_next": "Qwen3NextForCausalLM",
+    "qwen3_5_moe_text": "Qwen3_5MoeForCausalLM",
 }
 """Our families, and the class of each in transformers."""
 _TEXT = {"glm4v_moe_text": "glm4_moe", "qwen3_vl_text": "qwen3"}
@@ -33,9 +35,8 @@ _OTHERS = {
     "nemotron_h": ("most of its layers are state-space models", "qwen3_moe"),
     "qwen2": ("it has biases and no norms of query and key", "qwen3"),
     "qwen2_moe": ("its shared expert has a gate", "qwen3_moe"),
-    "qwen3_5_moe": ("most of its layers are Gated DeltaNet", "qwen3_moe"),
-    "qwen3_5_moe_text": ("most of its layers are Gated DeltaNet", "qwen3_moe"),
-    "qwen3_next": ("most of its layers are Gated DeltaNet", "qwen3_moe"),
+    "qwen3_5_moe": ("it has no text_config", "qwen3_5_moe_text"),
+    "qwen3_5_text": ("none of its layers has experts", "qwen3_5_moe_text"),
     "qwen3_vl_moe_text": ("all experts of a layer are one tensor on disk", "qwen3_moe"),
 }
 """``model_type`` of models that people train -> why not, and the nearest family."""

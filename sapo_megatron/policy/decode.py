@@ -70,7 +70,8 @@ class MegatronDecoder:
                     if isinstance(module, RotaryEmbedding):
                         module.cp_group = cp_group
                 for layer in chunk.decoder.layers:
-                    layer.self_attention.core_attention.cp_group = cp_group
+                    mixer = layer.self_attention
+                    getattr(mixer, "core_attention", mixer).cp_group = cp_group
 
     def start(self, batch_size: int, max_length: int) -> None:
         self._contexts = [StaticInferenceContext(batch_size, max_length) for _ in self.chunks]

@@ -95,6 +95,11 @@ _CUT = (
     "linear_q_up_proj.weight",
     "linear_kv_up_proj.weight",
     "linear_proj.weight",
+    "self_attention.in_proj.weight",
+    "self_attention.conv1d.weight",
+    "self_attention.A_log",
+    "self_attention.dt_bias",
+    "self_attention.out_proj.weight",
     "linear_fc1.weight",
     "linear_fc2.weight",
 )

@@ -41,17 +41,23 @@ class RMSNorm(nn.Module):
         self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any
     ) -> None:
         super().__init__()
-        self.eps = eps
+        self.eps, self.zero_centered = eps, config.layernorm_zero_centered_gamma
         self.weight = norm_weight(config, hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps)
+        return rms_norm(x, self.weight, self.eps, zero_centered=self.zero_centered)
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """RMS norm of ``x [..., H]`` with at least fp32 arithmetic, in the dtype of ``x``."""
+def rms_norm(x: Tensor, weight: Tensor, eps: float, *, zero_centered: bool = False) -> Tensor:
+    """RMS norm of ``x [..., H]`` with at least fp32 arithmetic, in the dtype of ``x``.
+
+    ``zero_centered``: the weight is what is above 1, and multiplies before the dtype is narrowed.
+    """
     wide = x if x.dtype == torch.float64 else x.float()
-    return F.rms_norm(wide, (x.shape[-1],), None, eps).to(x.dtype) * weight
+    normed = F.rms_norm(wide, (x.shape[-1],), None, eps)
+    if zero_centered:
+        return (normed * (1 + weight.to(wide.dtype))).to(x.dtype)
+    return normed.to(x.dtype) * weight
 
 
 def norm_weight(config: TransformerConfig, size: int) -> nn.Parameter:
@@ -72,7 +78,12 @@ class LayerNormColumnParallelLinear(ColumnParallelLinear):
         self.eps = self.config.layernorm_epsilon
 
     def forward(self, input_: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-        normed = rms_norm(input_, self.layer_norm_weight, self.eps)
+        normed = rms_norm(
+            input_,
+            self.layer_norm_weight,
+            self.eps,
+            zero_centered=self.config.layernorm_zero_centered_gamma,
+        )
         return super().forward(normed, *args, **kwargs)
 
 
@@ -224,7 +235,7 @@ class TorchAttention(nn.Module):
             causal = attn_mask_type != AttnMaskType.no_mask and query.shape[0] > 1
             out = self._attend(q, k, v, causal=causal)
             return out.permute(2, 0, 1, 3).flatten(2)
-        layout = _packed_layout(packed_seq_params, self.cp_group, query.device)
+        layout = packed_layout(packed_seq_params, self.cp_group, query.device)
         if self.cp_group.size() > 1:
             both = _gather_sequence(torch.cat((key, value), dim=-1), self.cp_group)
             key, value = both.split((key.shape[-1], value.shape[-1]), dim=-1)
@@ -256,7 +267,7 @@ class _PackedLayout:
         self.valid = grid < local[:, None]
         self.query_rows = torch.where(self.valid, starts[:, None] + grid, 0)
         if cp_size == 1:
-            self.key_rows, self.mask = self.query_rows, None
+            self.key_rows, self.key_valid, self.mask = self.query_rows, self.valid, None
             return
         # Rank r of c holds chunks r and 2c - 1 - r of each sequence's 2c chunks. Rows of the
         # gathered keys stand rank by rank, each rank's in its own packed order.
@@ -265,16 +276,16 @@ class _PackedLayout:
         which = position // chunk
         owner = torch.minimum(which, 2 * cp_size - 1 - which)
         inside = position % chunk + torch.where(which >= cp_size, chunk, 0)
-        exists = position < lengths[:, None]
+        self.key_valid = position < lengths[:, None]
         per_rank = int(cu_seqlens[-1]) // cp_size
-        self.key_rows = torch.where(exists, owner * per_rank + starts[:, None] + inside, 0)
+        self.key_rows = torch.where(self.key_valid, owner * per_rank + starts[:, None] + inside, 0)
         first = torch.where(grid < chunk, cp_rank, 2 * cp_size - 1 - cp_rank)
         query_position = first * chunk + grid % chunk
         visible = position[None, None, :] <= query_position[:, :, None]
-        self.mask = (visible & exists[:, None, :])[:, None]
+        self.mask = (visible & self.key_valid[:, None, :])[:, None]
 
 
-def _packed_layout(
+def packed_layout(
     params: PackedSeqParams, cp_group: dist.ProcessGroup, device: torch.device
 ) -> _PackedLayout:
     """The layout of a micro-batch, made once and kept with it for the other layers."""

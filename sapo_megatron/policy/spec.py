@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.backends import BackendSpecProvider
 from megatron.core.models.gpt.gpt_layer_specs import get_mlp_module_spec_for_backend
+from megatron.core.ssm.gated_delta_net import GatedDeltaNetSubmodules
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnBackend, AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
@@ -34,12 +35,15 @@ from sapo_megatron.errors import UserError, one_line
 from sapo_megatron.hf.architecture import (
     Architecture,
     Experts,
+    GatedDeltaNet,
     GroupedQueryAttention,
     LatentAttention,
     Rope,
 )
 from sapo_megatron.policy import compat
 from sapo_megatron.policy.compat import LatentSelfAttention
+from sapo_megatron.policy.delta_net import PlainNorm, TorchGatedDeltaNet
+from sapo_megatron.policy.gated_attention import GatedSelfAttention
 from sapo_megatron.policy.joint_norm import JointNormSelfAttention
 from sapo_megatron.policy.layers import DuplicatedLinear, TorchSpecProvider
 from sapo_megatron.policy.machine import with_transformer_engine
@@ -62,6 +66,7 @@ def transformer_config(
         "ffn_hidden_size": arch.ffn_hidden_size,
         "normalization": "RMSNorm",
         "layernorm_epsilon": arch.norm_eps,
+        "layernorm_zero_centered_gamma": arch.zero_centered_norm,
         "activation_func": F.silu,
         "gated_linear_unit": True,
         "add_bias_linear": False,
@@ -74,6 +79,8 @@ def transformer_config(
     }
     if arch.experts:
         settings |= _expert_settings(arch, arch.experts, model)
+    if arch.delta_net:
+        settings |= _delta_net_settings(arch.delta_net, parallel)
     kind: type[TransformerConfig] = TransformerConfig
     if isinstance(arch.attention, LatentAttention):
         kind = MLATransformerConfig
@@ -134,6 +141,23 @@ def _grouped_query_settings(attention: GroupedQueryAttention) -> dict[str, Any]:
         "kv_channels": attention.head_dim,
         "qk_layernorm": attention.qk_norm and not attention.joint_norm,  # which is not upstream's
         "add_qkv_bias": attention.qkv_bias,
+        "attention_output_gate": attention.output_gate,
+    }
+
+
+def _delta_net_settings(delta_net: GatedDeltaNet, parallel: ParallelConfig) -> dict[str, Any]:
+    ranks = parallel.tensor_model_parallel_size * parallel.context_parallel_size
+    if delta_net.num_key_heads % ranks:
+        raise UserError(
+            f"parallel: expected tensor_model_parallel_size x context_parallel_size to divide the "
+            f"{delta_net.num_key_heads} key heads of Gated DeltaNet, got {ranks}; change one"
+        )
+    return {
+        "linear_conv_kernel_dim": delta_net.conv_size,
+        "linear_key_head_dim": delta_net.key_head_dim,
+        "linear_value_head_dim": delta_net.value_head_dim,
+        "linear_num_key_heads": delta_net.num_key_heads,
+        "linear_num_value_heads": delta_net.num_value_heads,
     }
 
 
@@ -175,6 +199,7 @@ def _expert_settings(arch: Architecture, experts: Experts, model: ModelConfig) -
         "moe_router_enable_expert_bias": experts.bias,
         "moe_router_bias_update_rate": 0.0,  # a checkpoint's bias stays as it is
         "moe_shared_expert_intermediate_size": experts.shared_hidden_size or None,
+        "moe_shared_expert_gate": experts.shared_gate,
         "moe_router_dtype": "fp64" if model.params_dtype == "float64" else model.moe_router_dtype,
         "moe_router_load_balancing_type": "aux_loss" if model.moe_aux_loss_coeff else "none",
         "moe_aux_loss_coeff": model.moe_aux_loss_coeff,
@@ -201,11 +226,17 @@ def block_spec(
 ) -> TransformerBlockSubmodules:
     """The specs of the layers that this virtual stage holds."""
     backend = _backend(model)
-    dense, moe = (
-        _layer_spec(arch.attention, config, backend, num_experts)
-        for num_experts in (None, config.num_moe_experts)
-    )
-    layers = [moe if freq else dense for freq in _layer_freq(config)]
+    linear = arch.delta_net.layers if arch.delta_net else ()
+    mixers = {i in linear for i in range(config.num_layers)}
+    kinds = {
+        (mixer, experts): _layer_spec(arch.attention, config, backend, experts, linear=mixer)
+        for mixer in mixers
+        for experts in (None, config.num_moe_experts)
+    }
+    layers = [
+        kinds[i in linear, config.num_moe_experts if freq else None]
+        for i, freq in enumerate(_layer_freq(config))
+    ]
     stage = {"vp_stage": vp_stage, "pp_rank": groups.pp.rank()}
     first = get_transformer_layer_offset(config, **stage)
     count = get_num_layers_to_build(config, **stage)
@@ -234,9 +265,13 @@ def _layer_spec(
     config: TransformerConfig,
     backend: BackendSpecProvider,
     num_experts: int | None,
+    *,
+    linear: bool,
 ) -> ModuleSpec:
     if latent := isinstance(kind, LatentAttention):
         attention = _latent_attention(backend)
+    elif linear:
+        attention = _delta_net(backend)
     else:
         attention = _grouped_query_attention(kind, config, backend)
     norm = backend.layer_norm(rms_norm=True)
@@ -260,8 +295,11 @@ def _grouped_query_attention(
     kind: GroupedQueryAttention, config: TransformerConfig, backend: BackendSpecProvider
 ) -> ModuleSpec:
     qk_norm = backend.layer_norm(rms_norm=True, for_qk=True) if config.qk_layernorm else IdentityOp
+    module = GatedSelfAttention if kind.output_gate else SelfAttention
+    if kind.joint_norm:
+        module = JointNormSelfAttention
     return ModuleSpec(
-        module=JointNormSelfAttention if kind.joint_norm else SelfAttention,
+        module=module,
         params={"attn_mask_type": AttnMaskType.causal},
         submodules=SelfAttentionSubmodules(
             linear_qkv=backend.column_parallel_layer_norm_linear(),
@@ -269,6 +307,17 @@ def _grouped_query_attention(
             linear_proj=backend.row_parallel_linear(),
             q_layernorm=qk_norm,
             k_layernorm=qk_norm,
+        ),
+    )
+
+
+def _delta_net(backend: BackendSpecProvider) -> ModuleSpec:
+    return ModuleSpec(
+        module=TorchGatedDeltaNet,
+        submodules=GatedDeltaNetSubmodules(
+            in_proj=backend.column_parallel_layer_norm_linear(),
+            out_norm=ModuleSpec(PlainNorm, {"norm": backend.layer_norm(rms_norm=True)}),
+            out_proj=backend.row_parallel_linear(),
         ),
     )
 

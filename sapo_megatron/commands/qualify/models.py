@@ -62,6 +62,22 @@ _YARN = {
     "mscale": 1.0,
     "mscale_all_dim": 0.8,
 }
+_HYBRID = _QWEN3 | {  # three layers of Gated DeltaNet, one of attention
+    "full_attention_interval": 4,
+    "head_dim": 16,
+    "linear_conv_kernel_dim": 4,
+    "linear_key_head_dim": 6,
+    "linear_num_key_heads": 4,
+    "linear_num_value_heads": 8,
+    "linear_value_head_dim": 10,
+    "moe_intermediate_size": 16,
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "num_key_value_heads": 2,
+    "partial_rotary_factor": 0.25,
+    "rms_norm_eps": 1e-3,  # what the rule reads of a single token may be next to nothing
+    "shared_expert_intermediate_size": 24,
+}
 FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3": _QWEN3 | {"tie_word_embeddings": True},
     "qwen3-moe": _QWEN3
@@ -116,6 +132,10 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "num_local_experts": 8,
         "rotary_dim": 4,
     },
+    "qwen3-next": _HYBRID
+    | {"model_type": "qwen3_next", "decoder_sparse_step": 1, "norm_topk_prob": True},
+    "qwen3.5-moe": {k: v for k, v in _HYBRID.items() if k != "intermediate_size"}
+    | {"model_type": "qwen3_5_moe_text"},
 }
 
 
@@ -149,9 +169,11 @@ def fill(model: Any) -> None:
         return torch.randn(tensor.shape, generator=generator)
 
     with torch.no_grad():
+        hybrid = any("linear_attn" in name for name, _ in model.named_parameters())
         for name, weight in model.named_parameters():
             if "norm" in name:
-                weight.copy_(1 + 0.3 * noise(weight))
+                zero_centered = hybrid and "linear_attn" not in name
+                weight.copy_((not zero_centered) + 0.3 * noise(weight))
             elif weight.ndim == 1:
                 weight.copy_(0.3 * noise(weight))
             else:
