@@ -6,7 +6,7 @@ built; so is every other family, by ``hf/kinds.py``.
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -61,8 +61,13 @@ class GatedDeltaNet:
 
     @property
     def state_size(self) -> int:
-        """Numbers that a layer keeps of a sequence in fp32, however long it is."""
+        """Numbers, in fp32, that a layer keeps of a sequence, however long it is."""
         return self.num_value_heads * self.key_head_dim * self.value_head_dim
+
+    def kept(self, layers: Iterable[int], dtype: int) -> int:
+        """Bytes that those of ``layers`` keep of a sequence: states, and windows in ``dtype``."""
+        window = (self.conv_size - 1) * self.mixed_size * dtype
+        return len(set(layers) & set(self.layers)) * (4 * self.state_size + window)
 
     @property
     def mixed_size(self) -> int:
@@ -138,6 +143,10 @@ class Architecture:
     delta_net: GatedDeltaNet | None = None
     zero_centered_norm: bool = False
     """Whether norms multiply by 1 + weight; never those inside :class:`GatedDeltaNet`."""
+
+    def attends(self, layers: Iterable[int]) -> int:
+        """How many of ``layers`` have attention."""
+        return len(set(layers) - set(self.delta_net.layers if self.delta_net else ()))
 
 
 def read_architecture(folder: str | Path) -> Architecture:

@@ -17,6 +17,8 @@ Given = TypeVar("Given", dict[str, Any], list[Any])
 
 _ROPE = ("rope_theta", "partial_rotary_factor")
 """Keys of ``rope_parameters`` that stood outside before."""
+MULTI_TOKEN = ("num_nextn_predict_layers", "num_mtp_modules", "mtp_num_hidden_layers")
+"""Keys that say how many layers there are for multi-token prediction."""
 MOST_PARTS, LARGEST = 2**16, 2**24
 """The most layers, heads and experts, and the largest other size, that are taken for meant."""
 _COUNTS = ("num_", "n_", "first_k_", "topk_", "linear_num_")

@@ -20,8 +20,9 @@ from torch import Tensor
 
 from sapo_megatron.errors import UserError, one_line, with_type
 from sapo_megatron.files import read_text
-from sapo_megatron.hf import fp8
+from sapo_megatron.hf import fp8, fused
 from sapo_megatron.hf.architecture import Architecture, parse_architecture, read_architecture
+from sapo_megatron.hf.config import MULTI_TOKEN
 from sapo_megatron.hf.kinds import text_model, text_name
 from sapo_megatron.hf.names import tensors_read
 
@@ -281,6 +282,7 @@ class WeightFiles:
                         f"{path}: {name}: expected it in {other.name} alone, where {INDEX} places "
                         f"it, got it here as well; the files are of two models: download them again"
                     )
+        self._parts = fused.apart(self._files, self._slice)
         self._check_scales()
 
     def _listed(self) -> Mapping[Path, list[str] | None]:
@@ -340,7 +342,8 @@ class WeightFiles:
                 )
 
     def _slice(self, name: str) -> Any:
-        return self._open[self._files[name]].get_slice(self._stored[name])
+        stored = self._stored.get(name)
+        return self._open[self._files[name]].get_slice(stored) if stored else self._parts[name]
 
     def _dtype(self, name: str) -> str:
         return self._slice(name).get_dtype()
@@ -349,7 +352,8 @@ class WeightFiles:
         """The parts that the files have beside the text model ``arch``, with how many tensors: what
         sees and hears, and predicts several tokens. Raises UserError for any other tensor."""
         ours, config = tensors_read(arch), arch.config
-        more = max(config.get(n) or 0 for n in ("num_nextn_predict_layers", "num_mtp_modules"))
+        more = max(config.get(n) or 0 for n in MULTI_TOKEN)
+        beside = more or arch.model_type == "qwen3_next"  # whose config.json does not say so
         whole = json.loads((self.folder / "config.json").read_text())
         counts: Counter[str] = Counter()
         for name, path in self._files.items():
@@ -361,7 +365,7 @@ class WeightFiles:
                 continue
             if layer and 0 <= int(layer[1]) - arch.num_layers < more:
                 counts[f"layer {layer[1]}, behind the last"] += 1
-            elif not text and ("text_config" in whole or (more and name.startswith("mtp."))):
+            elif not text and ("text_config" in whole or (beside and name.startswith("mtp."))):
                 counts[".".join(name.split(".")[: 1 + name.startswith("model.")])] += 1
             else:
                 raise UserError(

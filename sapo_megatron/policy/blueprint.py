@@ -6,6 +6,7 @@ that training builds, with torch's layers in the place of Transformer Engine's.
 
 from dataclasses import dataclass, replace
 
+from megatron.core.transformer.attention import Attention
 from torch import Tensor
 
 from sapo_megatron.errors import UserError, one_line
@@ -111,6 +112,7 @@ def _count(chunks: list[LogprobGPT], groups: ParallelGroups, *, expert_tp: int) 
         cached_per_token=sum(
             a.num_query_groups_per_partition * (a.key_hidden_size + a.val_hidden_size)
             for a in attentions
+            if isinstance(a, Attention)  # others keep a state, however long a sequence is
         ),
     )
 

@@ -1,7 +1,7 @@
-"""Gated DeltaNet layers (arXiv 2412.06464), as Qwen3-Next and Qwen3.5 have them, in torch.
+"""Gated DeltaNet layers (arXiv 2412.06464), as Qwen3-Next and Qwen3.5 have them.
 
-Parameters have the names, shapes and order of megatron-core's ``GatedDeltaNet``, whose kernels need
-a GPU. Tensor parallelism gives every rank some of the heads, and so does context parallelism while
+In torch, with the parameters of megatron-core's ``GatedDeltaNet``, whose kernels need a GPU, or on
+that. Tensor parallelism gives every rank some of the heads, and so does context parallelism while
 the rule runs: its ranks exchange their tokens for heads, and what comes out for tokens again.
 
 Shape legend: S sequence, T packed tokens of this context-parallel rank, B batch, N value heads, V
@@ -9,6 +9,8 @@ size of a value, F numbers of a token.
 """
 
 import copy
+from collections.abc import Sequence
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -17,7 +19,7 @@ import torch.nn.functional as F
 from megatron.core.inference.contexts import BaseInferenceContext
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.ssm.gated_delta_net import GatedDeltaNetSubmodules
+from megatron.core.ssm.gated_delta_net import GatedDeltaNet, GatedDeltaNetSubmodules
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -28,62 +30,26 @@ from megatron.core.transformer.utils import (
 )
 from torch import Tensor, nn
 
+from sapo_megatron.errors import UserError
+from sapo_megatron.policy import compat
 from sapo_megatron.policy.delta_rule import causal_convolution, gated_delta_rule
 from sapo_megatron.policy.layers import packed_layout
 
 
-class TorchGatedDeltaNet(MegatronModule):
-    """The mixer of one layer: packed or padded, in any layout, and token by token."""
+class _Mixer(nn.Module):
+    """What a layer computes, on the parameters of whichever class has it."""
 
-    def __init__(
-        self,
-        config: TransformerConfig,
-        submodules: GatedDeltaNetSubmodules,
-        layer_number: int,
-        pg_collection: ProcessGroupCollection,
-        **_: Any,
-    ) -> None:
-        super().__init__(config)
-        self.layer_number = layer_number
-        self.tp_group, self.cp_group = pg_collection.tp, pg_collection.cp
-        ranks = self.tp_group.size()
-        keys = config.linear_num_key_heads * config.linear_key_head_dim
-        values = config.linear_num_value_heads * config.linear_value_head_dim
-        heads = config.linear_num_value_heads
-        self.sections = tuple(n // ranks for n in (keys, keys, values, values, heads, heads))
-        """Rows of ``in_proj`` here: query, key, value, gate of the output, beta, alpha."""
-        settings = {"config": config, "bias": False, "is_expert": False, "tp_group": self.tp_group}
-        self.in_proj = build_module(
-            submodules.in_proj,
-            config.hidden_size,
-            2 * (keys + values + heads),
-            init_method=config.init_method,
-            gather_output=False,
-            skip_bias_add=False,
-            tp_comm_buffer_name="fc1",
-            **settings,
-        )
-        place = {"dtype": config.params_dtype, "device": torch.cuda.current_device()}
-        mixed, width = (2 * keys + values) // ranks, config.linear_conv_kernel_dim
-        self.conv1d = nn.Conv1d(mixed, mixed, width, groups=mixed, bias=False, **place)
-        self.dt_bias = nn.Parameter(torch.ones(heads // ranks, **place))
-        self.A_log = nn.Parameter(torch.zeros(heads // ranks, **place))
-        self.out_norm = build_module(
-            submodules.out_norm,
-            config=config,
-            hidden_size=config.linear_value_head_dim,
-            eps=config.layernorm_epsilon,
-        )
-        self.out_proj = build_module(
-            submodules.out_proj,
-            values,
-            config.hidden_size,
-            init_method=config.output_layer_init_method,
-            input_is_parallel=True,
-            skip_bias_add=True,
-            tp_comm_buffer_name="fc2",
-            **settings,
-        )
+    config: TransformerConfig
+    layer_number: int
+    cp_group: dist.ProcessGroup
+    sections: Sequence[int]
+    """Rows of ``in_proj`` here: query, key, value, gate of the output, beta, alpha."""
+    in_proj: nn.Module
+    conv1d: nn.Conv1d
+    A_log: nn.Parameter
+    dt_bias: nn.Parameter
+    out_norm: nn.Module
+    out_proj: nn.Module
 
     def forward(
         self,
@@ -163,6 +129,59 @@ class TorchGatedDeltaNet(MegatronModule):
         window = F.pad(seen, (0, 0, max(width - seen.shape[1], 0), 0))[:, -width:]
         return out.flatten(2), window, state
 
+
+class TorchGatedDeltaNet(_Mixer, MegatronModule):
+    """The mixer of one layer: packed or padded, in any layout, and token by token."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        submodules: GatedDeltaNetSubmodules,
+        layer_number: int,
+        pg_collection: ProcessGroupCollection,
+        **_: Any,
+    ) -> None:
+        super().__init__(config)
+        self.layer_number = layer_number
+        self.tp_group, self.cp_group = pg_collection.tp, pg_collection.cp
+        ranks = self.tp_group.size()
+        keys = config.linear_num_key_heads * config.linear_key_head_dim
+        values = config.linear_num_value_heads * config.linear_value_head_dim
+        heads = config.linear_num_value_heads
+        self.sections = tuple(n // ranks for n in (keys, keys, values, values, heads, heads))
+        settings = {"config": config, "bias": False, "is_expert": False, "tp_group": self.tp_group}
+        self.in_proj = build_module(
+            submodules.in_proj,
+            config.hidden_size,
+            2 * (keys + values + heads),
+            init_method=config.init_method,
+            gather_output=False,
+            skip_bias_add=False,
+            tp_comm_buffer_name="fc1",
+            **settings,
+        )
+        place = {"dtype": config.params_dtype, "device": torch.cuda.current_device()}
+        mixed, width = (2 * keys + values) // ranks, config.linear_conv_kernel_dim
+        self.conv1d = nn.Conv1d(mixed, mixed, width, groups=mixed, bias=False, **place)
+        self.dt_bias = nn.Parameter(torch.ones(heads // ranks, **place))
+        self.A_log = nn.Parameter(torch.zeros(heads // ranks, **place))
+        self.out_norm = build_module(
+            submodules.out_norm,
+            config=config,
+            hidden_size=config.linear_value_head_dim,
+            eps=config.layernorm_epsilon,
+        )
+        self.out_proj = build_module(
+            submodules.out_proj,
+            values,
+            config.hidden_size,
+            init_method=config.output_layer_init_method,
+            input_is_parallel=True,
+            skip_bias_add=True,
+            tp_comm_buffer_name="fc2",
+            **settings,
+        )
+
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
     ) -> dict[str, Any]:
@@ -190,6 +209,47 @@ class TorchGatedDeltaNet(MegatronModule):
                 tp_group=self.tp_group,
             )
         return sharded
+
+
+class KernelGatedDeltaNet(_Mixer, GatedDeltaNet):
+    """megatron-core's module, on the kernels of flash-linear-attention; in torch token by token."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        GatedDeltaNet.__init__(self, *args, **kwargs)
+        upstream: Any = self
+        self.sections = upstream.in_proj_split_sections
+        self.cp_group = upstream.pg_collection.cp
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        inference_context: BaseInferenceContext | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+        **rest: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """As :class:`TorchGatedDeltaNet`."""
+        mixer = GatedDeltaNet if inference_context is None else _Mixer
+        return mixer.forward(
+            self, hidden_states, attention_mask, inference_context, packed_seq_params, **rest
+        )
+
+
+def delta_net(*, kernels: bool) -> type[MegatronModule]:
+    """The class of the layers. Raises UserError where there are no ``kernels`` to run them on."""
+    if not kernels:
+        return TorchGatedDeltaNet
+    if not hasattr(GatedDeltaNet, "_resolve_cu_seqlens"):
+        raise UserError(
+            f"model.layers: expected torch for Gated DeltaNet, of which megatron-core "
+            f"{compat.release()} packs no sequences, got transformer_engine; install 0.19"
+        )
+    if find_spec("fla") is None:
+        raise UserError(
+            "model.layers: expected torch for Gated DeltaNet without flash-linear-attention, got "
+            "transformer_engine; pip install flash-linear-attention"
+        )
+    return KernelGatedDeltaNet
 
 
 class PlainNorm:

@@ -14,9 +14,7 @@ class GatedSelfAttention(SelfAttention):
         Upstream takes every gate for fp32, and 0.16 hands over those of all query heads of a key
         head that several ranks share.
         """
-        ranks, here = self.pg_collection.tp, self.num_attention_heads_per_partition
-        if gate.shape[-2] > here:
-            sharing = gate.shape[-2] // here
-            gate = gate.chunk(sharing, dim=-2)[ranks.rank() % sharing]
+        sharing = gate.shape[-2] * gate.shape[-1] // x.shape[-1]
+        gate = gate.chunk(sharing, dim=-2)[self.pg_collection.tp.rank() % sharing]
         wide = torch.promote_types(gate.dtype, torch.float32)
         return (x * gate.reshape(x.shape).to(wide).sigmoid()).to(x.dtype)

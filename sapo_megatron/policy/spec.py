@@ -42,7 +42,7 @@ from sapo_megatron.hf.architecture import (
 )
 from sapo_megatron.policy import compat
 from sapo_megatron.policy.compat import LatentSelfAttention
-from sapo_megatron.policy.delta_net import PlainNorm, TorchGatedDeltaNet
+from sapo_megatron.policy.delta_net import PlainNorm, delta_net
 from sapo_megatron.policy.gated_attention import GatedSelfAttention
 from sapo_megatron.policy.joint_norm import JointNormSelfAttention
 from sapo_megatron.policy.layers import DuplicatedLinear, TorchSpecProvider
@@ -80,7 +80,7 @@ def transformer_config(
     if arch.experts:
         settings |= _expert_settings(arch, arch.experts, model)
     if arch.delta_net:
-        settings |= _delta_net_settings(arch.delta_net, parallel)
+        settings |= _delta_net_settings(arch.delta_net)
     kind: type[TransformerConfig] = TransformerConfig
     if isinstance(arch.attention, LatentAttention):
         kind = MLATransformerConfig
@@ -145,19 +145,13 @@ def _grouped_query_settings(attention: GroupedQueryAttention) -> dict[str, Any]:
     }
 
 
-def _delta_net_settings(delta_net: GatedDeltaNet, parallel: ParallelConfig) -> dict[str, Any]:
-    ranks = parallel.tensor_model_parallel_size * parallel.context_parallel_size
-    if delta_net.num_key_heads % ranks:
-        raise UserError(
-            f"parallel: expected tensor_model_parallel_size x context_parallel_size to divide the "
-            f"{delta_net.num_key_heads} key heads of Gated DeltaNet, got {ranks}; change one"
-        )
+def _delta_net_settings(kind: GatedDeltaNet) -> dict[str, Any]:
     return {
-        "linear_conv_kernel_dim": delta_net.conv_size,
-        "linear_key_head_dim": delta_net.key_head_dim,
-        "linear_value_head_dim": delta_net.value_head_dim,
-        "linear_num_key_heads": delta_net.num_key_heads,
-        "linear_num_value_heads": delta_net.num_value_heads,
+        "linear_conv_kernel_dim": kind.conv_size,
+        "linear_key_head_dim": kind.key_head_dim,
+        "linear_value_head_dim": kind.value_head_dim,
+        "linear_num_key_heads": kind.num_key_heads,
+        "linear_num_value_heads": kind.num_value_heads,
     }
 
 
@@ -271,7 +265,7 @@ def _layer_spec(
     if latent := isinstance(kind, LatentAttention):
         attention = _latent_attention(backend)
     elif linear:
-        attention = _delta_net(backend)
+        attention = _delta_net(backend, kernels=not isinstance(backend, TorchSpecProvider))
     else:
         attention = _grouped_query_attention(kind, config, backend)
     norm = backend.layer_norm(rms_norm=True)
@@ -311,9 +305,9 @@ def _grouped_query_attention(
     )
 
 
-def _delta_net(backend: BackendSpecProvider) -> ModuleSpec:
+def _delta_net(backend: BackendSpecProvider, *, kernels: bool) -> ModuleSpec:
     return ModuleSpec(
-        module=TorchGatedDeltaNet,
+        module=delta_net(kernels=kernels),
         submodules=GatedDeltaNetSubmodules(
             in_proj=backend.column_parallel_layer_norm_linear(),
             out_norm=ModuleSpec(PlainNorm, {"norm": backend.layer_norm(rms_norm=True)}),

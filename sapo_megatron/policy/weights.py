@@ -25,7 +25,7 @@ from torch.distributed import ProcessGroup
 from sapo_megatron.errors import RunFailed
 from sapo_megatron.files import whole_file, whole_folder
 from sapo_megatron.hf.architecture import Architecture
-from sapo_megatron.hf.config import in_both_spellings, tokenizer_for_both
+from sapo_megatron.hf.config import MULTI_TOKEN, in_both_spellings, tokenizer_for_both
 from sapo_megatron.hf.folder import INDEX, NOT_WEIGHTS, Listed, WeightFiles, check_inside
 from sapo_megatron.hf.names import Entry, Named, Plain, entry
 from sapo_megatron.policy import parallel
@@ -36,8 +36,6 @@ from sapo_megatron.recipe.schema import ModelConfig
 
 SHARD_BYTES = 4 * 2**30
 """Size at which an exported safetensors file is closed and the next begun."""
-MULTI_TOKEN = {"num_nextn_predict_layers", "num_mtp_modules", "use_mtp"}
-"""How a ``config.json`` says whether there are layers for multi-token prediction."""
 
 
 def save_random(arch: Architecture, model: ModelConfig, folder: Path, *, seed: int) -> None:
@@ -324,7 +322,7 @@ class HuggingFaceWeights:
             settings.write_text(json.dumps(for_both, indent=2, ensure_ascii=False) + "\n")
         dtype = str(self._chunks[0].config.params_dtype).removeprefix("torch.")
         config = in_both_spellings({**self._arch.config, "torch_dtype": dtype, "dtype": dtype})
-        for key in MULTI_TOKEN & config.keys():
+        for key in {*MULTI_TOKEN, "use_mtp"} & config.keys():
             config[key] = type(config[key])(0)  # they are neither loaded nor trained
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 

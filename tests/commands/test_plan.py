@@ -48,6 +48,8 @@ PUBLISHED = {
     "glm-4.7-flash-30b-a3b": (30, 3, WITHOUT),
     "kimi-k2-1026b-a32b": (1026, 32, BETWEEN),
     "minimax-m2-230b-a10b": (230, 10, WITHOUT),
+    "qwen3.5-35b-a3b": (35, 3, ACTIVE),
+    "qwen3.5-397b-a17b": (397, 17, ACTIVE),
 }
 """Model -> billions of parameters, in all and for a token, as its publisher counts them."""
 NAMES = sorted(path.stem for path in RECIPES.glob("*gpu*.yaml"))
@@ -86,7 +88,7 @@ def test_parameters_are_the_published_ones(planned, name):
     total, active, convention = PUBLISHED[model]
     assert made.parameters.total / 1e9 == pytest.approx(total, rel=0.01)
     counted = sum(vars(made.parameters)[name] for name in convention) / len(convention) / 1e9
-    assert (round(counted) if active == 3 else counted) == pytest.approx(active, rel=0.02)
+    assert (round(counted) if active in (3, 17) else counted) == pytest.approx(active, rel=0.02)
 
 
 def test_parameters_are_those_of_the_published_files_to_the_last(planned):
@@ -107,6 +109,8 @@ def test_parameters_are_those_of_the_published_files_to_the_last(planned):
     [
         ("qwen3-235b-a22b-64gpu", "qwen3-235b-a22b-2507", 235_093_634_560),
         ("qwen3-8b-8gpu", "qwen3-vl-8b", 8_190_735_360),  # its text model is Qwen3-8B's size
+        ("qwen3.5-397b-a17b-128gpu", "qwen3.5-122b-a10b", 122_111_526_912),
+        ("qwen3.5-397b-a17b-128gpu", "qwen3-next-80b-a3b", 79_674_391_296),
     ],
 )
 def test_published_configurations_without_a_recipe(recipe, config, total):
@@ -114,6 +118,22 @@ def test_published_configurations_without_a_recipe(recipe, config, total):
     made = plan(load(RECIPES / f"{recipe}.yaml", {"model.architecture": str(file)}))
     assert made.fits
     assert made.parameters.total == total
+
+
+def test_states_stand_in_the_place_of_keys_and_values():
+    """Qwen3.5-35B-A3B on a rank: 30 of 40 layers keep 32 states of 128 x 128 in fp32 and three
+    tokens of 8192 channels in bf16, the others 2 x 2 x 256 numbers of every token."""
+    made = plan(load(RECIPES / "qwen3.5-35b-a3b-8gpu.yaml"))
+    (stage,) = made.stages
+    assert stage.cached_per_token == 10 * 2 * 2 * 256
+    sequence = 10240 * stage.cached_per_token * 2 + 30 * (32 * 128 * 128 * 4 + 3 * 8192 * 2)
+    assert made.memory[0].kv_cache == 64 * sequence
+    linear, full = (layer(made.arch, number, made.recipe.parallel) for number in (0, 3))
+    assert linear.states == 2 * 32 * 128 * 128 / 64
+    assert not full.states
+    named = {kept.name: kept.numbers for kept in linear.attention}
+    assert named["projected"] == 2 * 2048 + 2 * 4096 + 2 * 32
+    assert named["systems of the chunks"] == 32 * 64
 
 
 def test_every_published_model_has_a_recipe():

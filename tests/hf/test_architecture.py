@@ -6,6 +6,7 @@ import pytest
 
 from sapo_megatron.errors import UserError
 from sapo_megatron.hf.architecture import (
+    GatedDeltaNet,
     GroupedQueryAttention,
     LatentAttention,
     parse_architecture,
@@ -80,6 +81,30 @@ def test_the_router_of_each_family():
     assert (minimax.groups, minimax.scaling_factor, minimax.shared_hidden_size) == (1, 1.0, 0)
 
 
+def test_layers_of_gated_delta_net():
+    for family in ("qwen3-next", "qwen3.5-moe"):
+        arch = parsed(family)
+        assert arch.delta_net == GatedDeltaNet(
+            num_key_heads=4,
+            num_value_heads=8,
+            key_head_dim=6,
+            value_head_dim=10,
+            conv_size=4,
+            layers=(0, 1, 2),
+        )
+        assert (arch.attention.output_gate, arch.zero_centered_norm) == (True, True)
+        assert (arch.experts.shared_hidden_size, arch.experts.shared_gate) == (24, True)
+        assert (arch.experts.score_function, arch.experts.normalised) == ("softmax", True)
+        assert arch.rope.fraction == 0.25
+        assert parsed(family, partial_rotary_factor=None).rope.fraction == 0.25
+        assert arch.attends(range(4)) == 1
+    listed = ["linear_attention", "full_attention", "linear_attention", "full_attention"]
+    assert parsed("qwen3-next", layer_types=listed).delta_net.layers == (0, 2)
+    assert parsed("qwen3-next", full_attention_interval=2).delta_net.layers == (0, 2)
+    assert parsed("qwen3-next", mlp_only_layers=[1]).experts.layers == (0, 2, 3)
+    assert parsed("qwen3-moe").attends(range(1, 4)) == 3
+
+
 def test_kimi_k2_is_deepseek_v3_under_another_name():
     kimi = FAMILIES["kimi-k2"] | {"model_type": "kimi_k2"}
     arch = parse_architecture(kimi)
@@ -103,8 +128,8 @@ def test_rotary_positions():
         ("qwen3", {"model_type": "gpt2"}, ["model_type", "qwen3 or qwen3_moe", "'gpt2'"]),
         (
             "qwen3",
-            {"model_type": "qwen3_next"},
-            ["Gated DeltaNet", "nearest of which is qwen3_moe"],
+            {"model_type": "qwen3_5_text"},
+            ["none of its layers", "nearest of which is qwen3_5_moe_text"],
         ),
         ("qwen3", {"model_type": "glm_moe_dsa"}, ["sparse", "glm4_moe_lite"]),
         ("qwen3", {"model_type": "deepseek_v2"}, ["softmax", "nearest of which is deepseek_v3"]),
@@ -142,6 +167,14 @@ def test_rotary_positions():
         ("minimax-m2", {"use_routing_bias": False}, ["use_routing_bias"]),
         ("minimax-m2", {"shared_intermediate_size": 8}, ["shared_intermediate_size"]),
         ("minimax-m2", {"partial_rotary_factor": 0.25}, ["rotary_dim / head_dim", "0.25", "0.5"]),
+        ("qwen3-next", {"layer_types": ["full_attention"] * 3}, ["layer_types", "each of the 4"]),
+        ("qwen3-next", {"layer_types": ["mamba"] * 4}, ["layer_types", '"mamba"']),
+        ("qwen3-next", {"full_attention_interval": None}, ["full_attention_interval: missing"]),
+        ("qwen3-next", {"linear_num_value_heads": 6}, ["linear_num_value_heads", "4 key heads"]),
+        ("qwen3-next", {"linear_conv_kernel_dim": 1}, ["linear_conv_kernel_dim", ">= 2"]),
+        ("qwen3.5-moe", {"attn_output_gate": False}, ["attn_output_gate", "true", "false"]),
+        ("qwen3.5-moe", {"norm_topk_prob": False}, ["norm_topk_prob", "true", "false"]),
+        ("qwen3.5-moe", {"model_type": "qwen3_5_moe"}, ["no text_config", "qwen3_5_moe_text"]),
         ("glm-4.5", {"n_routed_experts": 0}, ["n_routed_experts", ">= 1", "0"]),
         ("qwen3", {"model_type": ["qwen3"]}, ["model_type", "got ['qwen3']"]),
         ("qwen3", {"num_hidden_layers": True}, ["num_hidden_layers", "got True"]),

@@ -53,6 +53,21 @@ def test_what_is_special_of_each():
     assert read("qwen3-coder-30b-a3b").rope.theta == 1e7
 
 
+def test_what_is_special_of_gated_delta_net():
+    for name, layers, heads in (
+        ("qwen3.5-35b-a3b", 40, 32),
+        ("qwen3.5-122b-a10b", 48, 64),
+        ("qwen3.5-397b-a17b", 60, 64),
+        ("qwen3-next-80b-a3b", 48, 32),
+    ):
+        arch = read(name)
+        delta_net = arch.delta_net
+        assert set(range(layers)) - set(delta_net.layers) == set(range(3, layers, 4))
+        assert (delta_net.num_key_heads, delta_net.num_value_heads) == (16, heads)
+        assert (arch.rope.theta, arch.rope.fraction) == (1e7, 0.25)
+        assert "vision_config" not in arch.config
+
+
 def test_the_text_of_a_model_that_also_sees():
     arch = read("qwen3-vl-8b")
     assert (arch.model_type, arch.num_layers, arch.rope.theta) == ("qwen3", 36, 5e6)

@@ -1,6 +1,7 @@
 """The text model of one that also sees: trained, and exported alone, with the logits it had."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -20,14 +21,34 @@ WRAPPERS = {
     "glm4v_moe": ("glm-4.5", "glm4v_moe_text", {**VISION, "out_hidden_size": 32}, MROPE),
     "qwen3_vl": ("qwen3", "qwen3_vl_text", QWEN, {**MROPE, "mrope_section": [2, 1, 1]}),
     "kimi_k25": ("kimi-k2", "deepseek_v3", KIMI, None),
+    "qwen3_5_moe": ("qwen3.5-moe", "qwen3_5_moe_text", QWEN, {**MROPE, "mrope_section": [1, 1, 0]}),
 }
 """Name -> the family of its text model, that model's name, vision, and rotary positions."""
 VISIBLE = {
     "glm4v_moe": {"model.visual"},
     "qwen3_vl": {"model.visual"},
     "kimi_k25": {"vision_tower", "mm_projector", "model.mm_projector"},
+    "qwen3_5_moe": {"model.visual", "mtp"},
 }
 """What is left out of each."""
+
+
+def fused(tensors):
+    """The experts of a layer as one tensor, as they are on the hub."""
+    found, experts = {}, {}
+    for name, tensor in tensors.items():
+        match = re.fullmatch(r"(.*\.mlp\.experts)\.(\d+)\.(gate|up|down)_proj\.weight", name)
+        if match is None:
+            found[name] = tensor
+        else:
+            experts.setdefault(match[1], {}).setdefault(match[3], {})[int(match[2])] = tensor
+    for name, parts in experts.items():
+        gate, up, down = (
+            torch.stack([parts[part][i] for i in range(len(parts[part]))])
+            for part in ("gate", "up", "down")
+        )
+        found |= {f"{name}.gate_up_proj": torch.cat((gate, up), 1), f"{name}.down_proj": down}
+    return found
 
 
 @pytest.fixture(params=WRAPPERS)
@@ -50,7 +71,10 @@ def wrapped(request, tmp_path):
     file = tmp_path / "whole" / "model.safetensors"
     # transformers 5.19 writes the layers of Kimi's text model as the blocks of its vision.
     blocks, layers = "language_model.model.blocks.", "language_model.model.layers."
-    save_file({k.replace(blocks, layers): x for k, x in load_file(file).items()}, file)
+    tensors = {k.replace(blocks, layers): x for k, x in load_file(file).items()}
+    if request.param == "qwen3_5_moe":
+        tensors = fused(tensors) | {"mtp.fc.weight": torch.zeros(2, 2)}
+    save_file(tensors, file)
     return tmp_path / "whole", model, family
 
 

@@ -100,13 +100,21 @@ REPRESENTATIVE = (
     Layout(world=4, tp=2, pp=2, ep=2, replay=True, recompute="uniform"),
     Layout(world=4, tp=2, pp=2, ep=2, replay=True, replay_threshold=0.3, recompute="uniform"),
     Layout(world=4, cp=2, pp=2, vpp=2, replay=True, max_tokens=24, recompute="moe"),
+    Layout(model="hybrid"),
+    Layout(world=2, tp=2, packing=False, model="hybrid"),
+    Layout(world=4, tp=2, cp=2, model="hybrid"),
+    Layout(world=4, tp=2, pp=2, ep=2, model="hybrid", recompute="uniform"),
+    Layout(world=4, cp=2, pp=2, vpp=2, model="hybrid", max_tokens=24),
 )
 """What an ordinary test run walks through, in fp64."""
 
 NARROW = tuple(
     layout
     for layout in REPRESENTATIVE
-    if layout.world == 8 or layout.contract == "3-tuple" or (layout.replay and layout.vpp)
+    if layout.world == 8
+    or layout.contract == "3-tuple"
+    or (layout.replay and layout.vpp)
+    or (layout.model == "hybrid" and layout.world == 4 and not layout.vpp)
 )
 """What it walks through in fp32 as well."""
 
@@ -174,4 +182,13 @@ LAYOUTS = (
     Layout(world=4, cp=4, replay=True, model="unnormed"),
     Layout(world=4, ep=4, replay=True, batch="few"),
     Layout(world=8, tp=2, pp=2, cp=2, ep=4, replay=True, fused=True),
+    Layout(packing=False, model="hybrid"),
+    Layout(world=4, tp=4, model="hybrid"),
+    Layout(world=4, cp=4, model="hybrid", objective="gspo"),
+    Layout(world=2, pp=2, first_stage=1, model="hybrid"),
+    Layout(world=4, pp=4, model="hybrid", packing=False),
+    Layout(world=4, cp=2, ep=4, model="hybrid", recompute="uniform"),
+    Layout(world=2, tp=2, model="hybrid", recompute="layernorm+moe_act"),
+    Layout(world=4, tp=2, ep=4, model="hybrid", replay=True, recompute="moe"),
+    Layout(world=8, tp=2, pp=2, cp=2, ep=4, vpp=2, model="hybrid", fused=True),
 )

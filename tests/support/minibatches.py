@@ -50,6 +50,21 @@ MODELS: dict[str, dict[str, Any]] = {
         for k, v in (_BASE | {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"}).items()
         if not any(word in k for word in ("moe", "expert", "sparse", "only", "topk"))
     },
+    "hybrid": {k: v for k, v in _BASE.items() if k != "intermediate_size"}
+    | {
+        "architectures": ["Qwen3_5MoeForCausalLM"],
+        "model_type": "qwen3_5_moe_text",
+        "head_dim": 16,
+        "layer_types": ["linear_attention", "full_attention", *["linear_attention"] * 2],
+        "linear_conv_kernel_dim": 4,
+        "linear_key_head_dim": 6,
+        "linear_num_key_heads": 4,
+        "linear_num_value_heads": 8,
+        "linear_value_head_dim": 10,
+        "partial_rotary_factor": 0.25,
+        "rms_norm_eps": 1e-2,  # what is read of a state may be next to nothing
+        "shared_expert_intermediate_size": 24,
+    },
 }
 """The vocabulary of 61 divides by no tensor-parallel size."""
 
@@ -87,8 +102,11 @@ def random_weights(arch: dict[str, Any], folder: Path, seed: int = 2) -> None:
     def matrix(rows: int, columns: int, gain: float = 1.0) -> torch.Tensor:
         return torch.randn(rows, columns, generator=generator) * gain / math.sqrt(columns)
 
-    def norm(width: int) -> torch.Tensor:
-        return 1 + 0.3 * torch.randn(width, generator=generator)
+    kinds = arch.get("layer_types", ["full_attention"] * arch["num_hidden_layers"])
+    hybrid = "linear_attention" in kinds
+
+    def norm(width: int, around: float = 0.0 if hybrid else 1.0) -> torch.Tensor:
+        return around + 0.3 * torch.randn(width, generator=generator)
 
     def mlp(prefix: str, width: int) -> dict[str, torch.Tensor]:
         return {
@@ -104,14 +122,30 @@ def random_weights(arch: dict[str, Any], folder: Path, seed: int = 2) -> None:
         layer = f"model.layers.{i}."
         for name in ("input_layernorm", "post_attention_layernorm"):
             weights[f"{layer}{name}.weight"] = norm(hidden)
-        for name, count in (("q", heads), ("k", groups), ("v", groups)):
-            weights[f"{layer}self_attn.{name}_proj.weight"] = matrix(count * size, hidden)
-        for name in "qk":
-            weights[f"{layer}self_attn.{name}_norm.weight"] = norm(size)
-        weights[f"{layer}self_attn.o_proj.weight"] = matrix(hidden, heads * size, gain=0.5)
+        if kinds[i] == "linear_attention":
+            keys = arch["linear_num_key_heads"] * arch["linear_key_head_dim"]
+            many, wide = arch["linear_num_value_heads"], arch["linear_value_head_dim"]
+            mixer = f"{layer}linear_attn."
+            rows = {"qkv": 2 * keys + many * wide, "z": many * wide, "b": many, "a": many}
+            weights |= {f"{mixer}in_proj_{n}.weight": matrix(rows[n], hidden) for n in rows}
+            window = matrix(rows["qkv"], arch["linear_conv_kernel_dim"], gain=2.0)
+            weights[f"{mixer}conv1d.weight"] = window[:, None]
+            weights |= {f"{mixer}{n}": norm(many, around=0.0) for n in ("A_log", "dt_bias")}
+            weights[f"{mixer}norm.weight"] = norm(wide, around=1.0)
+            weights[f"{mixer}out_proj.weight"] = matrix(hidden, many * wide, gain=0.5)
+        else:
+            gated = 2 if hybrid else 1
+            for name, count in (("q", gated * heads), ("k", groups), ("v", groups)):
+                weights[f"{layer}self_attn.{name}_proj.weight"] = matrix(count * size, hidden)
+            for name in "qk":
+                weights[f"{layer}self_attn.{name}_norm.weight"] = norm(size)
+            weights[f"{layer}self_attn.o_proj.weight"] = matrix(hidden, heads * size, gain=0.5)
         if "num_experts" not in arch or i in arch["mlp_only_layers"]:
             weights |= mlp(f"{layer}mlp.", arch["intermediate_size"])
             continue
+        if hybrid:
+            weights |= mlp(f"{layer}mlp.shared_expert.", arch["shared_expert_intermediate_size"])
+            weights[f"{layer}mlp.shared_expert_gate.weight"] = matrix(1, hidden)
         weights[f"{layer}mlp.gate.weight"] = matrix(arch["num_experts"], hidden, gain=2.0)
         for expert in range(arch["num_experts"]):
             weights |= mlp(f"{layer}mlp.experts.{expert}.", arch["moe_intermediate_size"])

@@ -1,4 +1,4 @@
-"""A dense, single-process reference: Qwen3 and Qwen3-MoE, and the losses, in plain torch.
+"""A dense, single-process reference: Qwen3, Qwen3-MoE and Qwen3.5-MoE, and the losses, in torch.
 
 Written from the papers and the model's definition, one sequence at a time, without padding, packing
 or parallelism, on a dict of Hugging Face named tensors. It shares no code with the package: what
@@ -60,8 +60,10 @@ def forward(
     for i in range(arch["num_hidden_layers"]):
         layer = f"model.layers.{i}."
         w = {k.removeprefix(layer): v for k, v in weights.items() if k.startswith(layer)}
-        x = x + _attention(w, arch, _rms(x, w["input_layernorm.weight"], eps))
-        h = _rms(x, w["post_attention_layernorm.weight"], eps)
+        above = _is_hybrid(arch)  # 1: what is added to a norm's weight
+        mixer = _delta_net if "linear_attn.A_log" in w else _attention
+        x = x + mixer(w, arch, _rms(x, above + w["input_layernorm.weight"], eps))
+        h = _rms(x, above + w["post_attention_layernorm.weight"], eps)
         if "mlp.gate.weight" in w:
             told = None if routes is None else routes[:, len(router_logits)]
             out, logits = _experts(w, arch, h, told, threshold)
@@ -69,9 +71,13 @@ def forward(
         else:
             out = _mlp(w, "mlp.", h)
         x = x + out
-    x = _rms(x, weights["model.norm.weight"], eps)
+    x = _rms(x, _is_hybrid(arch) + weights["model.norm.weight"], eps)
     head = "model.embed_tokens.weight" if arch["tie_word_embeddings"] else "lm_head.weight"
     return x @ weights[head].T, router_logits
+
+
+def _is_hybrid(arch: dict[str, Any]) -> bool:
+    return "linear_num_key_heads" in arch
 
 
 def _rms(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -80,27 +86,68 @@ def _rms(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def _attention(w: Weights, arch: dict[str, Any], x: Tensor) -> Tensor:
     size, eps = arch["head_dim"], arch["rms_norm_eps"]
-    heads = arch["num_attention_heads"]
+    heads, above = arch["num_attention_heads"], _is_hybrid(arch)
     q, k, v = (
         (x @ w[f"self_attn.{name}_proj.weight"].T).unflatten(-1, (-1, size)).transpose(0, 1)
         for name in "qkv"
     )
-    q = _rotate(_rms(q, w["self_attn.q_norm.weight"], eps), arch["rope_theta"])
-    k = _rotate(_rms(k, w["self_attn.k_norm.weight"], eps), arch["rope_theta"])
+    gate = None
+    if _is_hybrid(arch):  # each head's gate behind its query
+        q, gate = q.unflatten(0, (heads, 2)).unbind(1)
+    q, k = (
+        _rotate(_rms(t, above + w[f"self_attn.{name}_norm.weight"], eps), arch)
+        for name, t in (("q", q), ("k", k))
+    )
     k, v = (t.repeat_interleave(heads // len(t), 0) for t in (k, v))
     scores = q @ k.transpose(1, 2) / math.sqrt(size)
     future = torch.ones(scores.shape[1:], dtype=torch.bool).triu(1)
     out = scores.masked_fill(future, -math.inf).softmax(-1) @ v
+    if gate is not None:
+        out = out * gate.sigmoid()
     return out.transpose(0, 1).flatten(1) @ w["self_attn.o_proj.weight"].T
 
 
-def _rotate(x: Tensor, theta: float) -> Tensor:
-    """Rotary embedding of ``x [N, T, D]``: the first half of each head turns with the second."""
-    half = x.shape[-1] // 2
-    frequencies = theta ** -(torch.arange(half, dtype=x.dtype) / half)
+def _delta_net(w: Weights, arch: dict[str, Any], x: Tensor) -> Tensor:
+    """Gated DeltaNet (arXiv 2412.06464), token by token."""
+    w = {k.removeprefix("linear_attn."): t for k, t in w.items() if k.startswith("linear_attn.")}
+    heads, size = arch["linear_num_value_heads"], arch["linear_key_head_dim"]
+    keys = arch["linear_num_key_heads"] * size
+    taps, mixed = w["conv1d.weight"][:, 0].T, x @ w["in_proj_qkv.weight"].T
+    before = torch.cat((mixed.new_zeros(len(taps) - 1, mixed.shape[1]), mixed))
+    mixed = sum(before[i : i + len(x)] * tap for i, tap in enumerate(taps))
+    mixed = torch.nn.functional.silu(mixed)
+    q, k, v = mixed.split((keys, keys, mixed.shape[1] - 2 * keys), dim=-1)
+    share = heads // arch["linear_num_key_heads"]
+    q, k = (t.unflatten(-1, (-1, size)).repeat_interleave(share, 1) for t in (q, k))
+    q, k = (t / (t.square().sum(-1, keepdim=True) + 1e-6).sqrt() for t in (q, k))
+    v = v.unflatten(-1, (heads, -1))
+    beta = (x @ w["in_proj_b.weight"].T).sigmoid()
+    step = torch.nn.functional.softplus(x @ w["in_proj_a.weight"].T + w["dt_bias"])
+    fading = (-w["A_log"].exp() * step).exp()
+    state, outputs = x.new_zeros(heads, size, v.shape[-1]), []
+    for t in range(len(x)):
+        state = fading[t, :, None, None] * state
+        lacking = v[t] - torch.einsum("nkv,nk->nv", state, k[t])
+        state = state + torch.einsum("nk,nv->nkv", k[t], beta[t, :, None] * lacking)
+        outputs.append(torch.einsum("nkv,nk->nv", state, q[t]) / math.sqrt(size))
+    gate = (x @ w["in_proj_z.weight"].T).unflatten(-1, (heads, -1))
+    out = _rms(torch.stack(outputs), w["norm.weight"], arch["rms_norm_eps"])
+    return (out * torch.nn.functional.silu(gate)).flatten(1) @ w["out_proj.weight"].T
+
+
+def _rotate(x: Tensor, arch: dict[str, Any]) -> Tensor:
+    """Rotary embedding of ``x [N, T, D]``: the first half of each head turns with the second.
+
+    Of a head of which a part is turned, the first half of this part with the second.
+    """
+    turned = int(x.shape[-1] * arch.get("partial_rotary_factor", 1.0))
+    x, still = x[..., :turned], x[..., turned:]
+    half = turned // 2
+    frequencies = arch["rope_theta"] ** -(torch.arange(half, dtype=x.dtype) / half)
     angles = torch.arange(x.shape[1], dtype=x.dtype)[:, None] * frequencies
     a, b = x[..., :half], x[..., half:]
-    return torch.cat((a * angles.cos() - b * angles.sin(), b * angles.cos() + a * angles.sin()), -1)
+    turning = (a * angles.cos() - b * angles.sin(), b * angles.cos() + a * angles.sin())
+    return torch.cat((*turning, still), -1)
 
 
 def _mlp(w: Weights, prefix: str, x: Tensor) -> Tensor:
@@ -124,7 +171,11 @@ def _experts(
     for token, experts, shares in zip(x, chosen.tolist(), share, strict=True):
         outputs = [_mlp(w, f"mlp.experts.{e}.", token) for e in experts]
         rows.append((torch.stack(outputs) * shares[:, None]).sum(0))
-    return torch.stack(rows), logits
+    out = torch.stack(rows)
+    if "mlp.shared_expert_gate.weight" in w:
+        gate = (x @ w["mlp.shared_expert_gate.weight"].T).sigmoid()
+        out = out + gate * _mlp(w, "mlp.shared_expert.", x)
+    return out, logits
 
 
 def _borne_out(told: list[int], own: list[int], probs: list[float], threshold: float) -> list[int]:

@@ -11,7 +11,13 @@ per token.
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from sapo_megatron.hf.architecture import Architecture, Experts, GroupedQueryAttention
+from sapo_megatron.hf.architecture import (
+    Architecture,
+    Experts,
+    GatedDeltaNet,
+    GroupedQueryAttention,
+)
+from sapo_megatron.policy.delta_rule import CHUNK
 from sapo_megatron.recipe.schema import ParallelConfig
 
 IMBALANCE = 1.5
@@ -33,16 +39,21 @@ class Layer(NamedTuple):
 
     attention: list[Kept]
     mlp: list[Kept]
+    states: float = 0.0
+    """Numbers per token that only its backward pass has: states between chunks, and gradients."""
 
 
 def layer(arch: Architecture, number: int, parallel: ParallelConfig) -> Layer:
     """What layer ``number`` (from 0) keeps."""
-    attention = _attention(arch, parallel.tensor_model_parallel_size)
-    experts = _experts(arch, number)
+    states, experts = 0.0, _experts(arch, number)
+    if (d := arch.delta_net) and number in d.layers:
+        attention, states = _delta_net(arch.hidden_size, d), 2 * d.state_size / CHUNK
+    else:
+        attention = _attention(arch, parallel.tensor_model_parallel_size)
     if experts is None:
-        return Layer(attention, _dense(arch))
+        return Layer(attention, _dense(arch), states)
     imbalance = IMBALANCE if parallel.expert_model_parallel_size > 1 else 1.0
-    return Layer(attention, _moe(arch, experts, imbalance))
+    return Layer(attention, _moe(arch, experts, imbalance), states)
 
 
 def _experts(arch: Architecture, number: int) -> Experts | None:
@@ -60,6 +71,7 @@ def _attention(arch: Architecture, tp: int) -> list[Kept]:
         kept += [Kept("normed", hidden)]
         kept += [Kept("q and k before their norms", queries + keys)] if a.qk_norm else []
         kept += [Kept("q, k and v", queries + 2 * keys), Kept("output", queries)]
+        kept += [Kept("gate, and what passes it", 2 * queries)] if a.output_gate else []
     else:
         queries = a.num_heads * (a.qk_nope_head_dim + a.qk_rope_head_dim)
         values = a.num_heads * a.v_head_dim
@@ -71,6 +83,20 @@ def _attention(arch: Architecture, tp: int) -> list[Kept]:
             Kept("output", values),
         ]
     return kept
+
+
+def _delta_net(hidden: int, d: GatedDeltaNet) -> list[Kept]:
+    """What flash-linear-attention's kernels keep: no states, which are computed again."""
+    heads, values = d.num_value_heads, d.num_value_heads * d.value_head_dim
+    return [
+        Kept("input", hidden),
+        Kept("normed", hidden),
+        Kept("projected", d.mixed_size + values + 2 * heads),
+        Kept("convolved", d.mixed_size),
+        Kept("q and k of every value head", 2 * heads * d.key_head_dim),
+        Kept("systems of the chunks", heads * CHUNK),
+        Kept("read and gated", 2 * values),
+    ]
 
 
 def _dense(arch: Architecture) -> list[Kept]:
@@ -119,8 +145,8 @@ def chunk(
 ) -> ChunkActivations:
     """Activations of a virtual stage's ``layers`` under the recipe's recomputation."""
     kept = [layer(arch, number, parallel) for number in layers]
-    whole = [_sum(attention + mlp) for attention, mlp in kept]
-    gradients = max((_sum(block) for blocks in kept for block in blocks), default=0.0)
+    whole = [_sum(attention + mlp) for attention, mlp, _ in kept]
+    gradients = max((max(_sum(a) + states, _sum(m)) for a, m, states in kept), default=0.0)
     if parallel.recompute_granularity == "full":
         n = min(parallel.recompute_num_layers or 1, len(layers))
         if parallel.recompute_method == "uniform":
@@ -134,7 +160,7 @@ def chunk(
     modules: set[str] = set()
     if parallel.recompute_granularity == "selective":
         modules = set(parallel.recompute_modules or ())
-    spared = [_sum([k for k in a + m if modules & set(k.spared_by.split())]) for a, m in kept]
+    spared = [_sum([k for k in a + m if modules & set(k.spared_by.split())]) for a, m, _ in kept]
     return ChunkActivations(
         stored=sum(whole) - sum(spared), working=max(spared, default=0.0) + gradients
     )
@@ -147,6 +173,6 @@ def forward_block(arch: Architecture, number: int, parallel: ParallelConfig) -> 
     not.
     """
     tp = parallel.tensor_model_parallel_size
-    attention, mlp = map(_sum, layer(arch, number, parallel))
+    attention, mlp = map(_sum, layer(arch, number, parallel)[:2])
     routed = _experts(arch, number) is not None
     return 2 * arch.hidden_size + max(attention / tp, mlp if routed else mlp / tp)

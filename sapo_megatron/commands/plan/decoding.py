@@ -100,7 +100,14 @@ def _cached(plan: Plan, gpus: int) -> float:
         numbers = 2 * a.head_dim * max(a.num_kv_heads / gpus, 1)
     else:
         numbers = a.kv_lora_rank + a.qk_rope_head_dim
-    return plan.arch.num_layers * numbers * BYTES[plan.recipe.model.params_dtype]
+    layers = plan.arch.attends(range(plan.arch.num_layers))
+    return layers * numbers * BYTES[plan.recipe.model.params_dtype]
+
+
+def _states(plan: Plan, gpus: int) -> float:
+    """Bytes that layers of Gated DeltaNet keep of a sequence on each GPU."""
+    arch, dtype = plan.arch, BYTES[plan.recipe.model.params_dtype]
+    return arch.delta_net.kept(range(arch.num_layers), dtype) / gpus if arch.delta_net else 0.0
 
 
 def _held(plan: Plan, gpus: int) -> float:
@@ -109,7 +116,7 @@ def _held(plan: Plan, gpus: int) -> float:
     share = r.gpu_memory_utilization if r.colocate else VLLM_SHARE
     room = share * plan.gpu.memory_gib * GIB - RESERVE
     room -= plan.parameters.total * BYTES[plan.recipe.model.params_dtype] / gpus
-    return max(room / _cached(plan, gpus) / plan.length, 1.0)
+    return max(room / (_cached(plan, gpus) * plan.length + _states(plan, gpus)), 1.0)
 
 
 def _computing(plan: Plan, c: Constants, gpus: int) -> float:
@@ -136,7 +143,10 @@ def _decode_step(
         "reading weights": reading,
         # Beyond what is done while weights are read.
         "computing": max(sequences * _computing(plan, c, gpus) - reading, 0.0),
-        "reading keys and values": sequences * context * _cached(plan, gpus) / memory,
+        # States are written as well.
+        "reading keys and values": sequences
+        * (context * _cached(plan, gpus) + 2 * _states(plan, gpus))
+        / memory,
         "launching kernels": arch.num_layers * launch,
         "all-reduces": 2 * arch.num_layers * reducing,
     }

@@ -93,9 +93,17 @@ def memory(
         stored=stored,
         activations=stored + working,
         logprobs=_logprobs(recipe, arch, layout) if last else 0.0,
-        kv_cache=batches.generated_at_once * batches.length * stage.cached_per_token * BYTES[dtype],
+        kv_cache=batches.generated_at_once * _cached(arch, layout, stage, batches, BYTES[dtype]),
         generation=_generation(recipe, arch, stage, batches, last=last),
     )
+
+
+def _cached(
+    arch: Architecture, layout: Layout, stage: Stage, batches: Batches, dtype: int
+) -> float:
+    """Bytes of a sequence's keys and values, and of what Gated DeltaNet keeps in their place."""
+    kept = arch.delta_net.kept(stage.layers, dtype) if arch.delta_net else 0
+    return batches.length * stage.cached_per_token * dtype + kept / layout.tp
 
 
 def sharded(stage: Stage, layout: Layout) -> float:

@@ -7,6 +7,7 @@ from sapo_megatron.commands.plan.layout import Batches, Layout
 from sapo_megatron.commands.plan.memory import BYTES, GRADIENT_BYTES
 from sapo_megatron.hf.architecture import Architecture, GroupedQueryAttention
 from sapo_megatron.policy.blueprint import Stage
+from sapo_megatron.policy.delta_rule import CHUNK
 from sapo_megatron.recipe.schema import Recipe
 
 
@@ -78,7 +79,11 @@ def forward_flops(arch: Architecture, parameters: Parameters, length: int) -> fl
     else:
         widths = a.num_heads * (a.qk_nope_head_dim + a.qk_rope_head_dim + a.v_head_dim)
     # Scores and their product with the values, 2 FLOPs each, over half the square.
-    attention = arch.num_layers * widths * length**2
+    attention = arch.attends(range(arch.num_layers)) * widths * length**2
+    if d := arch.delta_net:
+        # Of a token with the state, and with those of its chunk (policy/delta_rule.py).
+        inside = d.num_value_heads * CHUNK * (5 * d.key_head_dim + 3 * d.value_head_dim)
+        attention += len(d.layers) * (6 * d.state_size + inside) * length
     return 2 * (parameters.active_without_embeddings + head) * length + attention
 
 
@@ -130,6 +135,11 @@ def bytes_sent(
     # Keys and values once around the ring; backward they come with their gradients.
     keys = tokens * busiest.cached_per_token * dtype
     sent["cp"] = keys * (layout.cp - 1) * passes.work
+    if d := arch.delta_net:  # its ranks exchange tokens for heads, and back
+        here = len(set(busiest.layers) & set(d.layers)) / layout.tp
+        values = d.num_value_heads * d.value_head_dim
+        exchanged = here * (d.mixed_size + 2 * (values + d.num_value_heads)) * tokens * dtype
+        sent["cp"] += exchanged * (forwards + backwards) * _others(layout.cp)
     # To the experts and back, forward and backward.
     copies = hidden / layout.tp * (experts.topk if experts else 0) * moe
     sent["ep"] = copies * 2 * (forwards + backwards) * _others(layout.ep)

@@ -75,7 +75,7 @@ _HYBRID = _QWEN3 | {  # three layers of Gated DeltaNet, one of attention
     "num_experts_per_tok": 2,
     "num_key_value_heads": 2,
     "partial_rotary_factor": 0.25,
-    "rms_norm_eps": 1e-3,  # what the rule reads of a single token may be next to nothing
+    "rms_norm_eps": 1e-2,  # what the rule reads of a single token may be next to nothing
     "shared_expert_intermediate_size": 24,
 }
 FAMILIES: dict[str, dict[str, Any]] = {
