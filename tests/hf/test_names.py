@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sapo_megatron.hf.architecture import parse_architecture
-from sapo_megatron.hf.names import GateUp, Plain, QueryKeyValue, entry
+from sapo_megatron.hf.names import Plain, QueryKeyValue, Rows, Stacked, entry
 from tests.support.families import FAMILIES
 
 
@@ -12,9 +12,7 @@ class Stored:
     """Tensors by name that count how many rows of theirs are read."""
 
     def __init__(self, *entries):
-        parts = [
-            part for e in entries for part in ((e.gate, e.up) if isinstance(e, GateUp) else (e,))
-        ]
+        parts = [part for e in entries for part in (e.parts if isinstance(e, Stacked) else (e,))]
         shapes = {}
         for part in parts:
             many = isinstance(part, QueryKeyValue)
@@ -80,13 +78,33 @@ def test_padded_rows_are_zeros_and_do_not_come_back(rows, padding, size):
 
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_gate_and_up(size):
-    e = GateUp(Plain("gate", (8, 4), 0), Plain("up", (8, 4), 0))
+    e = Stacked((Rows("gate", (8, 4), 8), Rows("up", (8, 4), 8)))
     stored = Stored(e)
     found = pieces(e, stored, size)
     for piece, gate, up in zip(
         found, *(stored.tensors[n].chunk(size) for n in ("gate", "up")), strict=True
     ):
         assert torch.equal(piece, torch.cat((gate, up)))
+    assert holds(e.merge(found), stored)
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_rows_of_one_tensor_in_runs_and_of_another_in_one(size):
+    """``a`` has 4 heads of 1 + 2 rows, ``b`` 4 rows and then 8: each rank gets its quarter."""
+    e = Stacked(
+        (
+            Rows("a", (12, 3), 1, 0, runs=4),
+            Rows("a", (12, 3), 2, 1, runs=4),
+            Rows("b", (12, 3), 4),
+            Rows("b", (12, 3), 8, 4),
+        )
+    )
+    stored = Stored(e)
+    found = pieces(e, stored, size)
+    heads, b = stored.tensors["a"].unflatten(0, (4, 3)), stored.tensors["b"]
+    wholes = (heads[:, 0], heads[:, 1:].flatten(0, 1), b[:4], b[4:])
+    expected = [torch.cat(parts) for parts in zip(*(w.chunk(size) for w in wholes), strict=True)]
+    assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
     assert holds(e.merge(found), stored)
 
 
@@ -122,6 +140,23 @@ def test_query_key_value(query_heads, kv_heads, size, shape):
     found = pieces(e, stored, size)
     expected = interleaved(stored, query_heads, kv_heads, width).chunk(size)
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert holds(e.merge(found), stored)
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_queries_whose_gates_stand_behind_each_are_behind_all_of_a_key_head(size):
+    heads, kv_heads, width = 8, 2, 4
+    shapes = ((2 * heads * width, 6), (kv_heads * width, 6), (kv_heads * width, 6))
+    e = QueryKeyValue(("q", "k", "v"), shapes, kv_heads, gated=True)
+    stored = Stored(e)
+    found = pieces(e, stored, size)
+    q, k, v = (stored.tensors[name].split(width) for name in "qkv")
+    rows = []
+    for head in range(kv_heads):
+        mine = range(head * 4, head * 4 + 4)
+        rows += [q[2 * i] for i in mine] + [q[2 * i + 1] for i in mine] + [k[head], v[head]]
+    expected = torch.cat(rows).chunk(size)
+    assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
     assert holds(e.merge(found), stored)
 
 
@@ -161,6 +196,21 @@ def test_a_rank_reads_what_belongs_to_its_key_heads_only():
             "minimax-m2",
             "decoder.layers.0.mlp.router.expert_bias",
             ["model.layers.0.block_sparse_moe.e_score_correction_bias"],
+        ),
+        (
+            "qwen3.5-moe",
+            "decoder.layers.0.self_attention.in_proj.weight",
+            [f"model.layers.0.linear_attn.in_proj_{n}.weight" for n in ("qkv", "z", "b", "a")],
+        ),
+        (
+            "qwen3-next",
+            "decoder.layers.0.self_attention.in_proj.weight",
+            [f"model.layers.0.linear_attn.in_proj_{n}.weight" for n in ("qkvz", "ba")],
+        ),
+        (
+            "qwen3-next",
+            "decoder.layers.3.mlp.shared_experts.gate_weight",
+            ["model.layers.3.mlp.shared_expert_gate.weight"],
         ),
         (
             "moonlight",
