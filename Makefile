@@ -20,7 +20,7 @@ ON_MCORE_019 := MEGATRON_CORE_VERSION=$(shell sed -n 's/^megatron-core==//p' \
 	requirements-mcore-0.19.txt) PYTHONPATH="$(CURDIR)/$(MCORE_019)"
 SLICE_FILES := $(patsubst %,tests/%.py, \
 	contracts/test_contracts \
-	policy/test_release policy/test_layers policy/test_hostile objective/test_logprob rollout/test_generate policy/test_checkpoint policy/test_routers policy/test_families policy/test_matrix)
+	policy/test_release policy/test_layers policy/test_delta_net policy/test_hostile objective/test_logprob rollout/test_generate policy/test_checkpoint policy/test_routers policy/test_families policy/test_matrix)
 SLICE_LAYOUTS := TP2xPP2xEP2 or CP2xEP2xDP2 or PP2xVPP2xDP2 or CP2xDP2 or moe_act or 3-tuple or \
 	balanced
 SLICE ?= $(SLICE_FILES) -k "not (test_layout or killed or tensor_parallel or bfloat16) \

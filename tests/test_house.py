@@ -31,7 +31,7 @@ FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 FILES = sorted(PACKAGE.rglob("*.py"))
 LONGEST_FILE = 450
 LONGEST_FUNCTION = 60
-MOST_LINES = 24_500
+MOST_LINES = 25_300
 MOST_KEYS = 140
 
 

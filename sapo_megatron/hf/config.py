@@ -24,18 +24,21 @@ MOST_PARTS, LARGEST = 2**16, 2**24
 _COUNTS = ("num_", "n_", "first_k_", "topk_", "linear_num_")
 _TYPES: dict[type, str] = {
     int: "bos_token_id decoder_sparse_step ep_size first_k_dense_replace full_attention_interval "
-    "head_dim kv_lora_rank linear_conv_kernel_dim linear_key_head_dim linear_num_key_heads "
-    "linear_num_value_heads linear_value_head_dim max_window_layers moe_intermediate_size "
-    "moe_layer_freq mtp_num_hidden_layers mtp_transformer_layers n_group "
-    "n_routed_experts n_shared_experts num_experts num_experts_per_tok num_key_value_heads "
-    "num_local_experts num_mtp_modules num_nextn_predict_layers pad_token_id pretraining_tp "
-    "q_lora_rank qk_nope_head_dim qk_rope_head_dim rotary_dim shared_expert_intermediate_size "
-    "shared_intermediate_size sliding_window topk_group v_head_dim",
+    "head_dim image_token_id kv_lora_rank linear_conv_kernel_dim linear_key_head_dim "
+    "linear_num_key_heads linear_num_value_heads linear_value_head_dim max_window_layers "
+    "moe_intermediate_size moe_layer_freq mtp_num_hidden_layers mtp_transformer_layers "
+    "n_group n_routed_experts n_shared_experts num_experts num_experts_per_tok "
+    "num_key_value_heads num_local_experts num_mtp_modules num_nextn_predict_layers "
+    "pad_token_id pretraining_tp q_lora_rank qk_nope_head_dim qk_rope_head_dim rotary_dim "
+    "shared_expert_intermediate_size shared_intermediate_size sliding_window topk_group "
+    "v_head_dim video_token_id vision_end_token_id vision_start_token_id",
     float: "attention_dropout aux_loss_alpha initializer_range partial_rotary_factor "
     "routed_scaling_factor router_aux_loss_coef router_jitter_noise",
-    bool: "attention_bias attn_output_gate norm_topk_prob output_router_logits qkv_bias seq_aux "
-    "use_cache use_mtp use_qk_norm use_routing_bias use_sliding_window",
-    str: "dtype hidden_act qk_norm_type scoring_func topk_method torch_dtype transformers_version",
+    bool: "attention_bias attn_output_gate mtp_use_dedicated_embeddings norm_topk_prob "
+    "output_router_logits qkv_bias seq_aux use_cache use_mtp use_qk_norm use_routing_bias "
+    "use_sliding_window",
+    str: "dtype hidden_act model_type qk_norm_type scoring_func topk_method torch_dtype "
+    "transformers_version",
     list: "architectures attn_type_list layer_types mlp_layer_types mlp_only_layers",
     dict: "auto_map text_config vision_config",
 }

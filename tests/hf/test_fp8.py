@@ -38,12 +38,18 @@ UNEVEN = DEEPSEEK | {
     **{"hidden_size": 200, "intermediate_size": 328, "kv_lora_rank": 544, "q_lora_rank": 136},
     **{"moe_intermediate_size": 72, "v_head_dim": 50},
 }
+HYBRID = {
+    **{"hidden_size": 200, "num_hidden_layers": 2, "full_attention_interval": 2, "head_dim": 32},
+    **{"linear_key_head_dim": 24, "linear_value_head_dim": 40, "moe_intermediate_size": 72},
+}
 CASES = {
     "qwen3-moe": ("qwen3-moe", QWEN, torch.float32),
     "qwen3-moe, powers of two": ("qwen3-moe", QWEN, torch.float8_e8m0fnu),
     "deepseek-v3": ("deepseek-v3", DEEPSEEK, torch.float32),
     "deepseek-v3, uneven": ("deepseek-v3", UNEVEN, torch.float32),
     "deepseek-v3, uneven, bf16": ("deepseek-v3", UNEVEN, torch.bfloat16),
+    "qwen3.5-moe, uneven": ("qwen3.5-moe", HYBRID, torch.float32),
+    "qwen3-next, uneven": ("qwen3-next", HYBRID, torch.float32),
 }
 NAME = "model.layers.0.mlp.down_proj.weight"
 SCALE = f"{NAME}_scale_inv"

@@ -22,7 +22,7 @@ from tests.support.whole_runs import command
 
 GENERATION_4 = ROOT / "venvs" / "transformers-4"
 TEXT = "<|im_start|>user\n7 + 5 , please<|im_end|>"
-KNOWN_TO_4 = {"qwen3", "qwen3_moe", "deepseek_v3", "glm4_moe"}
+KNOWN_TO_4 = {"qwen3", "qwen3_moe", "qwen3_next", "deepseek_v3", "glm4_moe"}
 IDS = [[3, 44, 95, 7, 61, 20]]
 
 pytestmark = pytest.mark.skipif(

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 from sapo_megatron.errors import UserError
 from sapo_megatron.hf.architecture import parse_architecture
-from sapo_megatron.policy import delta_net, spec
+from sapo_megatron.policy import cpu, delta_net, spec
 from sapo_megatron.policy.delta_net import KernelGatedDeltaNet, PlainNorm, TorchGatedDeltaNet
 from sapo_megatron.policy.delta_rule import causal_convolution, gated_delta_rule
 from sapo_megatron.policy.layers import RMSNorm
@@ -116,6 +116,7 @@ class _Linear(torch.nn.Module):
 
 
 def make_layer(kind=TorchGatedDeltaNet, dtype="float64"):
+    cpu.enable()
     arch = parse_architecture(MODELS["hybrid"])
     config = transformer_config(arch, ModelConfig(path="x", params_dtype=dtype), ParallelConfig())
     config.perform_initialization = False

@@ -176,7 +176,8 @@ has them as well.
 
 The model has 4 layers, 8 experts, 8 heads on 4 key-value heads and a vocabulary of 61, which no
 tensor-parallel size divides. `tied`: tied embeddings; `mixed`: layers 0 and 2 dense; `unnormed`:
-expert weights not renormalised; `dense`: no experts. Packed batches unless it says padded; in-place
+expert weights not renormalised; `dense`: no experts; `hybrid`: Qwen3.5-MoE, with Gated DeltaNet in
+layers 0, 2 and 3. Packed batches unless it says padded; in-place
 log-probs unless it says fused. The batch has responses of 0 to 12 tokens, one of them empty, a
 group whose advantages are zero, and ratios from about 0.1 to 30, so that the gate acts; with 8
 data-parallel ranks some have no valid token. Objectives: SAPO with the paper's settings unless it
