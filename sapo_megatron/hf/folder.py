@@ -37,6 +37,7 @@ SAME = (
     "tied_embeddings",
     "attention",
     "experts",
+    "delta_net",
 )
 """What a model must have in common with ``model.architecture``; the rest is its own affair."""
 NOT_WEIGHTS = ("*.json", "*.jinja", "*.txt", "*.model", "*.py", "tiktoken*")
