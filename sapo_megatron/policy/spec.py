@@ -3,6 +3,7 @@
 Transformer Engine's layers, or torch layers of the same names, as ``model.layers`` says.
 """
 
+import functools
 from importlib.util import find_spec
 from typing import Any
 
@@ -221,15 +222,15 @@ def block_spec(
     """The specs of the layers that this virtual stage holds."""
     backend = _backend(model)
     linear = arch.delta_net.layers if arch.delta_net else ()
-    mixers = {i in linear for i in range(config.num_layers)}
-    kinds = {
-        (mixer, experts): _layer_spec(arch.attention, config, backend, experts, linear=mixer)
-        for mixer in mixers
-        for experts in (None, config.num_moe_experts)
-    }
+
+    @functools.cache  # layers of one kind share a spec
+    def layer(is_linear: bool, num_experts: int | None) -> ModuleSpec:
+        return _layer_spec(arch.attention, config, backend, num_experts, linear=is_linear)
+
+    experts = config.num_moe_experts
     layers = [
-        kinds[i in linear, config.num_moe_experts if freq else None]
-        for i, freq in enumerate(_layer_freq(config))
+        layer(number in linear, experts if freq else None)
+        for number, freq in enumerate(_layer_freq(config))
     ]
     stage = {"vp_stage": vp_stage, "pp_rank": groups.pp.rank()}
     first = get_transformer_layer_offset(config, **stage)
