@@ -39,6 +39,16 @@ QWEN3_30B = {
 }
 SERVERS = {"rollout.engine": "vllm", "rollout.servers": "[http://a]", "old_policy": "rollout"}
 DENSE = {"model_type": "qwen3"}
+HYBRID = {
+    "model_type": "qwen3_next",
+    "full_attention_interval": 4,
+    "linear_conv_kernel_dim": 4,
+    "linear_key_head_dim": 128,
+    "linear_num_key_heads": 16,
+    "linear_num_value_heads": 32,
+    "linear_value_head_dim": 128,
+    "shared_expert_intermediate_size": 512,
+}
 MOONLIGHT = {
     "model_type": "deepseek_v3",
     "hidden_size": 2048,
@@ -561,7 +571,14 @@ def test_the_number_of_processes(write, layout, world_size, parts):
             {"num_key_value_heads": 6, "num_attention_heads": 36},
             ["num_key_value_heads 6", "got 4"],
         ),
+        ({"tensor_model_parallel_size": "4", "context_parallel_size": "4"}, HYBRID, None),
+        (
+            {"tensor_model_parallel_size": "4", "context_parallel_size": "8"},
+            HYBRID,
+            ["context_parallel_size", "linear_num_key_heads 16", "got 8 times 4"],
+        ),
         ({"pipeline_model_parallel_size": "5"}, {}, ["48 layers", "48 over 5"]),
+        ({"pipeline_model_parallel_size": "5"}, HYBRID, ["48 layers", "48 over 5"]),
         (
             {"pipeline_model_parallel_size": "4", "num_layers_in_first_pipeline_stage": "10"},
             {},
