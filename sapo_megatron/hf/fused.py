@@ -37,9 +37,8 @@ class Part:
         """Of up to two slices, or of the ellipsis that stands for all."""
         rows, *columns = [slice(None)] if index == (...,) else index
         start, stop, _ = rows.indices(self.get_shape()[0])
-        first = self.rows.start
-        found = self.whole[self.expert : self.expert + 1, first + start : first + stop]
-        return found[0] if not columns else found[0][:, columns[0]]
+        here = slice(self.rows.start + start, self.rows.start + stop)
+        return self.whole[(slice(self.expert, self.expert + 1), here, *columns)][0]
 
 
 def apart(files: dict[str, Path], read: Callable[[str], Any]) -> dict[str, Part]:
