@@ -28,7 +28,7 @@ from sapo_megatron.recipe.schema import Recipe
 from sapo_megatron.rollout.engine import Request, SamplingParams
 from sapo_megatron.rollout.generate import InProcess
 from sapo_megatron.rollout.vllm.client import Server
-from sapo_megatron.rollout.vllm.engine import Probe, probe_difference
+from sapo_megatron.rollout.vllm.fleet import Probe, probe_difference
 from sapo_megatron.training.engine import open_engine
 from sapo_megatron.training.inputs import read_inputs
 
@@ -49,10 +49,10 @@ def make_recipe(vllm_python: str) -> Recipe:
 
 
 def tokens_per_second(engine: Any, requests: list[Request], params: SamplingParams) -> float:
-    with engine.serving(record=False):
+    with engine.serving(version=0, record=False):
         began = time.perf_counter()
         lengths: list[int] = []
-        engine.generate(requests, params, lambda s: lengths.append(len(s.response_tokens)))
+        engine.generate(requests, params, lambda s: lengths.append(len(s.response_tokens))).result()
         seconds = time.perf_counter() - began
     return sum(lengths) / seconds
 
@@ -66,7 +66,8 @@ def difference(policy: Policy, engine: Any) -> float:
     """Mean absolute difference of the probe's log-probs, training engine and server."""
     ours = policy.logprobs(engine._probe, engine._cut)
     probe = Probe(samples=engine._probe, logprobs=ours, tolerance=engine._tolerance)
-    return asyncio.run(difference_at(*engine._servers._urls, probe))
+    (url,) = (state.server.url for state in engine._servers._fleet._states)
+    return asyncio.run(difference_at(url, probe))
 
 
 def measured(recipe: Recipe, folder: Path, rounds: int) -> list[dict[str, Any]]:
@@ -96,8 +97,7 @@ def measured(recipe: Recipe, folder: Path, rounds: int) -> list[dict[str, Any]]:
             for weight in policy.model.chunks[0].parameters():
                 weight.add_(0.05 * weight.std() * torch.randn(weight.shape, generator=generator))
         before = difference(policy, servers)
-        servers._updates = None
-        with servers.serving(record=False) as metrics:
+        with servers.serving(version=1, record=False) as metrics:
             after = difference(policy, servers)
         handed = metrics.values()["time/sync"]
     rows: list[dict[str, Any]] = [

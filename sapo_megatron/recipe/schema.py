@@ -135,6 +135,9 @@ class RolloutConfig:
     async_steps: Annotated[int, Field(ge=0, le=8)] = 0
     """Steps that responses are sampled ahead of their training, with the weights of then: at most
     so many batches and one are asked for and not yet trained on. Servers do it meanwhile."""
+    on_new_weights: Literal["wait", "continue"] = "wait"
+    """What new weights do about responses that servers are in the middle of: they wait for them, or
+    have them continued (partial rollouts), so that the tokens of one come from several weights."""
     colocate: bool = False
     """The servers are on the GPUs of the trainer, and asleep while it trains: they give up their
     weights and memory after every rollout. Else they are on those that no process trains on. Not

@@ -15,7 +15,8 @@ from sapo_megatron.hf.architecture import read_architecture
 from sapo_megatron.recipe.load import load
 from sapo_megatron.rollout.engine import Request, SamplingParams
 from sapo_megatron.rollout.vllm.client import Server
-from sapo_megatron.rollout.vllm.engine import Probe, VllmEngine
+from sapo_megatron.rollout.vllm.engine import VllmEngine
+from sapo_megatron.rollout.vllm.fleet import Probe
 from sapo_megatron.rollout.vllm.servers import LocalServers
 from sapo_megatron.sample import Sample
 from tests.support.fakevllm import sampled

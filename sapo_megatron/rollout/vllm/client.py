@@ -119,12 +119,18 @@ class Server:
         seed: int,
         arch: Architecture,
         *,
+        begun: Sample | None,
+        version: int,
         with_routes: bool,
-    ) -> Sample:
-        """A response to ``request``."""
+    ) -> tuple[Sample, bool]:
+        """A response to ``request``, and whether it is whole: :meth:`abort` leaves its beginning.
+
+        ``begun``: the beginning to go on from; ``version``: of the server's weights.
+        """
+        drawn = begun.response_tokens if begun else []
         body = {
-            "prompt": list(request.prompt_tokens),
-            "max_tokens": params.max_new_tokens,
+            "prompt": [*request.prompt_tokens, *drawn],
+            "max_tokens": params.max_new_tokens - len(drawn),
             "temperature": params.temperature,
             "top_p": params.top_p,
             "seed": seed,
@@ -136,9 +142,32 @@ class Server:
             **_NEUTRAL,
         }
         answer = read(Completion, await self._call("POST", "/v1/completions", body), self.url)
-        if answer.aborted:
-            raise Away("it gave up on a request, as a server does that is being stopped")
-        return to_sample(answer, self.url, request, params, arch, with_routes=with_routes)
+        sample = to_sample(
+            answer,
+            self.url,
+            request,
+            params,
+            arch,
+            begun=begun,
+            version=version,
+            with_routes=with_routes,
+        )
+        return sample, not answer.aborted
+
+    async def abort(self) -> None:
+        """Have the responses that the server is in the middle of end where they are."""
+        await self._call("POST", "/abort_requests", {})
+
+    async def check_abort(self) -> None:
+        """Raises UserError for a server that does not know how to :meth:`abort`."""
+        try:
+            await self._call("POST", "/abort_requests", {"request_ids": ["none"]})
+        except _Refused as error:
+            raise UserError(
+                f"{self.url}: /abort_requests: expected a server whose responses can be "
+                f"interrupted, as rollout.on_new_weights continue needs, got HTTP {error.status}; "
+                f"start vLLM 0.32 with VLLM_SERVER_DEV_MODE=1, or set on_new_weights wait"
+            ) from None
 
     async def _rpc(self, method: str, *args: str) -> bytes:
         """Call a method of our extension on the server's workers.
