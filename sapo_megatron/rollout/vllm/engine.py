@@ -202,7 +202,7 @@ class VllmEngine:
     async def _load(self) -> None:
         async with self._connected() as states:
             problems = await asyncio.gather(*map(self._try, states))
-            if all(problems):
+            if problems.count(None) < self._config.min_servers:
                 await asyncio.gather(*map(self._wait_for, states))
             for state, problem in zip(states, problems, strict=True):
                 if not state.ready:

@@ -275,6 +275,15 @@ def test_fewer_servers_than_the_least_end_the_run(servers):
         sampled(client, REQUESTS, PARAMS)
 
 
+def test_new_weights_wait_for_the_least_number_of_servers(servers):
+    first, away = servers
+    client = engine(*(s.url for s in servers), timeout_s=1.0, min_servers=2)
+    away.die()
+    with pytest.raises(RunFailed, match=rf"at least 2 .* got 1 of 2 \({away.url}: away for 1 s"):
+        client.load(TESTS, PROBE)
+    assert len(first.folders) == 1
+
+
 def test_a_request_that_is_refused_is_not_sent_again(server):
     server.fault = completions(lambda: (400, {"error": {"message": "prompt is\ntoo long"}}))
     with pytest.raises(RunFailed, match=f"{server.url}: .*HTTP 400: prompt is too long;"):
