@@ -54,7 +54,7 @@ class Server:
         try:
             found = read(Version, await self._call("GET", "/version"), self.url).version
         except RunFailed as error:
-            found = f"none ({error})"
+            found = f"none ({one_line(str(error), 90)})"
         if not found.startswith(f"{RELEASE}."):
             raise UserError(
                 f"{self.url}: expected a server of vLLM {RELEASE}, the release in "
