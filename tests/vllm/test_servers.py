@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import threading
 from types import SimpleNamespace
 
 import psutil
@@ -14,6 +13,7 @@ from sapo_megatron.errors import RunFailed, UserError
 from sapo_megatron.hf.architecture import read_architecture
 from sapo_megatron.recipe.load import load
 from sapo_megatron.rollout.engine import Request, SamplingParams
+from sapo_megatron.rollout.vllm import engine
 from sapo_megatron.rollout.vllm.client import Server
 from sapo_megatron.rollout.vllm.engine import Probe, VllmEngine
 from sapo_megatron.rollout.vllm.servers import LocalServers
@@ -42,7 +42,7 @@ def served(tmp_path_factory):
                 "num_servers": 2,
                 "max_prompt_length": 300,
                 "max_response_length": 64,
-                "server_timeout_s": 240.0,
+                "server_timeout_s": 600.0,
             },
             train={"max_tokens_per_gpu": 512},
         )
@@ -189,7 +189,7 @@ def test_a_response_ends_with_a_stop_token_or_is_truncated(served):
 
 
 def test_new_weights_are_the_ones_that_sample(served):
-    # Long prompts, of which the servers keep what they can reuse: under the old weights.
+    """Also on long prompts, which the servers have cached under the weights of before."""
     asked = requests(8, length=290)
     before = None
     for number in (1, 2, 0, 1, 1):
@@ -199,6 +199,19 @@ def test_new_weights_are_the_ones_that_sample(served):
         if before is not None and before is not model:
             assert worst(before, samples, 0.7) > 0.05
         before = model
+
+
+def test_a_prefix_cache_that_outlives_its_weights_would_be_seen(served, monkeypatch):
+    asked = requests(8, length=290)
+    bring(served, 0)
+    sampled(served.engine, asked, params(0.7, 0.9))
+
+    async def kept(server):
+        pass
+
+    monkeypatch.setattr(engine, "_forget_prefixes", kept)
+    model = bring(served, 1)  # whose probe sees nothing: log-probs of prompts are never cached
+    assert worst(model, sampled(served.engine, asked, params(0.7, 0.9)), 0.7) > 1e-3
 
 
 def test_vllms_own_reload_is_wrong_here_and_the_probe_sees_it(served, monkeypatch):
@@ -243,15 +256,15 @@ def test_a_server_that_is_killed_leaves_its_work_to_the_other(served, caplog):
     victim = served.servers._processes[0]
     group = psutil.Process(victim.guard.pid).children(recursive=True)
     assert len(group) >= 3
+    samples = []
 
-    def kill():
-        os.killpg(group[0].pid, signal.SIGKILL)
+    def arrived(sample):
+        samples.append(sample)
+        if len(samples) == 50:
+            os.killpg(group[0].pid, signal.SIGKILL)
 
-    timer = threading.Timer(0.7, kill)
-    timer.start()
-    samples = sampled(served.engine, asked, params(1.0, new=64))
-    timer.join()
-    assert [s.uid for s in samples] == [r.uid for r in asked]
+    served.engine.sample(asked, params(1.0, new=64), arrived)
+    assert sorted(s.uid for s in samples) == [r.uid for r in asked]
     assert worst(model, samples, 1.0) < 1e-4
     assert f"{victim.url} is away" in caplog.text
     psutil.wait_procs(group, timeout=10)
