@@ -206,6 +206,18 @@ def two_gpus(folder):
     return f"{program.parent}:{os.environ['PATH']}"
 
 
+def test_a_port_that_a_program_has(start):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        run = start("rollout_server.sh", "model", ROLLOUT_PORT=port)
+        assert run.wait() == 2
+    assert run.said.strip().endswith(
+        f"expected a free port, got {port}, where a program listens; choose another"
+    )
+
+
 def test_one_process_a_gpu_unless_told(start, tmp_path):
     path = two_gpus(tmp_path)
     run = start("single_node.sh", "recipe.yaml", DRY_RUN="1", NPROC_PER_NODE=None, PATH=path)

@@ -90,16 +90,20 @@ def check_architecture(recipe: Recipe, arch: Architecture) -> None:
     tp, ep = p.tensor_model_parallel_size, p.expert_model_parallel_size
     etp = p.expert_tensor_parallel_size
     attention = arch.attention
-    if attention.num_heads % tp:
-        heads = f"number of attention heads {attention.num_heads}"
-        raise _indivisible("tensor_model_parallel_size", tp, heads)
-    if isinstance(attention, GroupedQueryAttention):
-        kv_heads = attention.num_kv_heads
-        if kv_heads % tp and tp % kv_heads:
-            raise UserError(
-                f"parallel.tensor_model_parallel_size: expected a divisor or a multiple of the "
-                f"model's num_key_value_heads {kv_heads}, got {tp}; change it"
-            )
+    sizes = (
+        ("parallel.tensor_model_parallel_size", tp),
+        ("rollout.server_tensor_parallel_size", recipe.rollout.server_tensor_parallel_size),
+    )
+    for key, size in sizes:
+        if attention.num_heads % size:
+            raise _indivisible(key, size, f"number of attention heads {attention.num_heads}")
+        if isinstance(attention, GroupedQueryAttention):
+            kv_heads = attention.num_kv_heads
+            if kv_heads % size and size % kv_heads:
+                raise UserError(
+                    f"{key}: expected a divisor or a multiple of the model's num_key_value_heads "
+                    f"{kv_heads}, got {size}; change it"
+                )
     longest = recipe.rollout.max_prompt_length + recipe.rollout.max_response_length
     if longest > arch.max_position_embeddings:
         raise UserError(
@@ -128,10 +132,10 @@ def check_architecture(recipe: Recipe, arch: Architecture) -> None:
         )
     if arch.experts.number % ep:
         experts = f"number of experts {arch.experts.number}"
-        raise _indivisible("expert_model_parallel_size", ep, experts)
+        raise _indivisible("parallel.expert_model_parallel_size", ep, experts)
     if arch.experts.hidden_size % etp:
         width = f"expert width {arch.experts.hidden_size}"
-        raise _indivisible("expert_tensor_parallel_size", etp, width)
+        raise _indivisible("parallel.expert_tensor_parallel_size", etp, width)
 
 
 def check_world(recipe: Recipe, world_size: int) -> None:
@@ -401,7 +405,9 @@ def _check_layers(p: ParallelConfig, layers: int) -> None:
     for stage in [*outer, *([rest // stages] if stages else [])]:
         if chunks is not None and stage % chunks:
             raise _indivisible(
-                "virtual_pipeline_model_parallel_size", chunks, f"{stage} layers of a stage"
+                "parallel.virtual_pipeline_model_parallel_size",
+                chunks,
+                f"{stage} layers of a stage",
             )
 
 
@@ -424,4 +430,4 @@ def _warn(recipe: Recipe) -> None:
 
 
 def _indivisible(key: str, size: int, of: str) -> UserError:
-    return UserError(f"parallel.{key}: expected a divisor of the model's {of}, got {size}")
+    return UserError(f"{key}: expected a divisor of the model's {of}, got {size}; change it")

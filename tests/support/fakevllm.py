@@ -47,6 +47,7 @@ class FakeVllm:
     def __init__(self, port: int = 0) -> None:
         self.calls: list[tuple[str, dict[str, Any]]] = []
         self.description: dict[str, Any] = dict(DESCRIPTION)
+        self.release = "0.32.0"
         self.weights = "initial"
         self.asleep: set[str] = set()
         self.folders: list[str] = []
@@ -88,6 +89,8 @@ class FakeVllm:
     def _own(self, path: str, body: dict[str, Any]) -> Answer:
         if path == "/health":
             return 200, b""
+        if path == "/version":
+            return 200, {"version": self.release}
         if path == "/sleep?level=2":
             self.asleep = {"weights", "kv_cache"}
             return 200, {"status": "sleeping", "level": 2}

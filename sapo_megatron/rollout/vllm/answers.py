@@ -33,6 +33,12 @@ class Unusable(Exception):
     """A response that may be drawn again: its log-probs are missing, or no numbers."""
 
 
+class Version(BaseModel):
+    """``/version``: the release of vLLM."""
+
+    version: str
+
+
 class Description(BaseModel):
     """What a server serves: ``Worker.sapo_describe``."""
 

@@ -18,6 +18,7 @@ from sapo_megatron.rollout.vllm.answers import (
     Loads,
     Reset,
     Scores,
+    Version,
     read,
     to_logprobs,
     to_sample,
@@ -25,6 +26,9 @@ from sapo_megatron.rollout.vllm.answers import (
 from sapo_megatron.sample import Sample
 
 EXTENSION = "sapo_megatron.rollout.vllm.worker.Worker"
+RELEASE = "0.32"
+"""Of vLLM, in whose workers the extension changes weights and log-probs: in those of another it
+might change nothing, without a word."""
 
 _NEUTRAL = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
 """Said in every request, so that no server adds its own."""
@@ -46,7 +50,17 @@ class Server:
         self._http = http
 
     async def describe(self) -> Description:
-        """What the server serves."""
+        """What the server serves. Raises UserError for anything but vLLM's ``RELEASE``."""
+        try:
+            found = read(Version, await self._call("GET", "/version"), self.url).version
+        except RunFailed as error:
+            found = f"none ({one_line(str(error), 90)})"
+        if not found.startswith(f"{RELEASE}."):
+            raise UserError(
+                f"{self.url}: expected a server of vLLM {RELEASE}, the release in "
+                f"requirements-gpu.txt and requirements-vllm.txt, got {found}; name another URL, "
+                f"or serve with that release"
+            )
         content = await self._rpc("sapo_describe")
         return read(Descriptions, content, self.url).results[0]
 

@@ -128,7 +128,7 @@ class Fleet:
         """Have all servers that are there take weights; the probe's differences by their URLs."""
         self._weights = weights
         problems = await asyncio.gather(*map(self._renew, self._states))
-        if all(problems):
+        if problems.count(None) < self._config.min_servers:
             await asyncio.gather(*map(self._wait_for, self._states))
         for state, problem in zip(self._states, problems, strict=True):
             if not state.ready:

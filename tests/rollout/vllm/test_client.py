@@ -290,6 +290,15 @@ def test_fewer_servers_than_the_least_end_the_run(servers):
         sampled(client, REQUESTS, PARAMS)
 
 
+def test_new_weights_wait_for_the_least_number_of_servers(servers):
+    first, away = servers
+    client = engine(*(s.url for s in servers), timeout_s=1.0, min_servers=2)
+    away.die()
+    with pytest.raises(RunFailed, match=rf"at least 2 .* got 1 of 2 \({away.url}: away for 1 s"):
+        client.load(TESTS, PROBE, 0)
+    assert len(first.folders) == 1
+
+
 def test_a_request_that_is_refused_is_not_sent_again(server):
     server.fault = completions(lambda: (400, {"error": {"message": "prompt is\ntoo long"}}))
     with pytest.raises(RunFailed, match=f"{server.url}: .*HTTP 400: prompt is too long;"):
@@ -336,8 +345,28 @@ def test_servers_that_do_not_fit(server, changes, message):
     ],
 )
 def test_servers_that_were_started_without_what_is_needed(server, answer, message):
-    server.fault = lambda path, body, own: answer
+    server.fault = lambda path, body, own: answer if path == "/collective_rpc" else own()
     with pytest.raises(UserError, match=message):
+        engine(server.url).check()
+
+
+@pytest.mark.parametrize("release", ["0.31.4", "0.33.0", "1.0.32", "dev"])
+def test_another_release_of_vllm(server, release):
+    server.release = release
+    with pytest.raises(UserError, match=rf"^{server.url}: .* vLLM 0\.32, .* got {release}; "):
+        engine(server.url).check()
+
+
+@pytest.mark.parametrize("release", ["0.32.1", "0.32.1.dev3+g0123abc"])
+def test_later_builds_of_the_same_release(server, release):
+    server.release = release
+    engine(server.url).check()
+
+
+@pytest.mark.parametrize("answer", [(404, b"<h1>Not Found</h1>"), (200, b"<html>"), (200, {})])
+def test_a_port_that_another_program_has(server, answer):
+    server.fault = lambda path, body, own: answer
+    with pytest.raises(UserError, match=f"^{server.url}: expected a server of vLLM .* got none "):
         engine(server.url).check()
 
 
