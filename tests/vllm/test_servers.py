@@ -3,6 +3,8 @@
 import json
 import os
 import signal
+import threading
+from contextlib import closing
 from types import SimpleNamespace
 
 import psutil
