@@ -189,7 +189,7 @@ def told(run, threads, folder, one, two):
 def test_all_that_was_trained_on_was_sampled_with_the_present_weights(story):
     """By both servers, whatever had happened to them: wrong weights differ by over 1e-3."""
     for line in story.lines:
-        assert line["rollout/staleness"] == 0
+        assert line["rollout/staleness_max"] == 0
         assert line["rollout_train/logprob_abs_diff"] < 1e-4
         assert line.get("rollout/probe_diff", 0.0) < 1e-4
 
