@@ -11,7 +11,7 @@ import math
 import re
 
 from sapo_megatron.errors import UserError, hint
-from sapo_megatron.hf.architecture import Architecture, GroupedQueryAttention
+from sapo_megatron.hf.architecture import Architecture, GroupedQueryAttention, count_parameters
 from sapo_megatron.recipe.schema import (
     AlgorithmConfig,
     CorrectionConfig,
@@ -44,6 +44,8 @@ NOT_OF_TEMPLATES = (
     "tokenizer_kwargs",
 )
 """What prompts are rendered with in any case, and settings of transformers: no template's own."""
+IN_PROCESS_PARAMETERS = 1e9
+"""Of the largest model that the training processes generate with, unless the recipe says so."""
 RECOMPUTE_MODULES = (
     "core_attn",
     "layernorm",
@@ -108,6 +110,7 @@ def check_architecture(recipe: Recipe, arch: Architecture) -> None:
             f"{longest}; lower it"
         )
     _check_layers(p, arch.num_layers)
+    _check_generation(recipe.rollout, arch)
     if arch.experts is None:
         if ep > 1 or etp > 1:
             raise UserError(
@@ -259,6 +262,21 @@ def _check_servers(r: RolloutConfig) -> None:
         twice = next(url for url in r.servers if r.servers.count(url) > 1)
         raise UserError(
             f"rollout.servers: expected each server once, got {twice} twice; remove one"
+        )
+
+
+def _check_generation(r: RolloutConfig, arch: Architecture) -> None:
+    parameters, heads = count_parameters(arch), arch.attention.num_heads
+    if r.engine == "in_process" and parameters > IN_PROCESS_PARAMETERS and not r.large_in_process:
+        raise UserError(
+            f"rollout.engine: expected vllm for a model of {parameters / 1e9:.3g} billion "
+            f"parameters, got in_process, which is for CPUs and tests; set rollout.engine=vllm "
+            f"with rollout.vllm_python or rollout.servers, or rollout.large_in_process=true"
+        )
+    if r.engine == "vllm" and heads % r.server_tensor_parallel_size:
+        raise UserError(
+            f"rollout.server_tensor_parallel_size: expected a divisor of the model's number of "
+            f"attention heads {heads}, got {r.server_tensor_parallel_size}; change it"
         )
 
 
