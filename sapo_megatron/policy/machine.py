@@ -74,7 +74,7 @@ def check_servers(recipe: Recipe, arch: Architecture) -> None:
         raise UserError(
             f"rollout.server_tensor_parallel_size: expected GPUs that hold a server's weights, got "
             f"{gpus} with {weights / 2**30:.1f} GiB of {recipe.model.params_dtype}, "
-            f"{weights / gpus / 2**30:.1f} on each, of which a server takes {r.server_share:g} x "
+            f"{weights / gpus / 2**30:.1f} on each, where a server has {r.server_share:g} x "
             f"{memory / 2**30:.1f} GiB; raise it (sapo-megatron plan says how far)"
         )
 

@@ -1,8 +1,8 @@
 """The rules a recipe must keep, beyond names, types and ranges.
 
-``check`` needs nothing but the recipe, ``check_architecture`` the model's architecture, and
-``check_world`` the number of processes. Each raises :class:`UserError` for the first rule that is
-broken: what, expected, got, how to fix it.
+``check`` needs nothing but the recipe, ``check_architecture`` and ``check_generation`` the model's
+architecture, and ``check_world`` the number of processes. Each raises :class:`UserError` for the
+first rule that is broken: what, expected, got, how to fix it.
 """
 
 import dataclasses
@@ -110,7 +110,6 @@ def check_architecture(recipe: Recipe, arch: Architecture) -> None:
             f"{longest}; lower it"
         )
     _check_layers(p, arch.num_layers)
-    _check_generation(recipe.rollout, arch)
     if arch.experts is None:
         if ep > 1 or etp > 1:
             raise UserError(
@@ -135,6 +134,22 @@ def check_architecture(recipe: Recipe, arch: Architecture) -> None:
     if arch.experts.hidden_size % etp:
         width = f"expert width {arch.experts.hidden_size}"
         raise _indivisible("expert_tensor_parallel_size", etp, width)
+
+
+def check_generation(r: RolloutConfig, arch: Architecture) -> None:
+    """Who generates against the model's size. Raises UserError."""
+    parameters, heads = count_parameters(arch), arch.attention.num_heads
+    if r.engine == "in_process" and parameters > IN_PROCESS_PARAMETERS and not r.large_in_process:
+        raise UserError(
+            f"rollout.engine: expected vllm for a model of {parameters / 1e9:.3g} billion "
+            f"parameters, got in_process, which is for CPUs and tests; set rollout.engine=vllm "
+            f"with rollout.vllm_python or rollout.servers, or rollout.large_in_process=true"
+        )
+    if r.engine == "vllm" and heads % r.server_tensor_parallel_size:
+        raise UserError(
+            f"rollout.server_tensor_parallel_size: expected a divisor of the model's number of "
+            f"attention heads {heads}, got {r.server_tensor_parallel_size}; change it"
+        )
 
 
 def check_world(recipe: Recipe, world_size: int) -> None:
@@ -262,21 +277,6 @@ def _check_servers(r: RolloutConfig) -> None:
         twice = next(url for url in r.servers if r.servers.count(url) > 1)
         raise UserError(
             f"rollout.servers: expected each server once, got {twice} twice; remove one"
-        )
-
-
-def _check_generation(r: RolloutConfig, arch: Architecture) -> None:
-    parameters, heads = count_parameters(arch), arch.attention.num_heads
-    if r.engine == "in_process" and parameters > IN_PROCESS_PARAMETERS and not r.large_in_process:
-        raise UserError(
-            f"rollout.engine: expected vllm for a model of {parameters / 1e9:.3g} billion "
-            f"parameters, got in_process, which is for CPUs and tests; set rollout.engine=vllm "
-            f"with rollout.vllm_python or rollout.servers, or rollout.large_in_process=true"
-        )
-    if r.engine == "vllm" and heads % r.server_tensor_parallel_size:
-        raise UserError(
-            f"rollout.server_tensor_parallel_size: expected a divisor of the model's number of "
-            f"attention heads {heads}, got {r.server_tensor_parallel_size}; change it"
         )
 
 

@@ -19,7 +19,7 @@ from sapo_megatron.commands.plan.render import as_json, as_table
 from sapo_megatron.commands.plan.seconds import seconds, slow
 from sapo_megatron.commands.plan.step import Parameters, forward_flops
 from sapo_megatron.data.batch import pack, plan_micro_batches
-from sapo_megatron.hf.architecture import parse_architecture
+from sapo_megatron.hf.architecture import count_parameters, parse_architecture
 from sapo_megatron.hf.folder import find_architecture
 from sapo_megatron.policy import blueprint
 from sapo_megatron.recipe.load import load
@@ -93,6 +93,7 @@ def test_parameters_are_the_published_ones(planned, name):
     (model,) = [m for m in PUBLISHED if name.startswith(m)]
     total, active, convention = PUBLISHED[model]
     assert made.parameters.total / 1e9 == pytest.approx(total, rel=0.01)
+    assert count_parameters(made.arch) == pytest.approx(made.parameters.total, rel=1e-4)
     counted = sum(vars(made.parameters)[name] for name in convention) / len(convention) / 1e9
     assert (round(counted) if active == 3 else counted) == pytest.approx(active, rel=0.02)
 
@@ -258,6 +259,11 @@ def test_a_larger_gpu_may_do(capsys):
     [
         (["--tensor_model_parallel_size", "3"], ["attention heads 32", "got 3"]),
         (["--expert_model_parallel_size", "5"], ["number of experts 128", "got 5"]),
+        (["--server_tensor_parallel_size", "3"], ["rollout.server_tensor", "heads 32, got 3"]),
+        (
+            ["rollout.engine=in_process", "--vllm_python=null", "--colocate=false"],
+            ["rollout.engine: expected vllm for a model of 30.5 billion", "large_in_process=true"],
+        ),
         (["--pipeline_model_parallel_size", "5"], ["48 layers", "5"]),
         (
             ["--virtual_pipeline_model_parallel_size", "2"],

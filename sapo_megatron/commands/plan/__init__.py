@@ -21,7 +21,12 @@ from sapo_megatron.hf.architecture import Architecture
 from sapo_megatron.hf.folder import find_architecture
 from sapo_megatron.policy import blueprint
 from sapo_megatron.policy.blueprint import Stage
-from sapo_megatron.recipe.check import check_architecture, check_world, smallest_world
+from sapo_megatron.recipe.check import (
+    check_architecture,
+    check_generation,
+    check_world,
+    smallest_world,
+)
 from sapo_megatron.recipe.schema import ParallelConfig, Recipe
 
 
@@ -140,6 +145,7 @@ def _plan(
 ) -> Plan:
     world = world_size(recipe)
     check_architecture(recipe, arch)
+    check_generation(recipe.rollout, arch)
     check_world(recipe, world)
     layout = Layout.of(recipe, world)
     stages = build(recipe, world)
