@@ -51,6 +51,7 @@ PUBLISHED = {
     "minimax-m2-230b-a10b": (230, 10, WITHOUT),
 }
 """Model -> billions of parameters, in all and for a token, as its publisher counts them."""
+PAGE = (ROOT / "docs" / "plan.md").read_text()
 NAMES = sorted(path.stem for path in RECIPES.glob("*gpu*.yaml"))
 
 
@@ -83,6 +84,13 @@ def test_recipe(planned, name):
     assert slow(made) is None
     if name == "qwen3-30b-a3b-8gpu":
         assert took.step <= 600
+    (row,) = [line for line in PAGE.splitlines() if line.startswith("|") and f"`{name}`" in line]
+    *_, ratio, step = row.strip("| ").split(" | ")
+    assert float(ratio) == pytest.approx(took.rollout / (took.logprobs + took.update), abs=0.006)
+    assert float(step) == pytest.approx(took.step, abs=0.6)
+    stem = re.split(r"-\d+gpu", name)[0]
+    listed = rf"`{stem}-.*{name.removeprefix(stem)}`.*\b{gpus}\b"
+    assert re.search(listed, (ROOT / "README.md").read_text())
     assert all(len(line) <= 100 for line in as_table(made).splitlines())
     assert as_table(made).isascii()
 
