@@ -1,8 +1,8 @@
 """The rules a recipe must keep, beyond names, types and ranges.
 
-``check`` needs nothing but the recipe, ``check_architecture`` the model's architecture, and
-``check_world`` the number of processes. Each raises :class:`UserError` for the first rule that is
-broken: what, expected, got, how to fix it.
+``check`` needs nothing but the recipe, ``check_architecture`` and ``check_generation`` the model's
+architecture, and ``check_world`` the number of processes. Each raises :class:`UserError` for the
+first rule that is broken: what, expected, got, how to fix it.
 """
 
 import dataclasses
@@ -11,7 +11,7 @@ import math
 import re
 
 from sapo_megatron.errors import UserError, hint
-from sapo_megatron.hf.architecture import Architecture, GroupedQueryAttention
+from sapo_megatron.hf.architecture import Architecture, GroupedQueryAttention, count_parameters
 from sapo_megatron.recipe.schema import (
     AlgorithmConfig,
     CorrectionConfig,
@@ -44,6 +44,8 @@ NOT_OF_TEMPLATES = (
     "tokenizer_kwargs",
 )
 """What prompts are rendered with in any case, and settings of transformers: no template's own."""
+IN_PROCESS_PARAMETERS = 1e9
+"""Of the largest model that the training processes generate with, unless the recipe says so."""
 RECOMPUTE_MODULES = (
     "core_attn",
     "layernorm",
@@ -136,6 +138,22 @@ def check_architecture(recipe: Recipe, arch: Architecture) -> None:
     if arch.experts.hidden_size % etp:
         width = f"expert width {arch.experts.hidden_size}"
         raise _indivisible("parallel.expert_tensor_parallel_size", etp, width)
+
+
+def check_generation(r: RolloutConfig, arch: Architecture) -> None:
+    """Who generates against the model's size. Raises UserError."""
+    parameters, heads = count_parameters(arch), arch.attention.num_heads
+    if r.engine == "in_process" and parameters > IN_PROCESS_PARAMETERS and not r.large_in_process:
+        raise UserError(
+            f"rollout.engine: expected vllm for a model of {parameters / 1e9:.3g} billion "
+            f"parameters, got in_process, which is for CPUs and tests; set rollout.engine=vllm "
+            f"with rollout.vllm_python or rollout.servers, or rollout.large_in_process=true"
+        )
+    if r.engine == "vllm" and heads % r.server_tensor_parallel_size:
+        raise UserError(
+            f"rollout.server_tensor_parallel_size: expected a divisor of the model's number of "
+            f"attention heads {heads}, got {r.server_tensor_parallel_size}; change it"
+        )
 
 
 def check_world(recipe: Recipe, world_size: int) -> None:

@@ -8,7 +8,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 
 import torch
@@ -66,10 +66,15 @@ def open_engine(
     memory = folder_in_memory(policy, nodes) if nodes else None
     weights = memory or run / "servers" / "weights"
     with ExitStack() as stack:
-        servers = None
-        with parallel.failing_together(groups):
-            if speaks:
-                servers = _connect(stack, recipe, inputs, run / "servers", nodes, weights)
+        servers, offload = None, rollout.colocate_offload if rollout.colocate else None
+        # vLLM starts where the memory is free that it is to have.
+        with policy.aside(offload) if offload else nullcontext(lambda: None) as leave:
+            leave()
+            with parallel.failing_together(groups):
+                if speaks:
+                    servers = _connect(stack, recipe, inputs, run / "servers", nodes, weights)
+                    if offload:
+                        servers.sleep()
         _agree_on_routes(recipe, inputs, groups, servers)
         handover: Handover
         if rollout.weight_transfer == "nccl":
@@ -83,7 +88,7 @@ def open_engine(
             probe=probe,
             tolerance=PROBE_TOLERANCE[recipe.model.params_dtype],
             cut=groups.micro_batching(recipe),
-            offload=rollout.colocate_offload if rollout.colocate else None,
+            offload=offload,
         )
 
 

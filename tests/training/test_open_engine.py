@@ -60,7 +60,7 @@ def opened(tmp_path, monkeypatch):
     monkeypatch.setattr(engines, "MegatronDecoder", Decoder)
     monkeypatch.setattr(engines, "generate", Decoder.generate)
 
-    def opened(problems=((2, 3),), *, router_replay="disabled", **rollout):
+    def opened(problems=((2, 3),), *, router_replay="disabled", aside=None, **rollout):
         (tmp_path / "work").mkdir(exist_ok=True)
         recipe = load(
             write_recipe(
@@ -79,6 +79,7 @@ def opened(tmp_path, monkeypatch):
                 groups=groups,
             ),
             logprobs=lambda samples, cut: (samples, cut),
+            aside=aside,
         )
         inputs = SimpleNamespace(
             arch=parse_architecture(ARCH),
@@ -104,6 +105,21 @@ def test_servers_of_the_recipe_are_looked_at_first(opened, server):
     with opened(engine="vllm", servers=[server.url]) as engine:
         assert isinstance(engine, Following)
     assert [body["method"] for _, body in server.calls if "method" in body] == ["sapo_describe"]
+
+
+def test_colocated_servers_start_while_the_trainer_is_aside(opened, server):
+    server.description["sleep_mode"] = True
+    seen = []
+
+    @contextlib.contextmanager
+    def aside(what):
+        yield lambda: seen.append((what, len(server.calls)))
+        seen.append((server.asleep, len(server.calls)))
+
+    settings = {"colocate": True, "colocate_offload": "weights", "aside": aside}
+    with opened(engine="vllm", servers=[server.url], **settings):
+        calls = len(server.calls)
+    assert seen == [("weights", 0), ({"weights", "kv_cache"}, calls)]
 
 
 @pytest.mark.parametrize("returned", [True, False])

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sapo_megatron.commands.plan.memory import BYTES, GRADIENT_BYTES, OPTIMIZER_BYTES
+from sapo_megatron.commands.plan.gpus import BYTES
+from sapo_megatron.commands.plan.memory import GRADIENT_BYTES, OPTIMIZER_BYTES
 from sapo_megatron.commands.qualify.models import make_model
 from sapo_megatron.commands.qualify.policies import Result, Setting, Tiny, policy_of, recipe_for
 from sapo_megatron.hf.architecture import read_architecture
