@@ -142,17 +142,12 @@ def check_architecture(recipe: Recipe, arch: Architecture) -> None:
 
 def check_generation(r: RolloutConfig, arch: Architecture) -> None:
     """Who generates against the model's size. Raises UserError."""
-    parameters, heads = count_parameters(arch), arch.attention.num_heads
+    parameters = count_parameters(arch)
     if r.engine == "in_process" and parameters > IN_PROCESS_PARAMETERS and not r.large_in_process:
         raise UserError(
             f"rollout.engine: expected vllm for a model of {parameters / 1e9:.3g} billion "
             f"parameters, got in_process, which is for CPUs and tests; set rollout.engine=vllm "
             f"with rollout.vllm_python or rollout.servers, or rollout.large_in_process=true"
-        )
-    if r.engine == "vllm" and heads % r.server_tensor_parallel_size:
-        raise UserError(
-            f"rollout.server_tensor_parallel_size: expected a divisor of the model's number of "
-            f"attention heads {heads}, got {r.server_tensor_parallel_size}; change it"
         )
 
 
