@@ -258,19 +258,21 @@ def test_what_a_server_must_be(served, tmp_path):
 
 
 def test_every_token_has_the_log_prob_of_the_weights_that_its_version_says(served):
-    """Over three updates in the middle of responses, with the prefix cache on."""
-    recipe = load(served.folder / "recipe.yaml", {"rollout.on_new_weights": "continue"})
+    """Over four updates in the middle of responses, with the prefix cache on."""
+    changes = {"rollout.on_new_weights": "continue", "rollout.server_concurrency": "8"}
+    recipe = load(served.folder / "recipe.yaml", changes)
     here, found = threading.Semaphore(0), []
+    probes = [probe_of(model) for model in served.models]
 
     def arrived(sample):
         found.append(sample)
         here.release()
 
-    asked = requests(48, length=40)
+    asked = requests(160, length=40)  # so many that some are under way at every load
     with closing(make_engine(recipe, served.folder / "0", served.servers)) as engine:
-        for version in range(4):
+        for version in range(5):
             number = version % ROUNDS
-            engine.load(served.folder / str(number), probe_of(served.models[number]), version)
+            engine.load(served.folder / str(number), probes[number], version)
             if version == 0:
                 done = engine.begin(asked, params(1.0, new=256), arrived)
             for _ in range(8):
