@@ -16,6 +16,7 @@ from sapo_megatron.__main__ import main
 from sapo_megatron.commands import qualify
 from sapo_megatron.commands.qualify import Machine, Outcome, checks, first_failure, judged
 from sapo_megatron.errors import UserError
+from tests.support import forked
 from tests.support.gloo import run_worlds
 
 pytestmark = pytest.mark.timeout(600)  # that of a machine that is busy with other things
@@ -111,12 +112,12 @@ def _plant(fault):
 def _verdicts(folder):
     """By check without a GPU, and by fault and check: (what it said, good or not).
 
-    Of two families: here both sides of a comparison compute alike, whatever the model is.
+    Of one family: here both sides of a comparison compute alike, whatever the model is.
     """
     from sapo_megatron.commands.qualify import measure
 
-    two = {name: measure.FAMILIES[name] for name in ("qwen3-moe", "deepseek-v3")}
-    with mock.patch.object(measure, "FAMILIES", two):
+    one = {"deepseek-v3": measure.FAMILIES["deepseek-v3"]}
+    with mock.patch.object(measure, "FAMILIES", one):
         return _verdicts_of_some(folder)
 
 
@@ -255,8 +256,11 @@ def test_a_section_that_cannot_run_is_refused():
         qualify.qualify("B", Machine(gpus=0, transformer_engine=True))
 
 
-def test_in_processes_of_their_own(monkeypatch):
+@pytest.mark.parametrize("fresh", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_in_processes_of_their_own(monkeypatch, fresh):
     """One that measures beside the reference, and a measurement that fails in it."""
+    if not fresh:
+        monkeypatch.setattr(qualify.subprocess, "run", forked.run)
     sampling = BY_NAME["A13 sampling"]
     broken = dataclasses.replace(sampling, name="broken", measurement="measure.nothing")
     monkeypatch.setattr(qualify, "CHECKS", (sampling, broken))
