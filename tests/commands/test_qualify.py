@@ -112,12 +112,12 @@ def _plant(fault):
 def _verdicts(folder):
     """By check without a GPU, and by fault and check: (what it said, good or not).
 
-    Of one family: here both sides of a comparison compute alike, whatever the model is.
+    Of two families: here both sides of a comparison compute alike, whatever the model is.
     """
     from sapo_megatron.commands.qualify import measure
 
-    one = {"deepseek-v3": measure.FAMILIES["deepseek-v3"]}
-    with mock.patch.object(measure, "FAMILIES", one):
+    two = {name: measure.FAMILIES[name] for name in ("qwen3-moe", "deepseek-v3")}
+    with mock.patch.object(measure, "FAMILIES", two):
         return _verdicts_of_some(folder)
 
 
