@@ -305,6 +305,7 @@ def test_a_process_without_the_scripts_has_their_environment(env, allocator):
 # What they do
 
 
+@pytest.mark.slow
 def test_single_node_runs_a_recipe(start, tmp_path, bystander):
     run = start("single_node.sh", "recipe.yaml", JOB_ID="j1", NPROC_PER_NODE="1")
     assert run.wait() == 0, run.said

@@ -17,7 +17,7 @@ from sapo_megatron.__main__ import main
 from sapo_megatron.commands import qualify
 from sapo_megatron.commands.qualify import Machine, Outcome, checks, first_failure, judged
 from sapo_megatron.errors import UserError
-from tests.support import fakevllm
+from tests.support import fakevllm, forked
 from tests.support.fakevllm import FakeVllm
 from tests.support.gloo import run_worlds
 
@@ -339,8 +339,11 @@ def test_a_section_that_cannot_run_is_refused():
         qualify.qualify("B", Machine(gpus=0, transformer_engine=True))
 
 
-def test_in_processes_of_their_own(monkeypatch):
+@pytest.mark.parametrize("fresh", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_in_processes_of_their_own(monkeypatch, fresh):
     """One that measures beside the reference, and a measurement that fails in it."""
+    if not fresh:
+        monkeypatch.setattr(qualify.subprocess, "run", forked.run)
     sampling = BY_NAME["A13 sampling"]
     broken = dataclasses.replace(sampling, name="broken", measurement="measure.nothing")
     monkeypatch.setattr(qualify, "CHECKS", (sampling, broken))

@@ -129,7 +129,7 @@ def windows(sums: np.ndarray) -> dict[str, Any]:
     }
 
 
-def quantiles(values: Sequence[float]) -> list[float]:
+def quantiles(values: Sequence[float] | np.ndarray) -> list[float]:
     return [float(q) for q in np.quantile(values, [0.05, 0.25, 0.5, 0.75, 0.95])]
 
 
