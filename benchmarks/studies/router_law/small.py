@@ -98,7 +98,7 @@ def responses(session: Session) -> list[Sample]:
         seed=session.recipe.train.seed,
     )
     prompts = session.inputs.source.next(recipe.rollout_batch_size)
-    groups = session.collector.respond(prompts, recipe.num_generations, params).groups
+    groups = session.collector.respond(prompts, recipe.num_generations, params, version=0).groups
     return [sample for group in groups for sample in group.samples]
 
 
