@@ -572,6 +572,7 @@ def test_a_dry_run_of_a_job(slurm, tmp_path, run_dir):
         ROLLOUT_NODES="1",
         ROLLOUT_MODEL="org/model",
         ROLLOUT_PYTHON="/vllm/python",
+        ROLLOUT_OPTIONS='--weight-transfer-config {"backend":"nccl"}',
         SRUN_OPTIONS="--container-image=nvcr.io#nvidia/pytorch",
     )
     assert job.wait() == 0, job.said
@@ -584,6 +585,7 @@ def test_a_dry_run_of_a_job(slurm, tmp_path, run_dir):
         *["srun", "--nodes=1", "--ntasks=1", "--ntasks-per-node=1", "--nodelist=n3", *common],
         *[f"--output={logs}/rollout-%N.log", container],
         *[f"{tmp_path}/launch/rollout_server.sh", "org/model"],
+        *["--weight-transfer-config", '{"backend":"nccl"}'],
     ]
     assert train == [
         *["srun", "--nodes=2", "--ntasks=2", "--ntasks-per-node=1", "--nodelist=n1,n2", *common],
