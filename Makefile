@@ -153,4 +153,4 @@ lint: venv
 bench: venv
 	@set -e; for name in $(BENCHMARKS); do \
 		echo "== $$name"; \
-		$(BIN)/python benchmarks/$$name.py --out runs/benchmarks/$$name.json $(ARGS); done
+		$(BIN)/python -m benchmarks.$$name --out runs/benchmarks/$$name.json $(ARGS); done

@@ -1,8 +1,8 @@
 """Time and peak memory of log-probs and entropies from logits, against other implementations.
 
-    python benchmarks/logprob.py                 # two sizes and one fused case, some minutes
-    python benchmarks/logprob.py --full          # every size; needs about 16 GB
-    python benchmarks/logprob.py --device cuda --full --out results.json
+    python -m benchmarks.logprob                 # two sizes and one fused case, some minutes
+    python -m benchmarks.logprob --full          # every size; needs about 16 GB
+    python -m benchmarks.logprob --device cuda --full --out results.json
 
 Times of one size come from one process that takes turns between the implementations; the table
 shows medians in milliseconds and the best of forward + backward, both with their ratio to
@@ -16,13 +16,15 @@ import argparse
 import functools
 import json
 import tempfile
+from collections.abc import Callable
 
-import measure
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch import Tensor
 
 import sapo_megatron.policy  # noqa: F401  before anything names Megatron
+from benchmarks import measure
 from sapo_megatron.objective.logprob import linear_logprobs, vocab_parallel_logprobs
 
 QUICK = [("logits", (1024, 32768)), ("logits", (1024, 65536)), ("hidden", (1024, 65536))]
@@ -31,48 +33,53 @@ FULL = [
     ("hidden", (1024, 65536)),
     ("hidden", (4096, 152064)),
 ]
+Logprobs = Callable[..., list[Tensor]]
 
 
-def torch_plain(logits, targets):
+def torch_plain(logits: Tensor, targets: Tensor) -> list[Tensor]:
     logprobs = logits.log_softmax(-1)
     return [logprobs.gather(-1, targets.unsqueeze(-1)).squeeze(-1)]
 
 
-def torch_with_entropy(logits, targets):
+def torch_with_entropy(logits: Tensor, targets: Tensor) -> list[Tensor]:
     logprobs = logits.log_softmax(-1)
     entropy = -(logprobs.exp() * logprobs).sum(-1)
     return [logprobs.gather(-1, targets.unsqueeze(-1)).squeeze(-1), entropy.detach()]
 
 
-def megatron_core(logits, targets):
+def megatron_core(logits: Tensor, targets: Tensor) -> list[Tensor]:
     from megatron.core.tensor_parallel.cross_entropy import vocab_parallel_cross_entropy
 
     return [vocab_parallel_cross_entropy(logits, targets)]
 
 
-def ours(logits, targets):
+def ours(logits: Tensor, targets: Tensor) -> list[Tensor]:
     return [vocab_parallel_logprobs(logits, targets)[0]]
 
 
-def ours_with_entropy(logits, targets):
+def ours_with_entropy(logits: Tensor, targets: Tensor) -> list[Tensor]:
     logprobs, entropy = vocab_parallel_logprobs(logits, targets, with_entropy=True)
+    assert entropy is not None
     return [logprobs, entropy.detach()]
 
 
-def ours_with_entropy_gradient(logits, targets):
-    return list(vocab_parallel_logprobs(logits, targets, with_entropy=True))
+def ours_with_entropy_gradient(logits: Tensor, targets: Tensor) -> list[Tensor]:
+    logprobs, entropy = vocab_parallel_logprobs(logits, targets, with_entropy=True)
+    assert entropy is not None
+    return [logprobs, entropy]
 
 
-def linear_then_ours(hidden, weight, targets):
+def linear_then_ours(hidden: Tensor, weight: Tensor, targets: Tensor) -> list[Tensor]:
     return ours_with_entropy(F.linear(hidden, weight), targets)
 
 
-def fused(hidden, weight, targets):
+def fused(hidden: Tensor, weight: Tensor, targets: Tensor) -> list[Tensor]:
     logprobs, entropy = linear_logprobs(hidden, weight, targets, with_entropy=True)
+    assert entropy is not None
     return [logprobs, entropy.detach()]
 
 
-ON_LOGITS = {
+ON_LOGITS: dict[str, Logprobs] = {
     "torch log_softmax": torch_plain,
     "torch log_softmax, entropy": torch_with_entropy,
     "megatron-core cross-entropy": megatron_core,
@@ -80,14 +87,14 @@ ON_LOGITS = {
     "sapo_megatron, entropy": ours_with_entropy,
     "sapo_megatron, entropy + its gradient": ours_with_entropy_gradient,
 }
-ON_HIDDEN = {
+ON_HIDDEN: dict[str, Logprobs] = {
     "linear, then sapo_megatron, entropy": linear_then_ours,
     "fused, entropy": fused,
 }
 BASELINE = {"logits": "megatron-core cross-entropy", "hidden": next(iter(ON_HIDDEN))}
 
 
-def inputs_of(job: dict) -> tuple[list[torch.Tensor], torch.Tensor]:
+def inputs_of(job: dict) -> tuple[list[Tensor], Tensor]:
     """Differentiable inputs and targets; every page of them touched."""
     tokens, vocab = job["size"]
     options = {"device": job["device"], "dtype": getattr(torch, job["dtype"])}
@@ -105,7 +112,7 @@ def measure_time(job: dict) -> dict[str, dict[str, float]]:
     inputs, targets = inputs_of(job)
     kept = inputs[0].detach().clone()
 
-    def run(function):
+    def run(function: Logprobs) -> tuple[float, float]:
         inputs[0].detach().copy_(kept)
         return measure.forward_backward(lambda: function(*inputs, targets), inputs)
 
@@ -118,7 +125,7 @@ def measure_memory(job: dict) -> int:
     """Bytes at the peak of one forward + backward, beyond what the module docstring says."""
     function = (ON_LOGITS | ON_HIDDEN)[job["name"]]
 
-    def run(inputs, targets):
+    def run(inputs: list[Tensor], targets: Tensor) -> None:
         measure.forward_backward(lambda: function(*inputs, targets), inputs)
 
     # Code paths, thread pools and allocators warm up on a batch that is too small to matter.
@@ -154,11 +161,13 @@ def compare(on: str, size: tuple[int, int], args: argparse.Namespace) -> list[di
         "rounds": args.rounds,
         "hidden": args.hidden,
     }
-    times = measure.in_fresh_process(__file__, job | {"what": "time"})
+    times = measure.in_fresh_process("benchmarks.logprob", job | {"what": "time"})
     logits_bytes = size[0] * size[1] * getattr(torch, args.dtype).itemsize
     rows = []
     for name, found in times.items():
-        extra = measure.in_fresh_process(__file__, job | {"what": "memory", "name": name})
+        extra = measure.in_fresh_process(
+            "benchmarks.logprob", job | {"what": "memory", "name": name}
+        )
         rows.append(
             {"on": on, "tokens": size[0], "vocab": size[1], "name": name}
             | found

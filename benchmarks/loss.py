@@ -1,7 +1,7 @@
 """Time and peak memory of the policy losses, against plain torch.
 
-    python benchmarks/loss.py                    # up to 256k tokens, about a minute
-    python benchmarks/loss.py --full             # up to 1M tokens
+    python -m benchmarks.loss                    # up to 256k tokens, about a minute
+    python -m benchmarks.loss --full             # up to 1M tokens
 
 A loss takes log-probs of a packed batch and gives a scalar; the rows in plain torch are SAPO's
 formula and PPO's clip as their papers write them, without masks and clamps. The rows
@@ -17,16 +17,18 @@ batches of less than 256k tokens.
 import argparse
 import functools
 import json
+from collections.abc import Callable
 
-import measure
 import torch
+from torch import Tensor
 
+from benchmarks import measure
 from sapo_megatron.objective.baselines import cispo_loss, clipped_loss
 from sapo_megatron.objective.loss import policy_loss
 from sapo_megatron.objective.ratio import Ratio
 from sapo_megatron.objective.reduce import sequence_mean
 from sapo_megatron.objective.sapo import sapo_token_loss
-from sapo_megatron.recipe.schema import CLIP_DEFAULTS, AlgorithmConfig
+from sapo_megatron.recipe.schema import CLIP_DEFAULTS, AlgorithmConfig, LossType
 from sapo_megatron.sample import Denominators, PackedBatch
 
 QUICK = (2**14, 2**18)
@@ -35,48 +37,55 @@ SMALLEST_FOR_MEMORY = 2**18
 SEQUENCE = 1024
 PROMPT = 128
 """Tokens of each sequence, and how many of them belong to the prompt."""
+TokenLoss = Callable[[Tensor, PackedBatch], Tensor]
+Inputs = tuple[Tensor, PackedBatch, Tensor]
+"""Log-probs, a batch of sequences of one length, and a weight for each token."""
 
 
-def plain_ppo(logprob, batch):
-    ratio = (logprob - batch.old_logprob).exp()
+def log_ratio(logprob: Tensor, batch: PackedBatch) -> Tensor:
+    assert batch.old_logprob is not None
+    return logprob - batch.old_logprob
+
+
+def plain_ppo(logprob: Tensor, batch: PackedBatch) -> Tensor:
+    ratio = log_ratio(logprob, batch).exp()
     clipped = ratio.clamp(0.8, 1.2)
     return -torch.min(ratio * batch.advantages, clipped * batch.advantages)
 
 
-def plain_sapo(logprob, batch):
-    ratio = (logprob - batch.old_logprob).exp()
+def plain_sapo(logprob: Tensor, batch: PackedBatch) -> Tensor:
+    ratio = log_ratio(logprob, batch).exp()
     tau = torch.where(batch.advantages > 0, 1.0, 1.05)
     return -torch.sigmoid(tau * (ratio - 1)) * 4 / tau * batch.advantages
 
 
-def ratio(logprob, batch):
-    return Ratio.of(logprob - batch.old_logprob, batch.advantages, batch.mask, logprob)
+def ratio(logprob: Tensor, batch: PackedBatch) -> Ratio:
+    return Ratio.of(log_ratio(logprob, batch), batch.advantages, batch.mask, logprob)
 
 
-def grpo(logprob, batch):
+def grpo(logprob: Tensor, batch: PackedBatch) -> Tensor:
     return clipped_loss(ratio(logprob, batch), *CLIP_DEFAULTS["grpo"])
 
 
-def sapo(logprob, batch):
-    return sapo_token_loss(logprob - batch.old_logprob, batch.advantages, mask=batch.mask)
+def sapo(logprob: Tensor, batch: PackedBatch) -> Tensor:
+    return sapo_token_loss(log_ratio(logprob, batch), batch.advantages, mask=batch.mask)
 
 
-def gspo(logprob, batch):
-    log_ratio = logprob - batch.old_logprob
-    means = sequence_mean(log_ratio, batch.mask, batch.sequence_ids, batch.lengths)
+def gspo(logprob: Tensor, batch: PackedBatch) -> Tensor:
+    means = sequence_mean(log_ratio(logprob, batch), batch.mask, batch.sequence_ids, batch.lengths)
     r = ratio(logprob, batch).of_sequences(means[batch.sequence_ids])
     return clipped_loss(r, *CLIP_DEFAULTS["gspo"])
 
 
-def cispo(logprob, batch):
+def cispo(logprob: Tensor, batch: PackedBatch) -> Tensor:
     return cispo_loss(ratio(logprob, batch), *CLIP_DEFAULTS["cispo"])
 
 
-def weighed(token_loss, logprob, batch, weights):
+def weighed(token_loss: TokenLoss, logprob: Tensor, batch: PackedBatch, weights: Tensor) -> Tensor:
     return (weights * token_loss(logprob, batch)).sum()
 
 
-def whole(loss_type, logprob, batch, weights):
+def whole(loss_type: LossType, logprob: Tensor, batch: PackedBatch, weights: Tensor) -> Tensor:
     loss, _ = policy_loss(
         batch,
         logprob,
@@ -103,8 +112,7 @@ LOSSES = {
 BASELINE = next(iter(LOSSES))
 
 
-def inputs_of(job: dict) -> tuple[torch.Tensor, PackedBatch, torch.Tensor]:
-    """Log-probs, a batch of sequences of one length, and a weight for each token."""
+def inputs_of(job: dict) -> Inputs:
     tokens, device = job["tokens"], job["device"]
     sequences = tokens // SEQUENCE
     ids = torch.arange(tokens, device=device) // SEQUENCE
@@ -134,7 +142,7 @@ def work(job: dict) -> None:
     torch.set_num_threads(job["threads"])
     torch.manual_seed(0)
 
-    def run(loss, inputs):
+    def run(loss: Callable[..., Tensor], inputs: Inputs) -> tuple[float, float]:
         return measure.forward_backward(lambda: [loss(*inputs)], inputs[:1])
 
     if job["what"] == "time":
@@ -155,12 +163,14 @@ def compare(tokens: int, args: argparse.Namespace) -> list[dict]:
         "threads": args.threads,
         "rounds": args.rounds,
     }
-    times = measure.in_fresh_process(__file__, job | {"what": "time"})
+    times = measure.in_fresh_process("benchmarks.loss", job | {"what": "time"})
     rows = []
     for name, found in times.items():
         row = {"tokens": tokens, "name": name} | found
         if args.device == "cuda" or tokens >= SMALLEST_FOR_MEMORY:
-            extra = measure.in_fresh_process(__file__, job | {"what": "memory", "name": name})
+            extra = measure.in_fresh_process(
+                "benchmarks.loss", job | {"what": "memory", "name": name}
+            )
             row |= {"extra_bytes": extra, "extra_bytes_per_token": extra / tokens}
         rows.append(row)
     return rows

@@ -6,7 +6,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ def forward_backward(
 
 
 def in_turns(
-    functions: dict[str, Callable[[], tuple[float, float]]], rounds: int, baseline: str
+    functions: Mapping[str, Callable[[], tuple[float, float]]], rounds: int, baseline: str
 ) -> dict[str, dict[str, float]]:
     """Each function once a round, after a round that does not count.
 
@@ -92,10 +92,14 @@ def _status_bytes(field: str) -> int:
     raise RuntimeError(f"/proc/self/status has no {field}")
 
 
-def in_fresh_process(script: str, job: dict[str, Any], launcher: Sequence[str] = ()) -> Any:
-    """What ``script --job JSON`` prints as its last line, from JSON."""
+def in_fresh_process(module: str, job: dict[str, Any], ranks: int | None = None) -> Any:
+    """What ``python -m module --job JSON`` prints as its last line, from JSON.
+
+    With ``ranks``, from as many processes, of which one prints.
+    """
+    launcher = [] if ranks is None else ["sapo_megatron.launcher", str(ranks)]
     done = subprocess.run(
-        [sys.executable, *launcher, script, "--job", json.dumps(job)],
+        [sys.executable, "-m", *launcher, module, "--job", json.dumps(job)],
         capture_output=True,
         text=True,
     )

@@ -1,7 +1,7 @@
 """What it costs to record and compare the routers' choices, as a share of a training step.
 
-    python benchmarks/recording.py                    # two processes, a minute or two
-    python benchmarks/recording.py --ranks 1 --out recording.json
+    python -m benchmarks.recording                    # two processes, a minute or two
+    python -m benchmarks.recording --ranks 1 --out recording.json
 
 Trains recipes/tiny-moe-cpu.yaml from random weights, without cold start, checkpoints, report and
 variance split; every other run has routing.observe=false. Shows the median of the ratios of two
@@ -15,10 +15,11 @@ import tempfile
 from pathlib import Path
 from unittest import mock
 
-import measure
 import torch
 import torch.distributed as dist
 
+from benchmarks import measure
+from sapo_megatron.launcher import join
 from sapo_megatron.policy import checkpoint, parallel
 from sapo_megatron.recipe.load import load
 from sapo_megatron.training.inputs import read_inputs
@@ -30,13 +31,14 @@ RECIPE = Path(__file__).parent.parent / "recipes" / "tiny-moe-cpu.yaml"
 
 def work(job: dict) -> None:
     """On each rank: the seconds of each step of runs with and without, in turn, as JSON."""
+    join()
     logging.disable(logging.WARNING)
     torch.set_num_threads(job["threads"])
-    dist.init_process_group("gloo")
-    found = {True: [], False: []}
+    found: dict[bool, list[float]] = {True: [], False: []}
     for number, observe in enumerate([True, False] * job["rounds"]):
+        folder = Path(job["folder"]) / f"run-{number}"
         settings = {
-            "parallel.expert_model_parallel_size": dist.get_world_size(),
+            "parallel.expert_model_parallel_size": job["ranks"],
             "routing.observe": str(observe).lower(),
             "routing.decompose_every": 0,
             "cold_start.steps": 0,
@@ -44,12 +46,12 @@ def work(job: dict) -> None:
             "eval.k": 1,
             "eval.every": 0,
             "train.steps": 1 + STEPS,
-            "train.run_dir": Path(job["folder"]) / f"run-{number}",
+            "train.run_dir": folder,
         }
         recipe = load(RECIPE, {key: str(value) for key, value in settings.items()})
         with mock.patch.object(checkpoint, "save"):
-            train(recipe, read_inputs(recipe, dist.get_world_size()))
-        lines = [json.loads(x) for x in (Path(recipe.train.run_dir) / "metrics.jsonl").open()]
+            train(recipe, read_inputs(recipe, job["ranks"]))
+        lines = [json.loads(x) for x in (folder / "metrics.jsonl").open()]
         found[observe].append(statistics.median(line["perf/step_s"] for line in lines[1:]))
         parallel.teardown()
         dist.barrier()
@@ -65,14 +67,14 @@ def main() -> None:
     if args.job:
         work(args.job)
         return
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={args.ranks}"]
     with tempfile.TemporaryDirectory() as folder:
         job = {
             "folder": folder,
+            "ranks": args.ranks,
             "threads": max(args.threads // args.ranks, 1),
             "rounds": args.rounds,
         }
-        watched, plain = measure.in_fresh_process(__file__, job, launcher)
+        watched, plain = measure.in_fresh_process("benchmarks.recording", job, args.ranks)
     row = {
         "ranks": args.ranks,
         "watched_s": statistics.median(watched),

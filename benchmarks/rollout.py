@@ -1,6 +1,6 @@
 """Tokens a second of a rollout, in process and on vLLM, and what handing weights over does.
 
-    python benchmarks/rollout.py --vllm-python venvs/vllm/bin/python
+    python -m benchmarks.rollout --vllm-python venvs/vllm/bin/python
 
 One process with the model of recipes/tiny-moe-vllm-cpu.yaml, random weights, and one server, in
 turns. Then the weights are changed: how far the server's log-probs of a probe are from the training
@@ -17,19 +17,19 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import measure
 import torch
 
+from benchmarks import measure
 from sapo_megatron.policy import parallel, weights
 from sapo_megatron.policy.decode import MegatronDecoder
 from sapo_megatron.policy.step import Policy
 from sapo_megatron.recipe.load import load
 from sapo_megatron.recipe.schema import Recipe
-from sapo_megatron.rollout.engine import Request, SamplingParams
+from sapo_megatron.rollout.engine import Engine, Request, SamplingParams
 from sapo_megatron.rollout.generate import InProcess
 from sapo_megatron.rollout.vllm.client import Server
-from sapo_megatron.rollout.vllm.engine import Probe, probe_difference
-from sapo_megatron.training.engine import open_engine
+from sapo_megatron.rollout.vllm.fleet import Probe, probe_difference
+from sapo_megatron.training.engine import Following, open_engine
 from sapo_megatron.training.inputs import read_inputs
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "tiny-moe-vllm-cpu.yaml"
@@ -48,11 +48,11 @@ def make_recipe(vllm_python: str) -> Recipe:
     return load(RECIPE, settings)
 
 
-def tokens_per_second(engine: Any, requests: list[Request], params: SamplingParams) -> float:
-    with engine.serving(record=False):
+def tokens_per_second(engine: Engine, requests: list[Request], params: SamplingParams) -> float:
+    with engine.serving(version=0, record=False):
         began = time.perf_counter()
         lengths: list[int] = []
-        engine.generate(requests, params, lambda s: lengths.append(len(s.response_tokens)))
+        engine.generate(requests, params, lambda s: lengths.append(len(s.response_tokens))).result()
         seconds = time.perf_counter() - began
     return sum(lengths) / seconds
 
@@ -62,11 +62,13 @@ async def difference_at(url: str, probe: Probe) -> float:
         return await probe_difference(Server(url, http), probe)
 
 
-def difference(policy: Policy, engine: Any) -> float:
+def difference(policy: Policy, engine: Following) -> float:
     """Mean absolute difference of the probe's log-probs, training engine and server."""
     ours = policy.logprobs(engine._probe, engine._cut)
     probe = Probe(samples=engine._probe, logprobs=ours, tolerance=engine._tolerance)
-    return asyncio.run(difference_at(*engine._servers._urls, probe))
+    assert engine._servers is not None
+    (url,) = (state.server.url for state in engine._servers._fleet._states)
+    return asyncio.run(difference_at(url, probe))
 
 
 def measured(recipe: Recipe, folder: Path, rounds: int) -> list[dict[str, Any]]:
@@ -83,7 +85,8 @@ def measured(recipe: Recipe, folder: Path, rounds: int) -> list[dict[str, Any]]:
     )
     nodes = parallel.nodes(groups)
     with open_engine(recipe, inputs, policy, folder, nodes) as servers:
-        engines = {
+        assert isinstance(servers, Following)
+        engines: dict[str, Engine] = {
             "in process": InProcess(MegatronDecoder(policy.model), batch_size=REQUESTS),
             "vLLM": servers,
         }
@@ -96,8 +99,7 @@ def measured(recipe: Recipe, folder: Path, rounds: int) -> list[dict[str, Any]]:
             for weight in policy.model.chunks[0].parameters():
                 weight.add_(0.05 * weight.std() * torch.randn(weight.shape, generator=generator))
         before = difference(policy, servers)
-        servers._updates = None
-        with servers.serving(record=False) as metrics:
+        with servers.serving(version=1, record=False) as metrics:
             after = difference(policy, servers)
         handed = metrics.values()["time/sync"]
     rows: list[dict[str, Any]] = [

@@ -1,8 +1,8 @@
 """Where the time of a training step goes, and how it grows with the batch.
 
-    python benchmarks/step.py                    # two processes, a minute or two
-    python benchmarks/step.py --full             # also one process, and more sizes
-    python benchmarks/step.py --ranks 1 --out step.json
+    python -m benchmarks.step                    # two processes, a minute or two
+    python -m benchmarks.step --full             # also one process, and more sizes
+    python -m benchmarks.step --ranks 1 --out step.json
 
 Trains recipes/tiny-moe-cpu.yaml from random weights, with another number of prompts or longer
 responses in each row, without cold start, checkpoints and report. Shows the median over the steps
@@ -12,7 +12,6 @@ others included: forward, loss, backward; optimizer, from the check for numbers 
 to the exchange of the new weights; and watch, what remains: the routers compared and measured.
 """
 
-import contextlib
 import functools
 import json
 import logging
@@ -20,13 +19,18 @@ import statistics
 import tempfile
 import time
 from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
+from typing import Any, TypeVar
 from unittest import mock
 
-import measure
 import torch
 import torch.distributed as dist
 
+from benchmarks import measure
+from sapo_megatron.launcher import join
+from sapo_megatron.metrics import Metrics
 from sapo_megatron.policy import checkpoint, parallel
 from sapo_megatron.policy.gpt import LogprobGPT
 from sapo_megatron.policy.step import Policy
@@ -35,6 +39,7 @@ from sapo_megatron.training import loop as train
 from sapo_megatron.training import update
 from sapo_megatron.training.inputs import read_inputs
 
+T = TypeVar("T")
 RECIPE = Path(__file__).parent.parent / "recipes" / "tiny-moe-cpu.yaml"
 QUICK = [(16, 8), (32, 8), (64, 8), (128, 8), (16, 32), (16, 64)]
 FULL = [*QUICK, (256, 8), (16, 128), (64, 64)]
@@ -51,9 +56,9 @@ class Clocks:
         self.seconds: dict[str, float] = defaultdict(float)
         self.updates: list[dict[str, float]] = []
 
-    def timed(self, name, function):
+    def timed(self, name: str, function: Callable[..., T]) -> Callable[..., T]:
         @functools.wraps(function)
-        def call(*args, **kwargs):
+        def call(*args: Any, **kwargs: Any) -> T:
             began = time.perf_counter()
             try:
                 return function(*args, **kwargs)
@@ -73,17 +78,17 @@ class Clocks:
             "optimizer": s["update"] - s["backward"],
         }
 
-    @contextlib.contextmanager
-    def watching(self):
+    @contextmanager
+    def watching(self) -> Iterator["Clocks"]:
         """Measures each step; leaves out what belongs to a run and not to a step."""
 
-        def step(*args):
+        def step(*args: Any) -> Metrics:
             metrics = whole_step(*args)
             self.updates.append(self.split())
             return metrics
 
         whole_step = train.run_step
-        patches = [
+        patches: list[AbstractContextManager[Any]] = [
             mock.patch.object(LogprobGPT, "forward", self.timed("forward", LogprobGPT.forward)),
             mock.patch.object(update, "policy_loss", self.timed("loss", update.policy_loss)),
             mock.patch.object(Policy, "backward", self.timed("backward", Policy.backward)),
@@ -91,31 +96,32 @@ class Clocks:
             mock.patch.object(train, "run_step", step),
             mock.patch.object(checkpoint, "save"),
         ]
-        with contextlib.ExitStack() as stack:
+        with ExitStack() as stack:
             for patch in patches:
                 stack.enter_context(patch)
             yield self
 
 
-def run(prompts: int, longest: int, folder: Path, rounds: int) -> dict:
+def run(ranks: int, prompts: int, longest: int, folder: Path, rounds: int) -> dict:
     """Train for one step more than ``rounds``; the medians of the others. On every rank."""
+    folder /= f"{prompts}-{longest}"
     settings = {
         "rollout.rollout_batch_size": prompts,
         "rollout.max_response_length": longest,
-        "parallel.expert_model_parallel_size": dist.get_world_size(),
+        "parallel.expert_model_parallel_size": ranks,
         "cold_start.steps": 0,
         "eval.num_problems": 2,
         "eval.k": 1,
         "eval.every": 0,
         "train.steps": 1 + rounds,
-        "train.run_dir": folder / f"{prompts}-{longest}",
+        "train.run_dir": folder,
     }
     recipe = load(RECIPE, {key: str(value) for key, value in settings.items()})
     with Clocks().watching() as clocks:
-        train.train(recipe, read_inputs(recipe, dist.get_world_size()))
+        train.train(recipe, read_inputs(recipe, ranks))
     parallel.teardown()
     dist.barrier()
-    lines = [json.loads(x) for x in (Path(recipe.train.run_dir) / "metrics.jsonl").open()]
+    lines = [json.loads(x) for x in (folder / "metrics.jsonl").open()]
     steps = [
         {stage: line[f"time/{stage}"] for stage in STAGES}
         | {**parts, "watch": line["time/update"] - sum(parts.values())}
@@ -125,7 +131,7 @@ def run(prompts: int, longest: int, folder: Path, rounds: int) -> dict:
     medians = {key: statistics.median(step[key] for step in steps) for key in steps[0]}
     tokens = statistics.mean(step["step"] * step["tokens_per_s"] for step in steps)
     return {
-        "ranks": dist.get_world_size(),
+        "ranks": ranks,
         "prompts": prompts,
         "max_response_length": longest,
         "tokens": round(tokens),
@@ -135,10 +141,13 @@ def run(prompts: int, longest: int, folder: Path, rounds: int) -> dict:
 
 def work(job: dict) -> None:
     """On each rank: all sizes, as JSON on the last line."""
+    join()
     logging.disable(logging.WARNING)  # a model with random weights answers nothing right
     torch.set_num_threads(job["threads"])
-    dist.init_process_group("gloo")
-    rows = [run(*size, Path(job["folder"]), job["rounds"]) for size in job["sizes"]]
+    rows = [
+        run(job["ranks"], prompts, longest, Path(job["folder"]), job["rounds"])
+        for prompts, longest in job["sizes"]
+    ]
     if dist.get_rank() == 0:
         print(json.dumps(rows), flush=True)
     parallel.shutdown()
@@ -165,15 +174,15 @@ def main() -> None:
         return
     rows = []
     for ranks in [args.ranks] if args.ranks else [1, 2] if args.full else [2]:
-        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
         with tempfile.TemporaryDirectory() as folder:
             job = {
                 "folder": folder,
+                "ranks": ranks,
                 "sizes": FULL if args.full else QUICK,
                 "threads": max(args.threads // ranks, 1),
                 "rounds": args.rounds,
             }
-            found = measure.in_fresh_process(__file__, job, launcher)
+            found = measure.in_fresh_process("benchmarks.step", job, ranks)
         show(found)
         rows += found
     measure.write(args, rows)

@@ -24,6 +24,10 @@ unset PYTORCH_ALLOC_CONF PYTORCH_CUDA_ALLOC_CONF CUDA_DEVICE_MAX_CONNECTIONS OMP
 (($# > 0)) || fail "usage: launch/rollout_server.sh MODEL [VLLM_OPTION...]"
 model=$1
 shift
+host=${ROLLOUT_HOST:-127.0.0.1} port=${ROLLOUT_PORT:-8000}
+if [[ ${DRY_RUN:-0} != 1 ]] && (: >"/dev/tcp/$host/$port") 2>/dev/null; then
+    fail "ROLLOUT_PORT: expected a free port, got $port, where a program listens; choose another"
+fi
 gpus=1
 if command -v nvidia-smi >/dev/null; then
     gpus=$(nvidia-smi --list-gpus | wc -l)
@@ -34,6 +38,6 @@ export VLLM_SERVER_DEV_MODE="${VLLM_SERVER_DEV_MODE:-1}"
 export PYTHONPATH="${launch%/*}${PYTHONPATH:+:$PYTHONPATH}"
 
 become "$PYTHON" -m vllm.entrypoints.openai.api_server --model "$model" \
-    --host "${ROLLOUT_HOST:-127.0.0.1}" --port "${ROLLOUT_PORT:-8000}" \
+    --host "$host" --port "$port" \
     --tensor-parallel-size "${ROLLOUT_TP:-$gpus}" --generation-config vllm \
     --worker-extension-cls sapo_megatron.rollout.vllm.worker.Worker "$@"

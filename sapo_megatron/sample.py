@@ -88,6 +88,8 @@ class Sample:
     """R log-probs of the sampled tokens under the distribution they were sampled from
     (temperature applied, top-p not), nats."""
     truncated: bool
+    versions: list[int] = field(default_factory=list)
+    """R numbers: the training steps behind the weights that each token was sampled with."""
     text: str = ""
     reward: float = 0.0
     """NaN where it could not be scored: then it is no sample of its group."""

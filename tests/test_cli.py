@@ -263,7 +263,7 @@ def test_a_port_in_use(work):
 
 
 def test_torchrun_shows_one_line_of_ours(work):
-    program = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m")
+    program = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1", "-m")
     words = ["sapo_megatron", "train", "recipe.yaml", "train.run_dir=sums.jsonl/run"]
     done = cli(*words, cwd=work, program=program)
     assert done.returncode != 0

@@ -206,6 +206,18 @@ def two_gpus(folder):
     return f"{program.parent}:{os.environ['PATH']}"
 
 
+def test_a_port_that_a_program_has(start):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        run = start("rollout_server.sh", "model", ROLLOUT_PORT=port)
+        assert run.wait() == 2
+    assert run.said.strip().endswith(
+        f"expected a free port, got {port}, where a program listens; choose another"
+    )
+
+
 def test_one_process_a_gpu_unless_told(start, tmp_path):
     path = two_gpus(tmp_path)
     run = start("single_node.sh", "recipe.yaml", DRY_RUN="1", NPROC_PER_NODE=None, PATH=path)
@@ -293,6 +305,7 @@ def test_a_process_without_the_scripts_has_their_environment(env, allocator):
 # What they do
 
 
+@pytest.mark.slow
 def test_single_node_runs_a_recipe(start, tmp_path, bystander):
     run = start("single_node.sh", "recipe.yaml", JOB_ID="j1", NPROC_PER_NODE="1")
     assert run.wait() == 0, run.said
@@ -559,6 +572,7 @@ def test_a_dry_run_of_a_job(slurm, tmp_path, run_dir):
         ROLLOUT_NODES="1",
         ROLLOUT_MODEL="org/model",
         ROLLOUT_PYTHON="/vllm/python",
+        ROLLOUT_OPTIONS='--weight-transfer-config {"backend":"nccl"}',
         SRUN_OPTIONS="--container-image=nvcr.io#nvidia/pytorch",
     )
     assert job.wait() == 0, job.said
@@ -571,6 +585,7 @@ def test_a_dry_run_of_a_job(slurm, tmp_path, run_dir):
         *["srun", "--nodes=1", "--ntasks=1", "--ntasks-per-node=1", "--nodelist=n3", *common],
         *[f"--output={logs}/rollout-%N.log", container],
         *[f"{tmp_path}/launch/rollout_server.sh", "org/model"],
+        *["--weight-transfer-config", '{"backend":"nccl"}'],
     ]
     assert train == [
         *["srun", "--nodes=2", "--ntasks=2", "--ntasks-per-node=1", "--nodelist=n1,n2", *common],

@@ -149,6 +149,24 @@ class Architecture:
         return len(set(layers) - set(self.delta_net.layers if self.delta_net else ()))
 
 
+def count_parameters(arch: Architecture) -> int:
+    """How many the model has, about: its matrices alone."""
+    h, a, e = arch.hidden_size, arch.attention, arch.experts
+    if isinstance(a, GroupedQueryAttention):
+        mixer = 2 * h * a.head_dim * (a.num_heads + a.num_kv_heads)
+    else:
+        keys, query = a.qk_nope_head_dim, a.qk_nope_head_dim + a.qk_rope_head_dim
+        mixer = h * (a.q_lora_rank or 0) + (a.q_lora_rank or h) * a.num_heads * query
+        mixer += h * (a.kv_lora_rank + a.qk_rope_head_dim + a.num_heads * a.v_head_dim)
+        mixer += a.kv_lora_rank * a.num_heads * (keys + a.v_head_dim)
+    sparse = len(e.layers) if e else 0
+    blocks = (arch.num_layers - sparse) * 3 * h * arch.ffn_hidden_size
+    if e:
+        blocks += sparse * h * (e.number * (3 * e.hidden_size + 1) + 3 * e.shared_hidden_size)
+    embeddings = (1 if arch.tied_embeddings else 2) * arch.vocab_size * h
+    return arch.num_layers * mixer + blocks + embeddings
+
+
 def read_architecture(folder: str | Path) -> Architecture:
     """The architecture of a model folder. Raises UserError, naming file and key."""
     path = Path(folder) / "config.json"

@@ -4,6 +4,7 @@ Exit status: that of the script; 2 where the input is wrong (one line on stderr 
 """
 
 import argparse
+import importlib
 import runpy
 import shlex
 import sys
@@ -80,14 +81,9 @@ def _install(host: str, ours: argparse.Namespace) -> None:
     except ValueError as error:
         raise UserError(f"--{error}") from None
     algorithm = AlgorithmConfig(tau_pos=ours.tau_pos, tau_neg=ours.tau_neg)
-    if host == "nemo_rl":
-        from sapo_megatron.patches import nemo_rl
-
-        nemo_rl.install(algorithm)
-        return
-    from sapo_megatron.patches import megatron_rl
-
-    megatron_rl.install(algorithm, vocab_parallel_logprobs=ours.vocab_parallel_logprobs)
+    known = ("loss_type", "tau_pos", "tau_neg")
+    of_host = {name: value for name, value in vars(ours).items() if name not in known}
+    importlib.import_module(f"sapo_megatron.patches.{host}").install(algorithm, **of_host)
 
 
 if __name__ == "__main__":

@@ -5,10 +5,12 @@ Nothing here imports Megatron or Transformer Engine.
 
 import importlib.util
 import os
+import re
 
 import torch
 
 from sapo_megatron.errors import UserError
+from sapo_megatron.hf.architecture import Architecture, count_parameters
 from sapo_megatron.recipe.schema import ModelConfig, ParallelConfig, Recipe
 
 UNFUSED_LENGTH = 8192
@@ -52,6 +54,28 @@ def check_machine(recipe: Recipe) -> None:
         raise UserError(
             f"optimizer.optimizer_offload_fraction: expected 0 without a GPU to offload from, got "
             f"{recipe.optimizer.optimizer_offload_fraction:g}; remove it"
+        )
+
+
+def check_servers(recipe: Recipe, arch: Architecture) -> None:
+    """Raises UserError for servers that are not there, or cannot be started on these GPUs."""
+    r = recipe.rollout
+    if made_up := [url for url in r.servers if re.search(r"\.invalid(:\d+)?$", url)]:
+        raise UserError(
+            f"rollout.servers: expected the URLs of running servers, got {made_up[0]}, which "
+            f"stands for one; start {len(r.servers)}, of {r.server_tensor_parallel_size} GPUs "
+            f"each, and give rollout.servers=[http://node7:8000,...] (docs/launch.md)"
+        )
+    if not (r.vllm_python and torch.cuda.is_available()):
+        return
+    memory, gpus = torch.cuda.get_device_properties(0).total_memory, r.server_tensor_parallel_size
+    weights = count_parameters(arch) * getattr(torch, recipe.model.params_dtype).itemsize
+    if weights / gpus >= r.server_share * memory:
+        raise UserError(
+            f"rollout.server_tensor_parallel_size: expected GPUs that hold a server's weights, got "
+            f"{gpus} with {weights / 2**30:.1f} GiB of {recipe.model.params_dtype}, "
+            f"{weights / gpus / 2**30:.1f} on each, where a server has {r.server_share:g} x "
+            f"{memory / 2**30:.1f} GiB; raise it (sapo-megatron plan says how far)"
         )
 
 

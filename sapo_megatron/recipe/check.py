@@ -1,8 +1,8 @@
 """The rules a recipe must keep, beyond names, types and ranges.
 
-``check`` needs nothing but the recipe, ``check_architecture`` the model's architecture, and
-``check_world`` the number of processes. Each raises :class:`UserError` for the first rule that is
-broken: what, expected, got, how to fix it.
+``check`` needs nothing but the recipe, ``check_architecture`` and ``check_generation`` the model's
+architecture, and ``check_world`` the number of processes. Each raises :class:`UserError` for the
+first rule that is broken: what, expected, got, how to fix it.
 """
 
 import dataclasses
@@ -11,7 +11,7 @@ import math
 import re
 
 from sapo_megatron.errors import UserError, hint
-from sapo_megatron.hf.architecture import Architecture, GroupedQueryAttention
+from sapo_megatron.hf.architecture import Architecture, GroupedQueryAttention, count_parameters
 from sapo_megatron.recipe.schema import (
     AlgorithmConfig,
     CorrectionConfig,
@@ -44,6 +44,8 @@ NOT_OF_TEMPLATES = (
     "tokenizer_kwargs",
 )
 """What prompts are rendered with in any case, and settings of transformers: no template's own."""
+IN_PROCESS_PARAMETERS = 1e9
+"""Of the largest model that the training processes generate with, unless the recipe says so."""
 RECOMPUTE_MODULES = (
     "core_attn",
     "layernorm",
@@ -90,16 +92,20 @@ def check_architecture(recipe: Recipe, arch: Architecture) -> None:
     tp, ep = p.tensor_model_parallel_size, p.expert_model_parallel_size
     etp = p.expert_tensor_parallel_size
     attention = arch.attention
-    if attention.num_heads % tp:
-        heads = f"number of attention heads {attention.num_heads}"
-        raise _indivisible("tensor_model_parallel_size", tp, heads)
-    if isinstance(attention, GroupedQueryAttention):
-        kv_heads = attention.num_kv_heads
-        if kv_heads % tp and tp % kv_heads:
-            raise UserError(
-                f"parallel.tensor_model_parallel_size: expected a divisor or a multiple of the "
-                f"model's num_key_value_heads {kv_heads}, got {tp}; change it"
-            )
+    sizes = (
+        ("parallel.tensor_model_parallel_size", tp),
+        ("rollout.server_tensor_parallel_size", recipe.rollout.server_tensor_parallel_size),
+    )
+    for key, size in sizes:
+        if attention.num_heads % size:
+            raise _indivisible(key, size, f"number of attention heads {attention.num_heads}")
+        if isinstance(attention, GroupedQueryAttention):
+            kv_heads = attention.num_kv_heads
+            if kv_heads % size and size % kv_heads:
+                raise UserError(
+                    f"{key}: expected a divisor or a multiple of the model's num_key_value_heads "
+                    f"{kv_heads}, got {size}; change it"
+                )
     cp = p.context_parallel_size
     if arch.delta_net and (keys := arch.delta_net.num_key_heads) % (tp * cp):
         raise UserError(
@@ -134,10 +140,21 @@ def check_architecture(recipe: Recipe, arch: Architecture) -> None:
         )
     if arch.experts.number % ep:
         experts = f"number of experts {arch.experts.number}"
-        raise _indivisible("expert_model_parallel_size", ep, experts)
+        raise _indivisible("parallel.expert_model_parallel_size", ep, experts)
     if arch.experts.hidden_size % etp:
         width = f"expert width {arch.experts.hidden_size}"
-        raise _indivisible("expert_tensor_parallel_size", etp, width)
+        raise _indivisible("parallel.expert_tensor_parallel_size", etp, width)
+
+
+def check_generation(r: RolloutConfig, arch: Architecture) -> None:
+    """Who generates against the model's size. Raises UserError."""
+    parameters = count_parameters(arch)
+    if r.engine == "in_process" and parameters > IN_PROCESS_PARAMETERS and not r.large_in_process:
+        raise UserError(
+            f"rollout.engine: expected vllm for a model of {parameters / 1e9:.3g} billion "
+            f"parameters, got in_process, which is for CPUs and tests; set rollout.engine=vllm "
+            f"with rollout.vllm_python or rollout.servers, or rollout.large_in_process=true"
+        )
 
 
 def check_world(recipe: Recipe, world_size: int) -> None:
@@ -407,7 +424,9 @@ def _check_layers(p: ParallelConfig, layers: int) -> None:
     for stage in [*outer, *([rest // stages] if stages else [])]:
         if chunks is not None and stage % chunks:
             raise _indivisible(
-                "virtual_pipeline_model_parallel_size", chunks, f"{stage} layers of a stage"
+                "parallel.virtual_pipeline_model_parallel_size",
+                chunks,
+                f"{stage} layers of a stage",
             )
 
 
@@ -430,4 +449,4 @@ def _warn(recipe: Recipe) -> None:
 
 
 def _indivisible(key: str, size: int, of: str) -> UserError:
-    return UserError(f"parallel.{key}: expected a divisor of the model's {of}, got {size}")
+    return UserError(f"{key}: expected a divisor of the model's {of}, got {size}; change it")

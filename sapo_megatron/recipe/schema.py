@@ -120,9 +120,14 @@ class RolloutConfig:
     """How responses are sampled, and by whom."""
 
     engine: Literal["in_process", "vllm"] = "in_process"
-    """Who generates: the training processes with the training weights, or vLLM servers."""
+    """Who generates: the training processes with the training weights (for CPUs and tests), or
+    vLLM servers."""
+    large_in_process: bool = False
+    """Whether the training processes may generate with more than a billion parameters, which takes
+    hours where servers take minutes."""
     servers: tuple[str, ...] = ()
-    """URLs of vLLM servers, such as ``http://node7:8000``; none: the trainer starts its own."""
+    """URLs of vLLM servers, such as ``http://node7:8000``; none: the trainer starts its own. Names
+    that end in ``.invalid`` stand for servers that are to be given with the run, for ``plan``."""
     vllm_python: Text | None = None
     """The Python of an environment with vLLM, for the servers that the trainer starts."""
     num_servers: Count | None = None
@@ -135,6 +140,9 @@ class RolloutConfig:
     async_steps: Annotated[int, Field(ge=0, le=8)] = 0
     """Steps that responses are sampled ahead of their training, with the weights of then: at most
     so many batches and one are asked for and not yet trained on. Servers do it meanwhile."""
+    on_new_weights: Literal["wait", "continue"] = "wait"
+    """What new weights do about responses that servers are in the middle of: they wait for them, or
+    have them continued (partial rollouts), so that the tokens of one come from several weights."""
     colocate: bool = False
     """The servers are on the GPUs of the trainer, and asleep while it trains: they give up their
     weights and memory after every rollout. Else they are on those that no process trains on. Not
@@ -167,6 +175,11 @@ class RolloutConfig:
     dynamic_sampling: bool = False
     """Drop groups whose rewards are all equal and draw new prompts in their place."""
     dynamic_sampling_max_rounds: Count = 8
+
+    @property
+    def server_share(self) -> float:
+        """Part of a GPU's memory that a server takes: beside the trainer, or vLLM's own default."""
+        return self.gpu_memory_utilization if self.colocate else 0.92
 
 
 @dataclass(frozen=True, kw_only=True)

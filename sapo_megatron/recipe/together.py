@@ -20,6 +20,14 @@ class Needs(NamedTuple):
 RULES = (
     Needs("rollout.engine", "in_process", "rollout.colocate", (False,), "which has no servers"),
     Needs(
+        *("rollout.engine", "in_process", "rollout.on_new_weights", ("wait",)),
+        "which has finished all responses by then",
+    ),
+    Needs(
+        *("rollout.on_new_weights", "continue", "routing.router_replay", ("disabled", "R2")),
+        "since a response that is interrupted comes without its experts",
+    ),
+    Needs(
         *("rollout.vllm_python", None, "rollout.num_servers", (None,)),
         "the Python of servers to start",
     ),

@@ -10,11 +10,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from sapo_megatron.data.prompts import PromptSource
 from sapo_megatron.errors import RunFailed, UserError
-from sapo_megatron.metrics import Max, Metrics, Sum
+from sapo_megatron.metrics import Max, Mean, Metrics, Sum
 from sapo_megatron.recipe.schema import Recipe
 from sapo_megatron.rollout.collect import (
     Collector,
@@ -42,8 +43,6 @@ class _Asked:
 
     request: Request
     pending: Pending
-    updates: int
-    """Optimizer steps behind the weights that answer."""
     cursor: dict[str, Any]
     """Where the source stood before."""
 
@@ -53,7 +52,6 @@ class _Here:
     """A group that has arrived."""
 
     group: Group
-    updates: int
     kept: bool
     unscored: int
     """Responses that are left out of it."""
@@ -74,7 +72,6 @@ class Queue:
         return [
             QueuedGroup(
                 prompt=replace(here.group.prompt, entry={}),  # only scorers read it
-                updates=here.updates,
                 kept=here.kept,
                 unscored=here.unscored,
             )
@@ -112,6 +109,7 @@ class Ahead:
             ahead=rollout.async_steps,
             steps=recipe.train.steps,
             rounds=rollout.dynamic_sampling_max_rounds if rollout.dynamic_sampling else 1,
+            waits=rollout.on_new_weights == "wait",
         )
         self._asked: deque[_Asked] = deque()
         self._here: dict[int, _Here] = {}
@@ -143,9 +141,7 @@ class Ahead:
                 f"generated ahead, got {len(samples)}; resume from another checkpoint"
             )
         for number, (group, queued) in enumerate(zip(groups, state.ahead, strict=True)):
-            self._here[number] = _Here(
-                group=group, updates=queued.updates, kept=queued.kept, unscored=queued.unscored
-            )
+            self._here[number] = _Here(group=group, kept=queued.kept, unscored=queued.unscored)
         self._scored = True
         slots = [Slot(number=n, weights=0, here=True) for n, h in self._here.items() if h.kept]
         self._schedule = replace(
@@ -160,8 +156,8 @@ class Ahead:
             held=dict(self._held),
         )
 
-    def collect(self, updates: int) -> Responses:
-        """The next step's groups; ``updates``: optimizer steps that the policy has behind it.
+    def collect(self) -> Responses:
+        """The next step's groups.
 
         Responses that could not be scored are left out of their groups. With dynamic sampling,
         groups without two different rewards are dropped and new prompts drawn in their place, for
@@ -180,21 +176,25 @@ class Ahead:
         while True:
             self._schedule, action = self._schedule.next()
             if isinstance(action, Request):
-                self._ask(action, updates)
+                self._ask(action)
                 if not self._collector.background:
                     self._receive(metrics)
             elif isinstance(action, Wait):
                 self._receive(metrics)
             else:
-                return self._take(action.numbers, updates, metrics)
+                return self._take(action.numbers, metrics)
 
-    def _ask(self, request: Request, updates: int) -> None:
+    def _ask(self, request: Request) -> None:
         cursor = self._source.state_dict()
         prompts = self._source.next(len(request.numbers))
         pending = self._collector.begin(
-            prompts, self._rollout.num_generations, self._params, record=self._with_routes
+            prompts,
+            self._rollout.num_generations,
+            self._params,
+            version=request.weights,
+            record=self._with_routes,
         )
-        self._asked.append(_Asked(request=request, pending=pending, updates=updates, cursor=cursor))
+        self._asked.append(_Asked(request=request, pending=pending, cursor=cursor))
 
     def _receive(self, metrics: Metrics) -> None:
         """The oldest groups under way."""
@@ -213,16 +213,14 @@ class Ahead:
             unscored = [sample for sample in group.samples if not sample.scored]
             group.samples = [sample for sample in group.samples if sample.scored]
             drop = self._rollout.dynamic_sampling and all_equal(group)
-            self._here[number] = _Here(
-                group=group, updates=asked.updates, kept=not drop, unscored=len(unscored)
-            )
+            self._here[number] = _Here(group=group, kept=not drop, unscored=len(unscored))
             (dropped if drop else kept).add(number)
             for sample in [*unscored, *group.samples] if drop else unscored:
                 sample.routes = None
                 self._held.pop(sample.uid, None)
         self._schedule = self._schedule.arrived(kept, dropped)
 
-    def _take(self, numbers: Sequence[int], updates: int, metrics: Metrics) -> Responses:
+    def _take(self, numbers: Sequence[int], metrics: Metrics) -> Responses:
         passed: list[_Here] = []
         for number, here in list(self._here.items()):
             if here.kept and number not in numbers:
@@ -238,12 +236,24 @@ class Ahead:
                 else f"none of the step's responses could be scored: {self._problem}"
             )
         self._problem = ""
-        age = max(updates - here.updates for here in taken)
-        metrics.add("rollout/staleness", Max(float(age)))
         if dist.get_rank() == 0:
             metrics.update(describe([here.group for here in passed]))
             metrics.add("reward/groups_left", Sum(float(len(taken))))
+            metrics.update(self._ages([s for here in taken for s in here.group.samples]))
         groups = [here.group for here in taken]
         uids = [sample.uid for group in groups for sample in group.samples]
         held = {uid: self._held.pop(uid) for uid in uids if uid in self._held}
         return Responses(groups=groups, held=held, metrics=metrics)
+
+    def _ages(self, samples: Sequence[Sample]) -> Metrics:
+        """How many steps the policy is ahead of the weights that sampled each token."""
+        done = self._schedule.done
+        ages = torch.tensor([float(done - v) for s in samples for v in s.versions])
+        metrics = Metrics()
+        metrics.add("rollout/staleness_mean", Mean.of(ages))
+        metrics.add("rollout/staleness_max", Max(float(ages.max())))
+        for age in range(self._rollout.async_steps + 1):
+            metrics.add(f"rollout/staleness/{age}", Mean.of((ages == age).float()))
+        continued = sum(len(set(s.versions)) > 1 for s in samples)
+        metrics.add("rollout/continued", Sum(float(continued)))
+        return metrics

@@ -8,7 +8,7 @@ the background, while the ranks train on what it gave before.
 import logging
 import time
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 
 import torch
@@ -20,23 +20,10 @@ from sapo_megatron.metrics import Max, Mean, Metrics, Std, Sum
 from sapo_megatron.objective.advantage import zero_std
 from sapo_megatron.rollout.engine import Engine, Request, SamplingParams, part_of
 from sapo_megatron.rollout.exchange import HeldRoutes, exchange_samples
-from sapo_megatron.rollout.reward import Scorer
+from sapo_megatron.rollout.reward import Scorer, Scoring
 from sapo_megatron.sample import Group, Prompt, Sample
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Part:
-    """What one rank contributes."""
-
-    scored: list[Sample]
-    found: Metrics
-    """What happened to its responses, and failures of the rewards that it gave."""
-    problem: str
-    """The first of them."""
-    generating_s: float
-    scoring_s: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +32,9 @@ class Pending:
 
     prompts: list[Prompt]
     num_generations: int
-    part: "Future[_Part]"
+    generated: Future[Metrics]
+    scored: list[Scoring]
+    """This rank's responses so far."""
     metrics: Metrics
 
 
@@ -87,7 +76,6 @@ class Collector:
         self._scorer = scorer
         self._place = part, parts
         self.world = world
-        self._thread = ThreadPoolExecutor(1) if engine.background else None
 
     def respond(
         self,
@@ -95,22 +83,22 @@ class Collector:
         num_generations: int,
         params: SamplingParams,
         *,
-        record: bool = False,
+        version: int,
     ) -> Responses:
         """``num_generations`` scored responses to each prompt, of the policy's present weights.
 
-        Response k of a prompt has uid ``prompt.uid * num_generations + k``; ``record``: with
-        routes.
+        Response k of a prompt has uid ``prompt.uid * num_generations + k``. They come before what
+        was begun earlier and waits; ``version`` as in :class:`Engine`.
         """
-        if self._thread:
-            # The thread comes to this last: weights must not change under what is under way.
-            self._thread.submit(bool).result()
-        return self.finish(self.begin(prompts, num_generations, params, record=record))
+        pending = self.begin(
+            prompts, num_generations, params, version=version, record=False, first=True
+        )
+        return self.finish(pending)
 
     @property
     def background(self) -> bool:
         """Whether what was begun goes on while other things are done."""
-        return self._thread is not None
+        return self._engine.background
 
     def begin(
         self,
@@ -118,11 +106,13 @@ class Collector:
         num_generations: int,
         params: SamplingParams,
         *,
+        version: int,
         record: bool,
+        first: bool = False,
     ) -> Pending:
-        """Start on what :meth:`respond` gives, behind whatever was begun before.
+        """Start on what :meth:`respond` gives, behind whatever was begun before or ``first``.
 
-        Nothing may be under way of other weights than the policy's present ones.
+        ``record``: with routes.
         """
         requests = [
             Request(uid=p.uid * num_generations + k, prompt_tokens=p.tokens)
@@ -132,68 +122,48 @@ class Collector:
         # Servers keep what they have computed of a prompt for its other responses.
         together = num_generations if self._engine.by_prompt else 1
         mine = part_of(requests, *self._place, together=together)
-        arguments = (mine, prompts, num_generations, params)
-        with self._engine.serving(record=record) as metrics:
-            if self._thread:
-                found = self._thread.submit(self._generate, *arguments)
-            else:
-                found = Future()
-                try:
-                    found.set_result(self._generate(*arguments))
-                except (RunFailed, UserError) as error:  # for finish, where all ranks hear of it
-                    found.set_exception(error)
-        return Pending(
-            prompts=list(prompts), num_generations=num_generations, part=found, metrics=metrics
-        )
-
-    def _generate(
-        self,
-        requests: Sequence[Request],
-        prompts: Sequence[Prompt],
-        num_generations: int,
-        params: SamplingParams,
-    ) -> _Part:
-        """What this rank generates and scores; no collective if the engine needs none."""
-        began = time.monotonic()
-        scored: list[Sample] = []
         of_uid = {p.uid: p for p in prompts}
+        scored: list[Scoring] = []
 
         def arrived(sample: Sample) -> None:
             """It is scored while others are still being generated."""
             if self._scorer is not None and sample.uid >= 0:
                 said = sample.response_tokens if sample.truncated else sample.response_tokens[:-1]
                 sample.text = self._tokenizer.decode(said)
-                self._scorer.begin(of_uid[sample.uid // num_generations], sample)
-                scored.append(sample)
+                scored.append(self._scorer.begin(of_uid[sample.uid // num_generations], sample))
 
-        found = self._engine.generate(requests, params, arrived)
-        generated = time.monotonic()
-        if self._scorer is not None:
-            found.update(self._scorer.finish())
-        return _Part(
+        with self._engine.serving(version=version, record=record) as metrics:
+            try:
+                generated = self._engine.generate(mine, params, arrived, first=first)
+            except (RunFailed, UserError) as error:  # for finish, where all ranks hear of it
+                generated = Future()
+                generated.set_exception(error)
+        return Pending(
+            prompts=list(prompts),
+            num_generations=num_generations,
+            generated=generated,
             scored=scored,
-            found=found,
-            problem=next((s.problem for s in scored if s.problem), ""),
-            generating_s=generated - began,
-            scoring_s=time.monotonic() - generated,
+            metrics=metrics,
         )
 
     def finish(self, pending: Pending) -> Responses:
         """What was begun, when it is there. Raises what the engine raised."""
         metrics = pending.metrics
-        began = time.monotonic()
         mine: list[Sample] | UserError | RunFailed
         problem = ""
         try:
-            result = pending.part.result()
-            mine, problem = result.scored, result.problem
-            metrics.update(result.found)
-            metrics.add("time/rollout", Max(result.generating_s))
-            metrics.add("time/reward", Max(result.scoring_s))
+            began = time.monotonic()
+            metrics.update(pending.generated.result())
+            generated = time.monotonic()
+            if self.background:
+                metrics.add("time/rollout_wait", Max(generated - began))
+            if self._scorer is not None:
+                metrics.update(self._scorer.finish(pending.scored))
+            mine = [scoring.sample for scoring in pending.scored]
+            problem = next((s.problem for s in mine if s.problem), "")
+            metrics.add("time/reward", Max(time.monotonic() - generated))
         except (RunFailed, UserError) as error:
             mine = error
-        if self._thread:
-            metrics.add("time/rollout_wait", Max(time.monotonic() - began))
         samples, held = exchange_samples(mine, self.world)
         if not all(s.scored for s in samples):
             problems: list[str] = [problem] * dist.get_world_size(self.world)

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
@@ -39,24 +40,31 @@ class Engine(Protocol):
     """What turns requests into responses: the training model in process, or servers."""
 
     background: bool
-    """Whether :meth:`generate` waits for no other rank, and may run in a thread."""
+    """Whether :meth:`generate` waits for nothing, neither responses nor other ranks."""
     by_prompt: bool
     """Whether all responses to a prompt are to come from one part of the ranks."""
 
-    def serving(self, *, record: bool) -> AbstractContextManager[Metrics]:
+    def serving(self, *, version: int, record: bool) -> AbstractContextManager[Metrics]:
         """The engine with the policy's present weights; what it took. Collective over all ranks.
 
-        ``record``: with routes, where it can. An engine in the background goes on with these
-        weights behind the block.
+        ``version``: the steps behind these weights, which samples tell; ``record``: with routes,
+        where it can. An engine in the background goes on with these weights behind the block, also
+        with what it has begun under older ones.
         """
 
     def generate(
-        self, requests: Sequence[Request], params: SamplingParams, arrived: Arrived
-    ) -> Metrics:
-        """Hand this block's responses to ``arrived``, each when it is there; what happened to them.
+        self,
+        requests: Sequence[Request],
+        params: SamplingParams,
+        arrived: Arrived,
+        *,
+        first: bool = False,
+    ) -> Future[Metrics]:
+        """Hand the responses to ``arrived``, each when it is there; in the end what happened.
 
-        In any order, fillers among them or not, on the block's leader at least. Collective over
-        the ranks that share a model unless ``background``.
+        In any order, fillers among them or not, on the block's leader at least. ``first``: before
+        what was asked for earlier and has not begun. Collective over the ranks that share a model
+        unless ``background``.
         """
 
 

@@ -117,7 +117,7 @@ def deliver_routes(
             sample.routes = None
 
 
-COLUMNS = ("rows", "rewards", "tokens", "logprobs", "texts")
+COLUMNS = ("rows", "rewards", "tokens", "logprobs", "versions", "texts")
 """What a file calls them."""
 ROUTES = ("experts", "probs", "positions")
 
@@ -182,7 +182,9 @@ def _bytes(text: str) -> bytes:
 
 
 def _columns(samples: Sequence[Sample]) -> list[Tensor]:
-    """Samples as tensors: [n, 5] whole numbers, rewards [n]; tokens, log-probs, bytes of texts."""
+    """Samples as tensors: [n, 5] whole numbers, rewards [n]; tokens, log-probs, versions, bytes of
+    texts."""
+    assert all(len(s.versions) == len(s.response_tokens) for s in samples)
     texts = [_bytes(s.text) for s in samples]
     rows = [
         (s.uid, len(s.prompt_tokens), len(s.response_tokens), s.truncated, len(text))
@@ -194,6 +196,7 @@ def _columns(samples: Sequence[Sample]) -> list[Tensor]:
         torch.tensor([s.reward for s in samples], dtype=torch.float64),
         torch.tensor(tokens, dtype=torch.int32),
         torch.tensor([x for s in samples for x in s.rollout_logprobs], dtype=torch.float64),
+        torch.tensor([x for s in samples for x in s.versions], dtype=torch.int32),
         torch.tensor(list(b"".join(texts)), dtype=torch.uint8),
     ]
 
@@ -204,17 +207,24 @@ def _empty_columns(header: _Header) -> list[Tensor]:
         torch.empty(header.samples, dtype=torch.float64),
         torch.empty(header.tokens, dtype=torch.int32),
         torch.empty(header.responses, dtype=torch.float64),
+        torch.empty(header.responses, dtype=torch.int32),
         torch.empty(header.texts, dtype=torch.uint8),
     ]
 
 
 def _samples(
-    rows: Tensor, rewards: Tensor, tokens: Tensor, logprobs: Tensor, texts: Tensor
+    rows: Tensor,
+    rewards: Tensor,
+    tokens: Tensor,
+    logprobs: Tensor,
+    versions: Tensor,
+    texts: Tensor,
 ) -> list[Sample]:
     """The inverse of :func:`_columns`."""
     numbers = rows.tolist()
     words = iter(tokens.tolist())
     values = iter(logprobs.tolist())
+    made = iter(versions.tolist())
     letters = iter(texts.tolist())
     return [
         Sample(
@@ -222,6 +232,7 @@ def _samples(
             prompt_tokens=tuple(itertools.islice(words, prompt)),
             response_tokens=list(itertools.islice(words, response)),
             rollout_logprobs=list(itertools.islice(values, response)),
+            versions=list(itertools.islice(made, response)),
             truncated=bool(truncated),
             text=bytes(itertools.islice(letters, length)).decode(errors="surrogatepass"),
             reward=reward,

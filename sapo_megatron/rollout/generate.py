@@ -6,14 +6,16 @@ however it is laid out, and resuming needs no generator state.
 Shape legend: B sequences generated at once, V vocabulary, L longest sequence.
 """
 
+import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from sapo_megatron.metrics import Metrics
+from sapo_megatron.metrics import Max, Metrics
 from sapo_megatron.rollout.engine import Arrived, Request, SamplingParams
 from sapo_megatron.sample import DecodedRoutes, Sample
 from sapo_megatron.splitmix import shift, splitmix64
@@ -53,18 +55,30 @@ class InProcess:
         """``batch_size``: sequences that one rank generates at once."""
         self._decoder = decoder
         self._batch_size = batch_size
+        self._version = 0
 
     @contextmanager
-    def serving(self, *, record: bool) -> Iterator[Metrics]:
+    def serving(self, *, version: int, record: bool) -> Iterator[Metrics]:
+        self._version = version
         with self._decoder.generating(record=record):
             yield Metrics()
 
     def generate(
-        self, requests: Sequence[Request], params: SamplingParams, arrived: Arrived
-    ) -> Metrics:
+        self,
+        requests: Sequence[Request],
+        params: SamplingParams,
+        arrived: Arrived,
+        *,
+        first: bool = False,
+    ) -> Future[Metrics]:
+        began, metrics = time.monotonic(), Metrics()
         for sample in generate(self._decoder, requests, params, batch_size=self._batch_size):
+            sample.versions = [self._version] * len(sample.response_tokens)
             arrived(sample)
-        return Metrics()
+        metrics.add("time/rollout", Max(time.monotonic() - began))
+        done: Future[Metrics] = Future()
+        done.set_result(metrics)
+        return done
 
 
 def generate(

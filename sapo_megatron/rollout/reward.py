@@ -16,8 +16,9 @@ import os
 import queue
 import subprocess
 import sys
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Self
+from typing import NamedTuple, Self
 
 from sapo_megatron.errors import UserError, one_line
 from sapo_megatron.metrics import Metrics, Sum
@@ -36,6 +37,14 @@ LARGEST = 2**16
 """Bytes of what a worker may say of a response."""
 
 
+class Scoring(NamedTuple):
+    """A sample that is being scored."""
+
+    prompt: Prompt
+    sample: Sample
+    verdict: Future[tuple[float, str]]
+
+
 class Scorer:
     """Scores responses with ``reward.function``; close it, or use it in a ``with`` statement.
 
@@ -51,7 +60,6 @@ class Scorer:
         self._config = config
         self._logged: set[str] = set()
         self._threads = ThreadPoolExecutor(config.num_workers)
-        self._begun: list[tuple[Prompt, Sample, Future[tuple[float, str]]]] = []
         # exact_match can neither hang nor crash: it needs no process.
         self._workers = [] if config.function == "exact_match" else [_Worker(config)]
         # The worker that runs is on top; those below it start when they are needed.
@@ -59,17 +67,16 @@ class Scorer:
         for worker in [*[None] * (config.num_workers - 1), *self._workers]:
             self._idle.put(worker)
 
-    def begin(self, prompt: Prompt, sample: Sample) -> None:
+    def begin(self, prompt: Prompt, sample: Sample) -> Scoring:
         """Start to score a sample's ``text``, which :meth:`finish` waits for."""
-        verdict = self._threads.submit(self._judge, prompt, sample.text)
-        self._begun.append((prompt, sample, verdict))
+        return Scoring(prompt, sample, self._threads.submit(self._judge, prompt, sample.text))
 
-    def finish(self) -> Metrics:
-        """Set the ``reward`` of every sample that was begun, or ``problem`` where it has none.
+    def finish(self, begun: Sequence[Scoring]) -> Metrics:
+        """Set the ``reward`` of every sample of these, or ``problem`` where it has none.
 
         Returns ``reward/errors`` and ``reward/timeouts``: sums, present also where they are 0.
         """
-        begun, self._begun, problems = self._begun, [], []
+        problems = []
         for prompt, sample, verdict in begun:
             sample.reward, problem = verdict.result()
             sample.problem = problem and self._told(problem, prompt)

@@ -55,6 +55,8 @@ class Schedule:
     """Of the whole run."""
     rounds: int
     """Requests for a batch before its step makes do with what has arrived."""
+    waits: bool = True
+    """Whether new weights wait for what is under way with older ones."""
     done: int = 0
     """Steps that are trained."""
     training: bool = False
@@ -68,15 +70,15 @@ class Schedule:
     def next(self) -> tuple["Schedule", Request | Train | Wait]:
         """What to do, and the state in which it is being done.
 
-        New weights wait for what is under way with older ones. A request ends where a batch does,
-        so that groups in the place of dropped ones come before those of later steps.
+        A request ends where a batch does, so that groups in the place of dropped ones come before
+        those of later steps. Where new weights have to wait, training goes on meanwhile with what
+        is here.
         """
         batches = min(self.ahead + 1, self.steps - self.done) - self.training
         wanted = batches * self.batch - len(self.slots)
         left = self.rounds * -(-wanted // self.batch) if self.left is None else self.left
-        if wanted > 0 and left > 0:
-            if any(not slot.here and slot.weights < self.done for slot in self.slots):
-                return self, Wait()
+        older = any(not slot.here and slot.weights < self.done for slot in self.slots)
+        if wanted > 0 and left > 0 and not (self.waits and older):
             count = min(wanted, self.batch - len(self.slots) % self.batch)
             numbers = range(self.asked, self.asked + count)
             slots = tuple(Slot(number=number, weights=self.done) for number in numbers)

@@ -17,8 +17,6 @@ class QueuedGroup:
     """A group that was generated ahead; its responses are files of their own."""
 
     prompt: Prompt
-    updates: int
-    """Optimizer steps behind the weights that sampled it."""
     kept: bool
     """Whether it will be trained on; others only count in metrics."""
     unscored: int = 0

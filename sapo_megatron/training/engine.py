@@ -7,7 +7,8 @@ the log-probs that the training engine gives it; a run whose servers do not stop
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from concurrent.futures import Future
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 
 import torch
@@ -15,7 +16,7 @@ import torch.distributed as dist
 
 from sapo_megatron.data.batch import MicroBatching
 from sapo_megatron.errors import RunFailed
-from sapo_megatron.metrics import Max, Metrics, Sum
+from sapo_megatron.metrics import Max, Metrics
 from sapo_megatron.policy import parallel
 from sapo_megatron.policy.decode import MegatronDecoder
 from sapo_megatron.policy.parallel import Nodes, ParallelGroups
@@ -23,7 +24,8 @@ from sapo_megatron.policy.step import Offload, Policy
 from sapo_megatron.recipe.schema import Recipe
 from sapo_megatron.rollout.engine import Arrived, Engine, Request, SamplingParams
 from sapo_megatron.rollout.generate import InProcess, generate
-from sapo_megatron.rollout.vllm.engine import Probe, VllmEngine
+from sapo_megatron.rollout.vllm.engine import VllmEngine
+from sapo_megatron.rollout.vllm.fleet import Probe
 from sapo_megatron.rollout.vllm.servers import LocalServers
 from sapo_megatron.rollout.vllm.transfer import Transfer
 from sapo_megatron.sample import Sample
@@ -64,10 +66,15 @@ def open_engine(
     memory = folder_in_memory(policy, nodes) if nodes else None
     weights = memory or run / "servers" / "weights"
     with ExitStack() as stack:
-        servers = None
-        with parallel.failing_together(groups):
-            if speaks:
-                servers = _connect(stack, recipe, inputs, run / "servers", nodes, weights)
+        servers, offload = None, rollout.colocate_offload if rollout.colocate else None
+        # vLLM starts where the memory is free that it is to have.
+        with policy.aside(offload) if offload else nullcontext(lambda: None) as leave:
+            leave()
+            with parallel.failing_together(groups):
+                if speaks:
+                    servers = _connect(stack, recipe, inputs, run / "servers", nodes, weights)
+                    if offload:
+                        servers.sleep()
         _agree_on_routes(recipe, inputs, groups, servers)
         handover: Handover
         if rollout.weight_transfer == "nccl":
@@ -81,7 +88,7 @@ def open_engine(
             probe=probe,
             tolerance=PROBE_TOLERANCE[recipe.model.params_dtype],
             cut=groups.micro_batching(recipe),
-            offload=rollout.colocate_offload if rollout.colocate else None,
+            offload=offload,
         )
 
 
@@ -109,6 +116,7 @@ def _connect(
             with_routes=with_routes,
             exited=local.exited,
         )
+    stack.callback(engine.close)
     engine.check()
     return engine
 
@@ -120,7 +128,9 @@ def _agree_on_routes(
 
     Collective over all ranks.
     """
-    if not (recipe.routing.observe and inputs.arch.experts):
+    # A response that is interrupted comes without its experts.
+    whole = recipe.rollout.on_new_weights == "wait"
+    if not (recipe.routing.observe and inputs.arch.experts and whole):
         return
     missing = parallel.greatest(groups, float(servers is not None and not servers.returns_routes))
     if servers is not None and recipe.routing.router_replay != "R3":
@@ -166,59 +176,62 @@ class Following:
         self._tolerance = tolerance
         self._cut = cut
         self._offload = offload
-        self._updates: int | None = None
-        """Optimizer steps behind the servers' weights; None: they have none of ours."""
+        self._version: int | None = None
+        """Of the servers' weights; None: they have none of ours."""
 
     @contextmanager
-    def serving(self, *, record: bool) -> Iterator[Metrics]:
+    def serving(self, *, version: int, record: bool) -> Iterator[Metrics]:
         if self._offload is None:
             metrics = Metrics()
-            if self._updates != self._policy.updates:
-                metrics = self._hand_over()
+            if self._version != version:
+                metrics = self._hand_over(version)
             yield metrics
             return
         with self._policy.aside(self._offload) as leave:
-            yield self._hand_over(leave)
+            yield self._hand_over(version, leave)
 
     def generate(
-        self, requests: Sequence[Request], params: SamplingParams, arrived: Arrived
-    ) -> Metrics:
-        metrics = Metrics()
+        self,
+        requests: Sequence[Request],
+        params: SamplingParams,
+        arrived: Arrived,
+        *,
+        first: bool = False,
+    ) -> Future[Metrics]:
         if self._servers is None:
-            return metrics
+            nothing: Future[Metrics] = Future()
+            nothing.set_result(Metrics())
+            return nothing
         asked = [request for request in requests if request.uid >= 0]
-        try:
-            redrawn = self._servers.sample(asked, params, arrived)
-        except RunFailed:
-            if self._offload is not None:  # a checkpoint is written next, if there is memory for it
+        done = self._servers.begin(asked, params, arrived, first=first)
+        if self._offload is not None:
+            if done.exception():  # a checkpoint is written next, if there is memory for it
                 with suppress(RunFailed):
                     self._servers.sleep()
-            raise
-        if self._offload is not None:
-            self._servers.sleep()
-        metrics.add("rollout/redrawn", Sum(float(redrawn)))
-        return metrics
+            else:
+                self._servers.sleep()
+        return done
 
-    def _hand_over(self, leave: Callable[[], None] = lambda: None) -> Metrics:
+    def _hand_over(self, version: int, leave: Callable[[], None] = lambda: None) -> Metrics:
         """``leave``: leaves the GPUs to the servers, on all ranks, once the weights are written."""
         began = time.monotonic()
         logprobs = self._policy.logprobs(self._probe, self._cut)
         metrics = self._handover.write()
         leave()
         probe = Probe(samples=self._probe, logprobs=logprobs, tolerance=self._tolerance)
-        difference = self._handover.load(probe)
-        if self._updates is None:
+        difference = self._handover.load(probe, version)
+        if self._version is None:
             self._tolerance = _later_tolerance(self._tolerance, difference)
             logger.info(
                 "probe: servers and training engine differ by %.2g nats per token, and may by %.2g",
                 difference,
                 self._tolerance,
             )
-        self._updates = self._policy.updates
+        self._version = version
         metrics.add("time/sync", Max(time.monotonic() - began))
         metrics.add("rollout/probe_diff", Max(difference))
         if dist.get_rank() == 0:
-            logger.debug("servers have the weights of update %d", self._policy.updates)
+            logger.debug("servers have the weights of step %d", version)
         return metrics
 
 

@@ -15,12 +15,14 @@ SEED_OFFSET = 1
 """Evaluations draw the same noise every time, another than training's: they compare in pairs."""
 
 
-def evaluate(collector: Collector, problems: Sequence[Prompt], recipe: Recipe) -> dict[str, float]:
+def evaluate(
+    collector: Collector, problems: Sequence[Prompt], recipe: Recipe, *, version: int
+) -> dict[str, float]:
     """``{"avg@k": mean score of k samples a problem, "pass@1": mean score of greedy answers}``.
 
     Scores are the recipe's rewards; with rewards of 0 and 1 both are shares of right answers. What
-    cannot be scored is in no mean, and told. Collective over all ranks. Raises RunFailed where
-    nothing can be scored.
+    cannot be scored is in no mean, and told. ``version``: steps behind the policy. Collective over
+    all ranks. Raises RunFailed where nothing can be scored.
     """
     config = recipe.eval
 
@@ -32,7 +34,7 @@ def evaluate(collector: Collector, problems: Sequence[Prompt], recipe: Recipe) -
             stop_ids=collector.stop_ids,
             seed=recipe.train.seed + SEED_OFFSET,
         )
-        responses = collector.respond(problems, k, params)
+        responses = collector.respond(problems, k, params, version=version)
         samples = [s for group in responses.groups for s in group.samples]
         scored = [s for s in samples if s.scored]
         if len(scored) < len(samples):

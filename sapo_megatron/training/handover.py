@@ -18,7 +18,8 @@ from sapo_megatron.metrics import Mean, Metrics
 from sapo_megatron.policy import parallel
 from sapo_megatron.policy.parallel import Nodes
 from sapo_megatron.policy.step import Policy
-from sapo_megatron.rollout.vllm.engine import Probe, VllmEngine
+from sapo_megatron.rollout.vllm.engine import VllmEngine
+from sapo_megatron.rollout.vllm.fleet import Probe
 from sapo_megatron.rollout.vllm.transfer import Transfer
 
 logger = logging.getLogger(__name__)
@@ -35,8 +36,10 @@ class Handover(Protocol):
     def write(self) -> Metrics:
         """Take the weights from the model, which may leave its device then."""
 
-    def load(self, probe: Probe) -> float:
+    def load(self, probe: Probe, version: int) -> float:
         """Put them into the servers; the probe's largest difference.
+
+        ``version`` is what samples tell of them.
 
         Raises RunFailed where a server does not take them.
         """
@@ -69,11 +72,11 @@ class OverFolder:
         self._written_before = True
         return metrics
 
-    def load(self, probe: Probe) -> float:
+    def load(self, probe: Probe, version: int) -> float:
         difference = 0.0
         with parallel.failing_together(self._policy.groups):
             if self._servers is not None:
-                difference = max(self._servers.load(self._folder, probe).values())
+                difference = max(self._servers.load(self._folder, probe, version).values())
         return parallel.greatest(self._policy.groups, difference)
 
 
@@ -90,7 +93,7 @@ class OverNccl:
     def write(self) -> Metrics:
         return Metrics()
 
-    def load(self, probe: Probe) -> float:
+    def load(self, probe: Probe, version: int) -> float:
         found: dict[str, float] = {}
         tensors = self._policy.model.weights.stream()
         with parallel.failing_together(self._policy.groups):
@@ -98,7 +101,7 @@ class OverNccl:
                 if self._servers is not None:
                     assert self._transfer is not None
                     send = functools.partial(self._transfer.send, tensors)
-                    found = self._servers.receive(send, probe)
+                    found = self._servers.receive(send, probe, version)
             finally:
                 for _ in tensors:  # others wait for the first rank to take their tensors
                     pass

@@ -10,8 +10,8 @@ from sapo_megatron.data.tokenizer import Tokenizer, load_tokenizer
 from sapo_megatron.errors import UserError
 from sapo_megatron.hf.architecture import Architecture, read_architecture
 from sapo_megatron.hf.folder import WeightFiles, check_same, find_model
-from sapo_megatron.policy.machine import check_machine
-from sapo_megatron.recipe.check import check_architecture, check_world
+from sapo_megatron.policy.machine import check_machine, check_servers
+from sapo_megatron.recipe.check import check_architecture, check_generation, check_world
 from sapo_megatron.recipe.schema import Recipe
 from sapo_megatron.rollout.reward import Scorer
 from sapo_megatron.rollout.verifiers import why_unverifiable
@@ -48,6 +48,8 @@ def read_inputs(recipe: Recipe, world_size: int, *, fresh: bool = True) -> Input
     ``fresh``: for weights of the model's folder, not of a checkpoint.
     """
     model, arch = read_model(recipe, world_size, weights=fresh)
+    check_generation(recipe.rollout, arch)
+    check_servers(recipe, arch)
     tokenizer = load_tokenizer(
         recipe.model.tokenizer or str(model),
         arch.vocab_size,

@@ -52,12 +52,12 @@ def run_steps(session: Session) -> dict[str, Any] | None:
     """From the evaluation before the first step to the summary behind the last."""
     recipe, journal, steps = session.recipe, session.journal, session.recipe.train.steps
     if not journal.before:
-        journal.before = session.evaluate()
+        journal.before = session.evaluate(session.first_step - 1)
         logger.info("before: %s", shown(journal.before))
     session.forget_stop_request()  # one that came too late for the run before
     scores, progress, saving = journal.before, Progress(steps), Metrics()
     if session.first_step > max(steps, 1):  # a finished run, resumed
-        scores = session.evaluate()
+        scores = session.evaluate(session.first_step - 1)
     for step in range(session.first_step, steps + 1):
         metrics = run_step(session, step)
         metrics.update(saving)

@@ -79,7 +79,7 @@ class Session:
     def collect(self, step: int) -> Responses:
         """This step's groups; those of ``rollout.async_steps`` more are there or under way then."""
         with self._saved_if_lost(step - 1):
-            return self.ahead.collect(self.policy.updates)
+            return self.ahead.collect()
 
     def deliver_routes(
         self, mini_batches: Sequence[Sequence[Sample]], held: Mapping[int, HeldRoutes]
@@ -93,14 +93,14 @@ class Session:
             readers = [self.data_parallel[place] for place in places]
             deliver_routes(samples, readers, held, world)
 
-    def evaluate(self) -> dict[str, float]:
-        """avg@k and pass@1 of the policy as it is."""
-        return evaluate(self.collector, self.inputs.problems, self.recipe)
+    def evaluate(self, step: int) -> dict[str, float]:
+        """avg@k and pass@1 of the policy as it is after ``step``."""
+        return evaluate(self.collector, self.inputs.problems, self.recipe, version=step)
 
     def evaluate_after(self, step: int, metrics: Metrics) -> dict[str, float]:
         """The same after a step, which gets ``eval/*``."""
         with self._saved_if_lost(step, metrics), timed(metrics, "time/eval"):
-            scores = self.evaluate()
+            scores = self.evaluate(step)
         if dist.get_rank() == 0:
             for name, value in scores.items():
                 metrics.add(f"eval/{name}", Mean(value, 1.0))
@@ -270,7 +270,7 @@ def evaluate_checkpoint(recipe: Recipe, inputs: Inputs, path: Path) -> dict[str,
     with ExitStack() as stack:
         policy = _open_policy(stack, inputs.arch, groups, run, run.start, inputs.model)
         collector = _open_collector(stack, recipe, inputs, policy, run)
-        return evaluate(collector, inputs.problems, recipe)
+        return evaluate(collector, inputs.problems, recipe, version=0)
 
 
 def export_checkpoint(

@@ -16,9 +16,10 @@ from sapo_megatron.commands.plan.activations import chunk, layer
 from sapo_megatron.commands.plan.layout import Batches, Layout, in_flight
 from sapo_megatron.commands.plan.memory import GIB
 from sapo_megatron.commands.plan.render import as_json, as_table
+from sapo_megatron.commands.plan.seconds import seconds, slow
 from sapo_megatron.commands.plan.step import Parameters, forward_flops
 from sapo_megatron.data.batch import pack, plan_micro_batches
-from sapo_megatron.hf.architecture import parse_architecture
+from sapo_megatron.hf.architecture import count_parameters, parse_architecture
 from sapo_megatron.hf.folder import find_architecture
 from sapo_megatron.policy import blueprint
 from sapo_megatron.recipe.load import load
@@ -26,7 +27,7 @@ from sapo_megatron.recipe.schema import ParallelConfig
 from sapo_megatron.sample import Sample
 from tests.support import held_bytes as planning
 from tests.support.gloo import run_ranks
-from tests.support.tiny import ARCH, ROOT, cli, write_recipe
+from tests.support.tiny import ARCH, IN_PROCESS, ROOT, cli, write_recipe
 
 RECIPES = ROOT / "recipes"
 TINY = RECIPES / "tiny-moe-cpu.yaml"
@@ -52,6 +53,7 @@ PUBLISHED = {
     "qwen3.5-397b-a17b": (397, 17, ACTIVE),
 }
 """Model -> billions of parameters, in all and for a token, as its publisher counts them."""
+PAGE = (ROOT / "docs" / "plan.md").read_text()
 NAMES = sorted(path.stem for path in RECIPES.glob("*gpu*.yaml"))
 
 
@@ -62,7 +64,7 @@ def planned():
 
     def planned(name: str) -> Plan:
         if name not in made:
-            made[name] = plan(load(RECIPES / f"{name}.yaml"))
+            made[name] = plan(load(RECIPES / f"{name}.yaml"), 6000)
         return made[name]
 
     return planned
@@ -76,7 +78,21 @@ def test_recipe(planned, name):
     made = planned(name)
     assert made.fits
     assert made.total_gib <= 0.9 * made.gpu.memory_gib, "no headroom"
-    assert made.layout.world_size == int(name.split("gpu")[0].rsplit("-", 1)[-1])
+    assert made.recipe.rollout.engine == "vllm"
+    gpus = made.layout.world_size + made.servers.beside
+    assert gpus == int(name.split("gpu")[0].rsplit("-", 1)[-1])
+    took = seconds(made)[0]
+    assert took.rollout <= 1.5 * (took.logprobs + took.update)
+    assert slow(made) is None
+    if name == "qwen3-30b-a3b-8gpu":
+        assert took.step <= 600
+    (row,) = [line for line in PAGE.splitlines() if line.startswith("|") and f"`{name}`" in line]
+    *_, ratio, step = row.strip("| ").split(" | ")
+    assert float(ratio) == pytest.approx(took.rollout / (took.logprobs + took.update), abs=0.006)
+    assert float(step) == pytest.approx(took.step, abs=0.6)
+    stem = re.split(r"-\d+gpu", name)[0]
+    listed = rf"`{stem}.*{name.removeprefix(stem)}`.*\b{gpus}\b"
+    assert re.search(listed, (ROOT / "README.md").read_text())
     assert all(len(line) <= 100 for line in as_table(made).splitlines())
     assert as_table(made).isascii()
 
@@ -87,6 +103,7 @@ def test_parameters_are_the_published_ones(planned, name):
     (model,) = [m for m in PUBLISHED if name.startswith(m)]
     total, active, convention = PUBLISHED[model]
     assert made.parameters.total / 1e9 == pytest.approx(total, rel=0.01)
+    assert count_parameters(made.arch) == pytest.approx(made.parameters.total, rel=1e-4)
     counted = sum(vars(made.parameters)[name] for name in convention) / len(convention) / 1e9
     assert (round(counted) if active in (3, 17) else counted) == pytest.approx(active, rel=0.02)
 
@@ -98,7 +115,7 @@ def test_parameters_are_those_of_the_published_files_to_the_last(planned):
     moe_layer = 64 * (3 * 2048 * 1536 + 2048 + 1) + 3 * 2048 * 1536 + 21_763_328  # and attention
     predicting = moe_layer + 2 * 154880 * 2048 + 2 * 2048 * 2048 + 3 * 2048
     assert flash == 31_221_488_576 - biases - predicting
-    minimax = planned("minimax-m2-230b-a10b-128gpu").parameters.total
+    minimax = planned("minimax-m2-230b-a10b-96gpu").parameters.total
     biases = 62 * 256
     fp8_scales = 62 * (256 * 3 * 24 * 12 + 2 * 48 * 24 + 2 * 8 * 24)
     assert minimax == 228_703_644_928 - biases - fp8_scales
@@ -181,11 +198,14 @@ def test_json_as_the_program_prints_it():
 
 
 def test_total_is_the_larger_of_update_and_rollout(planned):
-    for name in NAMES:
-        out = as_json(planned(name))
+    for made in [*map(planned, NAMES), plan(load(MOE_8, IN_PROCESS))]:
+        out, r = as_json(made), made.recipe.rollout
         part = out["memory_gib"]
         stay = part["weights"] + part["gradients"] + part["optimizer"] + part["reserve"]
-        rollout = stay + part["kv_cache"] + part["generation"]
+        rollout = stay + part["kv_cache"] + part["generation"] + part["server"]
+        leaves = ("gradients", "optimizer", "weights").index(r.colocate_offload) + 1
+        if r.colocate:
+            rollout -= sum(part[name] for name in ("gradients", "optimizer", "weights")[:leaves])
         update = stay + part["batches"] + max(part["activations"], part["logprobs"])
         if out["peak"] == "rollout":
             assert part["total"] == pytest.approx(rollout, abs=0.01)
@@ -201,7 +221,8 @@ def test_total_is_the_larger_of_update_and_rollout(planned):
     ("name", "settings", "largest"),
     [
         ("qwen3-30b-a3b-8gpu", {"optimizer.optimizer_offload_fraction": "0"}, "optimizer"),
-        ("qwen3-4b-8gpu", {"rollout.generation_batch_size": "256"}, "kv_cache"),
+        ("qwen3-30b-a3b-8gpu", {"rollout.gpu_memory_utilization": "0.9"}, "kv_cache"),
+        ("qwen3-8b-8gpu", IN_PROCESS | {"rollout.generation_batch_size": "256"}, "kv_cache"),
         (
             "qwen3-30b-a3b-8gpu",
             {
@@ -216,6 +237,8 @@ def test_total_is_the_larger_of_update_and_rollout(planned):
         (
             "qwen3-235b-a22b-64gpu",
             {
+                **IN_PROCESS,
+                "cluster.gpu": "h100-80gb",
                 "optimizer.optimizer_offload_fraction": "0",
                 "rollout.generation_batch_size": "512",
                 "train.max_tokens_per_gpu": "200000",
@@ -251,6 +274,7 @@ def test_a_plan_that_does_not_fit_fails():
 
 def test_a_larger_gpu_may_do(capsys):
     words = ["plan", str(MOE_8), "--optimizer_offload_fraction=0", "--gpu", "h200-141gb"]
+    words += ["--colocate_offload", "optimizer"]
     assert main(words) == 0
     assert "h200-141gb" in capsys.readouterr().out
 
@@ -263,6 +287,11 @@ def test_a_larger_gpu_may_do(capsys):
     [
         (["--tensor_model_parallel_size", "3"], ["attention heads 32", "got 3"]),
         (["--expert_model_parallel_size", "5"], ["number of experts 128", "got 5"]),
+        (["--server_tensor_parallel_size", "3"], ["rollout.server_tensor", "heads 32, got 3"]),
+        (
+            ["rollout.engine=in_process", "--vllm_python=null", "--colocate=false"],
+            ["rollout.engine: expected vllm for a model of 30.5 billion", "large_in_process=true"],
+        ),
         (["--pipeline_model_parallel_size", "5"], ["48 layers", "5"]),
         (
             ["--virtual_pipeline_model_parallel_size", "2"],
@@ -271,7 +300,6 @@ def test_a_larger_gpu_may_do(capsys):
         (["--context_parallel_size", "3"], ["tp x pp x cp = 12", "got 8"]),
         (["--expert_tensor_parallel_size", "2"], ["etp x ep x pp = 16", "got 8"]),
         (["--nodes", "3", "--ep", "1"], ["parallel.expert_model_parallel_size"]),
-        (["--nodes", "3"], ["rollout.rollout_batch_size", "1024", "6 ranks"]),
         (["--nodes", "0"], ["cluster.nodes", "> 0"]),
         (["--gpu", "h100"], ["cluster.gpu", "h100-80gb", "b200-180gb"]),
         (["--num_mini_batches", "3"], ["train.num_mini_batches", "1024"]),
@@ -300,6 +328,71 @@ def test_what_only_megatron_refuses(tmp_path, capsys):
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: parallel: expected a layout that megatron-core can build")
     assert "not divisible" in line
+
+
+# Servers
+
+
+THEIRS = {
+    **{"rollout.vllm_python": "null", "rollout.colocate": "false"},
+    "rollout.servers": "[http://a]",
+}
+
+
+def test_memory_beside_a_server_by_hand():
+    made = plan(load(MOE_8))
+    (memory,) = made.memory
+    share = 0.7 * 81559 * 2**20
+    assert memory.server == 2 * made.parameters.total / 4
+    assert memory.kv_cache == pytest.approx(share - 4 * GIB - memory.server)
+    # Gradients are away, Adam is on the host; 4 GiB of the trainer beside the server's share.
+    assert memory.rollout == pytest.approx(2 * made.stages[0].parameters + 4 * GIB + share)
+    gone = plan(load(MOE_8, {"rollout.colocate_offload": "weights"})).memory[0]
+    assert memory.rollout - gone.rollout == pytest.approx(memory.weights)
+    beside = plan(load(MOE_8, THEIRS)).memory[0]
+    assert (beside.server, beside.kv_cache, beside.generation) == (0, 0, 0)
+    assert memory.update - beside.update == 4 * GIB  # of a server that sleeps
+    assert made.servers.least == 10240 * 48 * 2 * 128 * 2
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "expected"),
+    [
+        (
+            "qwen3-235b-a22b-128gpu",
+            {"rollout.server_tensor_parallel_size": "4"},
+            "a server takes 0.92 of each of its 4 GPUs, 73.3 GiB; weights are 109.5 of that, all "
+            "else 4.0, and keys and values of one sequence 0.5; it would fit with "
+            "rollout.server_tensor_parallel_size=8",
+        ),
+        (
+            "deepseek-v3-671b-128gpu",
+            {"rollout.server_tensor_parallel_size": "8"},
+            "8 GPUs, 129.2 GiB; weights are 156.2 of that",
+        ),
+        (
+            "qwen3-235b-a22b-64gpu",
+            {"cluster.gpu": "h100-80gb", "rollout.gpu_memory_utilization": "0.7"},
+            "0.7 of each of its 8 GPUs, 55.8 GiB; weights are 54.7 of that",
+        ),
+    ],
+)
+def test_servers_that_do_not_hold_the_weights(capsys, name, settings, expected):
+    words = [f"{key}={value}" for key, value in settings.items()]
+    assert main(["plan", str(RECIPES / f"{name}.yaml"), *words]) == 1
+    printed = capsys.readouterr()
+    (line,) = printed.err.splitlines()
+    assert line.startswith(f"error: {name}: does not fit: a server takes")
+    assert expected in line
+    assert "does not fit: the longest sequence takes" in printed.out
+
+
+def test_more_servers_than_a_node_has_gpus(capsys):
+    assert main(["plan", str(MOE_8), "--server_tensor_parallel_size", "16"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "at most 0 servers with rollout.server_tensor_parallel_size 16 on the 8 GPUs" in line
+    assert main(["plan", str(MOE_8), "--num_servers", "3"]) == 2
+    assert "got 3; start fewer" in capsys.readouterr().err
 
 
 # The arithmetic, by hand
@@ -428,18 +521,22 @@ def test_offloading_moves_the_optimizer_to_the_host():
 
 
 def test_host_memory_by_hand():
-    made = plan(load(MOE_8))
+    made = plan(load(MOE_8, IN_PROCESS))
     stage, tokens = made.stages[0], 1024 * 10240
     # 48 layers: 8 experts of 2 bytes each, and at one token of 128 fp32 probabilities of 128.
     routes = 48 * (2 * 8 + 4 * 128 / 128)
     # All is kept once by the two leaders that made it, and half by each of eight ranks.
     assert made.host.samples == 8 * tokens * 72
-    ahead = plan(load(MOE_8, {"rollout.async_steps": "2"}))
+    ahead = plan(load(MOE_8, IN_PROCESS | {"rollout.async_steps": "2"}))
     assert ahead.host.samples == 3 * made.host.samples
-    saved = plan(load(MOE_8, {"old_policy": "rollout"}))
+    saved = plan(load(MOE_8, IN_PROCESS | {"old_policy": "rollout"}))
     assert made.step.flops["logprob"] == made.step.flops["rollout"]
     assert saved.step.flops["logprob"] == 0
     assert made.host.exchange == (1 + 8 / 2) * tokens * routes + 8 * tokens / 2 * 64
+    servers = plan(load(MOE_8, {"rollout.colocate_offload": "weights"})).host
+    # The model for its servers, the ranks' weights meanwhile, and no routes from those.
+    in_transit = 2 * made.parameters.total + 8 * 2 * stage.parameters
+    assert servers.exchange == 8 * tokens * 64 + in_transit
     # Weights in bf16, as the optimizer is not on the GPU.
     assert made.host.pinned == 8 * 2 * 2 * stage.parameters
     assert made.host.total == sum(made.host.parts().values()) * GIB
@@ -448,15 +545,9 @@ def test_host_memory_by_hand():
 @pytest.mark.parametrize(
     ("settings", "exchange"),
     [
-        ({"routing.observe": "false"}, 0.0),
-        ({"rollout.engine": "vllm", "rollout.servers": "[http://a]"}, (1 + 4) * 960),
-        (
-            {
-                **{"rollout.engine": "vllm", "rollout.servers": "[http://a]"},
-                "rollout.async_steps": "1",
-            },
-            (2 + 4) * 960,
-        ),
+        (IN_PROCESS | {"routing.observe": "false"}, 0.0),
+        (THEIRS, (1 + 4) * 960),
+        (THEIRS | {"rollout.async_steps": "1"}, (2 + 4) * 960),
     ],
     ids=["no routes", "servers", "ahead"],
 )
@@ -477,7 +568,7 @@ def test_a_node_without_the_memory(capsys):
     assert line.startswith("error: qwen3-30b-a3b-8gpu: does not fit: a node needs 6")
     assert "most of it optimizer (45" in line
     assert "cluster.host_memory_gib" in line
-    assert main([*words[:-1], "cluster.host_memory_gib=640"]) == 0
+    assert main([*words[:-1], "cluster.host_memory_gib=650"]) == 0
 
 
 def test_what_fits_the_gpus_alone_is_not_suggested():

@@ -4,6 +4,7 @@ The faults are planted where the code that a check is about would have them; onl
 is judged on made-up numbers.
 """
 
+import contextlib
 import dataclasses
 import json
 from types import SimpleNamespace
@@ -16,11 +17,14 @@ from sapo_megatron.__main__ import main
 from sapo_megatron.commands import qualify
 from sapo_megatron.commands.qualify import Machine, Outcome, checks, first_failure, judged
 from sapo_megatron.errors import UserError
+from tests.support import fakevllm, forked
+from tests.support.fakevllm import FakeVllm
 from tests.support.gloo import run_worlds
 
 pytestmark = pytest.mark.timeout(600)  # that of a machine that is busy with other things
 
 BY_NAME = {check.name: check for check in checks.CHECKS}
+FED = ("update", "prompt", "token")
 FAULTS = {
     "a weight": ("A10 families, fp32", "A2 families, bf16"),
     "a softmax": ("A11 log-prob node", "A12 fused log-prob node"),
@@ -160,13 +164,76 @@ def _of_two(folder, fault):
     return run(setting, [name], None)
 
 
+class _Local:
+    """Stands in for servers that are started: one without a model."""
+
+    server: FakeVllm
+
+    def __init__(self, recipe, model, folder, weights):
+        assert recipe.rollout.colocate
+        self.urls, self.exited = (self.server.url,), lambda url: None
+        _Local.up = True
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        _Local.up = False
+
+
+def _of_stand_ins(folder):
+    """What measurements that take a GPU find where Transformer Engine, vLLM and memory are played.
+
+    With it: when the server was told to sleep and wake, and how often it was loaded.
+    """
+    from sapo_megatron.commands.qualify import gpu
+    from sapo_megatron.commands.qualify.policies import Setting, Tiny
+
+    setting = Setting(folder=folder, layers="torch", full=False)
+    sizes = {"hidden_size": 32, "num_attention_heads": 4, "vocab_size": 30001}
+    latent = {**sizes, "max_position_embeddings": 2048}
+    dense = {**latent, "num_key_value_heads": 2, "head_dim": 8, "intermediate_size": 32}
+    chosen = {"use_flash_attention": False, "use_fused_attention": True}
+    engine = SimpleNamespace(_attention_backends=chosen | {"use_unfused_attention": True})
+    names = ["transformer_engine", "pytorch", "attention", "dot_product_attention"]
+    modules = {".".join(names[:n]): engine for n in range(1, len(names) + 1)}
+
+    def memory():
+        return 100 - (_Local.up and (4 if server.asleep else 80)), 100
+
+    def logprobs(self, samples):
+        return torch.tensor(
+            [fakevllm.logprob(t) + 0.01 for s in samples for t in s.response_tokens]
+        )
+
+    patches = [
+        mock.patch.multiple(gpu, DENSE=dense, LATENT=latent, LocalServers=_Local),
+        mock.patch.object(gpu.shutil, "which", lambda python: python),
+        mock.patch.object(torch.cuda, "mem_get_info", memory),
+        mock.patch.dict("sys.modules", modules),
+    ]
+    _Local.up = False
+    with contextlib.ExitStack() as stack:
+        for patch in patches:
+            stack.enter_context(patch)
+        found = {"attention": gpu.attention(setting), "twice": gpu.decoding_twice(setting)}
+        server = _Local.server = stack.enter_context(FakeVllm())
+        served = {"num_layers": 4, "hidden_size": 256, "vocab_size": 101, "max_model_len": 128}
+        server.description |= {"sleep_mode": True, **served}
+        with mock.patch.object(Tiny, "logprobs", logprobs):
+            found["servers"] = gpu.servers(setting)
+    said = [path for path, _ in server.calls if path.startswith(("/sleep", "/wake"))]
+    return found, said, len(server.folders)
+
+
 def _job(which, *args):
     return which(*args)
 
 
 @pytest.fixture(scope="module")
 def worlds(tmp_path_factory):
-    """(verdicts of one rank; results of two, of two of which one is wrong, and of one)."""
+    """(verdicts of one rank; results of two, of two of which one is wrong, and of one; of stand-ins
+    for what a GPU has)."""
     folder = tmp_path_factory.mktemp("qualify")
     alone = tmp_path_factory.mktemp("alone")
     jobs = [
@@ -174,6 +241,7 @@ def worlds(tmp_path_factory):
         (2, (_of_two, folder, False)),
         (2, (_of_two, folder, True)),
         (1, (_of_two, folder, False)),
+        (1, (_of_stand_ins, tmp_path_factory.mktemp("played"))),
     ]
     found = run_worlds(_job, jobs)
     assert not any(isinstance(ranks, str) for ranks in found), found
@@ -201,7 +269,7 @@ def test_every_check_that_runs_here_has_a_fault():
 
 
 def test_layouts_of_two_ranks(worlds):
-    _, two, wrong, one = worlds
+    _, two, wrong, one, _ = worlds
     check = BY_NAME["C1 layouts, torch"]
     text, ok = judged(check, {"torch pair": two, "reference": one})
     assert ok is True, text
@@ -221,6 +289,9 @@ def test_layouts_of_two_ranks(worlds):
         ("B10 resume, Adam on the host", {"x": 0.0, "x: moved": 0.1}, {"x": 1e-9}),
         ("B10 resume, Adam on the host", {"x": 0.0, "x: moved": 0.1}, {"x: moved": 0.0}),
         ("B11 Adam on the host", {"ulp": 1.0}, {"ulp": float("nan")}),
+        ("B12 attention", {"x update": "fused", "x token": "unfused"}, {"x update": "unfused"}),
+        ("B14 vLLM that sleeps", {"first probe": 0.05, "first sleep": 0.1}, {"x probe": 0.06}),
+        ("B14 vLLM that sleeps", {"first probe": 0.05, "first sleep": 0.1}, {"x sleep": 0.11}),
     ],
 )
 def test_what_takes_a_gpu(name, good, bad):
@@ -229,8 +300,21 @@ def test_what_takes_a_gpu(name, good, bad):
     assert judge(good | bad, {})[1] is False
 
 
+def test_measurements_that_take_a_gpu(worlds):
+    found, said, loads = worlds[4]
+    kinds = [f"{family} {what}" for family in ("qwen3", "moonlight") for what in FED]
+    assert found["attention"] == dict.fromkeys(kinds, "fused")
+    assert found["twice"].keys() == {"first pass", "ms a token"}
+    assert min(found["twice"].values()) > 0
+    probe, kept = pytest.approx(0.01), pytest.approx(4 / 80)
+    names = ("first probe", "first sleep", "second probe", "second sleep")
+    assert found["servers"] == dict(zip(names, (probe, kept) * 2, strict=True))
+    assert said == ["/wake_up?tags=weights", "/wake_up?tags=kv_cache", "/sleep?level=2"] * 2
+    assert loads == 2
+
+
 def test_speeds_do_not_gate():
-    for name in ("A9 speed", "A17 log-prob speed", "A18 Adam on the host"):
+    for name in ("A9 speed", "A17 log-prob speed", "A18 Adam on the host", "B13 decoding twice"):
         assert BY_NAME[name].judge({"ms": 1e9}, {}) == ("ms 1e+09", None)
 
 
@@ -255,8 +339,11 @@ def test_a_section_that_cannot_run_is_refused():
         qualify.qualify("B", Machine(gpus=0, transformer_engine=True))
 
 
-def test_in_processes_of_their_own(monkeypatch):
+@pytest.mark.parametrize("fresh", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_in_processes_of_their_own(monkeypatch, fresh):
     """One that measures beside the reference, and a measurement that fails in it."""
+    if not fresh:
+        monkeypatch.setattr(qualify.subprocess, "run", forked.run)
     sampling = BY_NAME["A13 sampling"]
     broken = dataclasses.replace(sampling, name="broken", measurement="measure.nothing")
     monkeypatch.setattr(qualify, "CHECKS", (sampling, broken))
@@ -320,4 +407,4 @@ def test_json(command):
 
 def test_a_list_of_the_checks(command):
     lines = command([], "--list", "--section", "B").out.splitlines()
-    assert [line.split()[0] for line in lines] == ["B"] * 11
+    assert [line.split()[0] for line in lines] == ["B"] * 14

@@ -15,7 +15,6 @@ import pytest
 from sapo_megatron.__main__ import main
 from sapo_megatron.commands import plan as planning
 from sapo_megatron.commands.plan import Plan, plan, seconds
-from sapo_megatron.commands.plan.decoding import server_gpus
 from sapo_megatron.commands.plan.gpus import CONSTANTS, GPUS, Constants
 from sapo_megatron.commands.plan.layout import away
 from sapo_megatron.commands.plan.render import as_json, as_table
@@ -23,7 +22,7 @@ from sapo_megatron.commands.plan.seconds import slow
 from sapo_megatron.hf.architecture import parse_architecture
 from sapo_megatron.policy import blueprint
 from sapo_megatron.recipe.load import load
-from tests.support.tiny import ROOT
+from tests.support.tiny import IN_PROCESS, ROOT
 
 RECIPES = ROOT / "recipes"
 MOE_8 = RECIPES / "qwen3-30b-a3b-8gpu.yaml"
@@ -125,7 +124,7 @@ def planned(row: Row) -> Plan:
     """The plan of a recipe with the row's settings."""
     tp, cp, ep, pp = row.layout
     settings = {
-        "rollout.engine": "vllm",
+        "rollout.gpu_memory_utilization": "0.6",
         "rollout.async_steps": str(int(row.servers > 0)),
         "rollout.server_tensor_parallel_size": str(row.generation),
         "rollout.rollout_batch_size": str(row.sequences // 16),
@@ -144,9 +143,9 @@ def planned(row: Row) -> Plan:
     }
     if row.servers:
         urls = [f"http://node{n}" for n in range(row.servers // row.generation)]
+        settings |= {"rollout.vllm_python": "null", "rollout.colocate": "false"}
         settings |= {"rollout.servers": json.dumps(urls), "rollout.weight_transfer": "nccl"}
     else:
-        settings |= {"rollout.vllm_python": "python", "rollout.colocate": "true"}
         settings |= {"rollout.colocate_offload": "weights"}
     if row.ends:
         for place, layers in zip(("first", "last"), row.ends, strict=True):
@@ -250,20 +249,14 @@ def test_what_leaves_a_node(inner, size, node, share):
     assert away(inner, size, node) == pytest.approx(share)
 
 
-ON_SERVERS = {
-    **{"rollout.engine": "vllm", "rollout.vllm_python": "python", "rollout.colocate": "true"},
-    "rollout.server_tensor_parallel_size": "4",
-}
-
-
 @pytest.fixture(scope="module")
 def on_servers():
-    return plan(load(MOE_8, ON_SERVERS), 6000)
+    return plan(load(MOE_8), 6000)
 
 
 def with_rollout(made: Plan, **keys) -> Plan:
-    recipe = made.recipe
-    return replace(made, recipe=replace(recipe, rollout=replace(recipe.rollout, **keys)))
+    recipe = replace(made.recipe, rollout=replace(made.recipe.rollout, **keys))
+    return planning._plan(recipe, made.arch, made.length, lambda *_: made.stages)
 
 
 def test_a_recipe_within_its_bounds(on_servers):
@@ -283,16 +276,18 @@ def test_a_decode_step_by_hand(on_servers):
     read = on_servers.parameters.total - head - experts * (15 / 16) ** n
     assert got.decode_step["reading weights"] == pytest.approx(2 * read / 4 / 3.35e12 / reached)
     assert got.decode_step["launching kernels"] == 48 * CONSTANTS.graph
-    # 0.6 of the memory, less 4 GiB and the weights; 2 x 128 numbers of 2 bytes in each layer.
-    room = 0.6 * 81559 * 2**20 - 4 * 2**30 - 2 * on_servers.parameters.total / 4
-    assert n == pytest.approx(room / (48 * 2 * 128 * 2) / 6000)
     assert "2 vLLM servers of 4 GPUs" in got.engine
+    assert n == 256  # which server_concurrency allows
+    # 0.6 of the memory, less 4 GiB and the weights; 2 x 128 numbers of 2 bytes in each layer.
+    less = with_rollout(on_servers, gpu_memory_utilization=0.6, server_concurrency=1000)
+    room = 0.6 * 81559 * 2**20 - 4 * 2**30 - 2 * on_servers.parameters.total / 4
+    n = seconds.seconds(less)[1].at_once
+    assert n == pytest.approx(room / (48 * 2 * 128 * 2) / 6000)
 
 
 def test_the_longest_response_is_waited_for(on_servers):
     """Where all fit at once, a rollout is its longest response's decode steps."""
     few = with_rollout(on_servers, num_generations=2, rollout_batch_size=32)
-    few = replace(few, batches=replace(few.batches, sequences=64))
     got = seconds.seconds(few)[1]
     # From a mean of 4800 to the limit: what is left by then takes less than the full step.
     whole = sum(got.decode_step.values())
@@ -319,8 +314,8 @@ def test_servers_of_others_hold_the_model(on_servers):
     theirs = with_rollout(
         on_servers, servers=("http://a",), colocate=False, server_tensor_parallel_size=1
     )
-    assert server_gpus(theirs) == 2  # 61 GB are more than half of 0.92 of one
-    assert server_gpus(with_rollout(theirs, server_tensor_parallel_size=8)) == 8
+    assert theirs.servers.gpus == 2  # 61 GB are more than half of 0.92 of one
+    assert with_rollout(theirs, server_tensor_parallel_size=8).servers.gpus == 8
 
 
 def test_what_leaves_the_gpu_comes_back(on_servers):
@@ -334,7 +329,7 @@ def test_what_leaves_the_gpu_comes_back(on_servers):
 
 
 def test_in_process_is_slow_and_says_so():
-    made = plan(load(MOE_8), 6000)
+    made = plan(load(MOE_8, IN_PROCESS), 6000)
     took, how = seconds.seconds(made)
     # 1024 sequences of 2 copies in batches of 64, each up to 8192 tokens.
     assert took.rollout == pytest.approx(8 * 8192 * sum(how.decode_step.values()))
@@ -350,7 +345,7 @@ def test_in_process_is_slow_and_says_so():
 
 
 def test_mean_length_changes_the_step_and_not_the_memory(on_servers):
-    longest = plan(load(MOE_8, ON_SERVERS))
+    longest = plan(load(MOE_8))
     assert longest.memory == on_servers.memory
     assert longest.host == on_servers.host
     assert longest.length == 10240
@@ -386,6 +381,7 @@ def test_refused(capsys, words, expected):
 @pytest.mark.slow
 def test_red_on_a_terminal_only():
     words = [sys.executable, "-m", "sapo_megatron", "plan", str(MOE_8), "--mean-length", "6000"]
+    words += [f"{key}={value}" for key, value in IN_PROCESS.items()]
     ours, theirs = pty.openpty()
     subprocess.run(words, stdout=theirs, check=True)
     os.close(theirs)

@@ -20,7 +20,7 @@ from tests.contracts.reading import FUNCTIONS, Source, uses
 TABLE = Path(__file__).with_name("table.json")
 ENGINE = "transformer_engine"
 ENDPOINTS = (
-    *("/health", "/v1/completions", "/collective_rpc", "/reset_prefix_cache", "/sleep"),
+    *("/health", "/version", "/v1/completions", "/collective_rpc", "/reset_prefix_cache", "/sleep"),
     *("/wake_up", "/get_world_size", "/init_weight_transfer_engine", "/start_weight_update"),
     *("/update_weights", "/finish_weight_update"),
 )
@@ -133,9 +133,9 @@ def _vllm(source: Source, megatrons: list[Path]) -> dict[str, Any]:
         offered = source.members(found) if found else {}
         names[qualified] = {member: offered.get(member) for member in members}
     endpoints = {}
-    for path in sorted((source.root / "vllm" / "entrypoints").rglob("api_router.py")) + sorted(
-        (source.root / "vllm" / "entrypoints").rglob("health.py")
-    ):
+    entrypoints = source.root / "vllm" / "entrypoints"
+    files = ("api_router.py", "health.py", "basic.py")
+    for path in sorted(path for name in files for path in entrypoints.rglob(name)):
         module = ".".join(path.relative_to(source.root).with_suffix("").parts)
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, FUNCTIONS):

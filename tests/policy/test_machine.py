@@ -2,14 +2,22 @@
 
 import dataclasses
 import importlib.util
+import types
 
 import pytest
 import torch
 
 from sapo_megatron.errors import UserError
-from sapo_megatron.policy.machine import check_machine, host_threads, with_transformer_engine
+from sapo_megatron.hf.folder import find_architecture
+from sapo_megatron.policy.machine import (
+    check_machine,
+    check_servers,
+    host_threads,
+    with_transformer_engine,
+)
 from sapo_megatron.recipe.load import load
-from tests.support.tiny import write_recipe
+from sapo_megatron.training.inputs import read_inputs
+from tests.support.tiny import ROOT, write_recipe
 
 
 @pytest.fixture
@@ -135,3 +143,27 @@ def test_the_ranks_of_a_machine_divide_its_cores(monkeypatch):
     assert host_threads() == 12
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "200")
     assert host_threads() == 1
+
+
+def test_servers_that_stand_for_others_are_refused(recipe):
+    urls = "[http://s1.invalid, http://s2.invalid:8000]"
+    asked = recipe(rollout__engine="vllm", rollout__servers=urls)
+    with pytest.raises(UserError) as refused:
+        read_inputs(asked, 1)
+    line = str(refused.value)
+    assert line.startswith("rollout.servers: expected the URLs of running servers, got http://s1.")
+    assert "start 2, of 1 GPUs each, and give rollout.servers=[" in line
+
+
+def test_gpus_that_do_not_hold_a_servers_weights(monkeypatch, machine):
+    machine(gpu=True)
+    gpu = types.SimpleNamespace(total_memory=80 * 2**30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
+    path = ROOT / "recipes" / "qwen3-30b-a3b-8gpu.yaml"
+    arch = find_architecture("nowhere", load(path).model.architecture)
+    check_servers(load(path), arch)
+    check_servers(load(path, {"rollout.server_tensor_parallel_size": "2"}), arch)
+    with pytest.raises(UserError) as refused:  # 61 GB are 56.9 GiB, and 0.7 of 80 are 56
+        check_servers(load(path, {"rollout.server_tensor_parallel_size": "1"}), arch)
+    arithmetic = "got 1 with 56.9 GiB of bfloat16, 56.9 on each, where a server has 0.7 x 80.0 GiB"
+    assert arithmetic in str(refused.value)

@@ -565,7 +565,13 @@ def test_the_number_of_processes(write, layout, world_size, parts):
             {},
             None,
         ),
-        ({"tensor_model_parallel_size": "3"}, {}, ["attention heads 32", "got 3"]),
+        (
+            {"tensor_model_parallel_size": "3"},
+            {},
+            ["parallel.tensor", "attention heads 32", "got 3"],
+        ),
+        ({"server_tensor_parallel_size": "3"}, {}, ["rollout.server", "heads 32", "got 3"]),
+        ({"server_tensor_parallel_size": "8"}, {}, None),
         (
             {"tensor_model_parallel_size": "4"},
             {"num_key_value_heads": 6, "num_attention_heads": 36},

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import math
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -18,6 +19,7 @@ from sapo_megatron.rollout.collect import Collector, describe, rewards
 from sapo_megatron.rollout.engine import SamplingParams
 from sapo_megatron.rollout.exchange import HeldRoutes, write_samples
 from sapo_megatron.rollout.generate import InProcess
+from sapo_megatron.rollout.reward import Scoring
 from sapo_megatron.sample import Group, Prompt, Sample
 from tests.support.gloo import run_ranks
 
@@ -72,8 +74,9 @@ class Rule:
         sample.reward = math.nan if reward is None else reward
         sample.problem = f"broken {sample.uid}" if reward is None else ""
         self.broken += reward is None
+        return Scoring(prompt, sample, None)
 
-    def finish(self):
+    def finish(self, begun):
         metrics = Metrics()
         metrics.add("reward/errors", Sum(float(self.broken)))
         self.broken = 0
@@ -128,7 +131,7 @@ PARAMS = SamplingParams(temperature=1.0, top_p=1.0, max_new_tokens=5, stop_ids=(
 def test_groups_are_in_the_order_of_their_prompts(world):
     prompts = [prompt(uid) for uid in (7, 2, 5)]  # of unequal lengths: generated in another order
     c = collector(lambda prompt_uid, uid: uid / 100)
-    groups = c.respond(prompts, 3, PARAMS).groups
+    groups = c.respond(prompts, 3, PARAMS, version=0).groups
     assert [g.prompt for g in groups] == prompts
     assert [[s.uid for s in g.samples] for g in groups] == [[21, 22, 23], [6, 7, 8], [15, 16, 17]]
     assert all(s.reward == s.uid / 100 for g in groups for s in g.samples)
@@ -141,12 +144,14 @@ def test_groups_are_in_the_order_of_their_prompts(world):
 
 def test_a_truncated_text_keeps_its_last_token(world):
     params = dataclasses.replace(PARAMS, max_new_tokens=1)
-    groups = collector(lambda prompt_uid, uid: 1.0).respond([prompt(1)], 9, params).groups
+    groups = (
+        collector(lambda prompt_uid, uid: 1.0).respond([prompt(1)], 9, params, version=0).groups
+    )
     assert {(s.truncated, s.text) for s in groups[0].samples} == {(False, ""), (True, "2")}
 
 
 def test_every_stop_token_ends_a_step_and_is_not_in_the_text(world):
-    found = ahead(lambda prompt_uid, uid: 1.0, Numbers(), stop_ids=(EOS, 2)).collect(0)
+    found = ahead(lambda prompt_uid, uid: 1.0, Numbers(), stop_ids=(EOS, 2)).collect()
     samples = [s for g in found.groups for s in g.samples]
     assert {(tuple(s.response_tokens), s.text) for s in samples} == {((EOS,), ""), ((2,), "")}
     assert found.metrics.values()["response/truncated"] == 0
@@ -155,14 +160,14 @@ def test_every_stop_token_ends_a_step_and_is_not_in_the_text(world):
 def on_two_ranks():
     """Two parts of 15 responses; each leader scores what it generated."""
     c = collector(lambda prompt_uid, uid: uid / 100, parts=2)
-    responses = c.respond([prompt(uid) for uid in range(5)], 3, PARAMS)
+    responses = c.respond([prompt(uid) for uid in range(5)], 3, PARAMS, version=0)
     return responses.groups, len(c._scorer.texts), responses.metrics.gather().values()
 
 
 def two_ranks_of_one_model():
     """One share; rank 0 has no scorer, as on an early pipeline stage."""
     c = collector((lambda prompt_uid, uid: None) if dist.get_rank() else None)
-    responses = c.respond([prompt(uid) for uid in range(5)], 3, PARAMS)
+    responses = c.respond([prompt(uid) for uid in range(5)], 3, PARAMS, version=0)
     scored = [s.scored for g in responses.groups for s in g.samples]
     return scored, responses.problem, responses.metrics.gather().values()
 
@@ -178,7 +183,7 @@ def test_two_ranks_share_the_work_and_both_get_all(tmp_path):
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
         c = collector(lambda prompt_uid, uid: uid / 100)
-        assert c.respond([prompt(uid) for uid in range(5)], 3, PARAMS).groups == groups
+        assert c.respond([prompt(uid) for uid in range(5)], 3, PARAMS, version=0).groups == groups
     finally:
         dist.destroy_process_group()
 
@@ -192,7 +197,7 @@ def test_the_leader_alone_scores_and_its_failures_are_counted_once():
 
 def test_without_dynamic_sampling_every_group_stays(world):
     source = Numbers()
-    collected = ahead(lambda prompt_uid, uid: 1.0, source).collect(0)
+    collected = ahead(lambda prompt_uid, uid: 1.0, source).collect()
     groups, metrics = collected.groups, collected.metrics
     assert source.drawn == [4]
     assert len(groups) == 4
@@ -205,7 +210,7 @@ def test_dynamic_sampling_draws_again_what_it_dropped(world):
     source = Numbers()
     # Of every four prompts, only the last tells its responses apart.
     found = ahead(lambda p, uid: float(p % 4 == 3 and uid % 3 == 0), source, dynamic_sampling=True)
-    collected = found.collect(0)
+    collected = found.collect()
     groups, metrics = collected.groups, collected.metrics
     assert source.drawn == [4, 3, 3, 2, 1, 1, 1, 1]
     assert [g.prompt.uid for g in groups] == [3, 7, 11, 15]
@@ -223,7 +228,7 @@ def test_dynamic_sampling_ends_with_what_there_is(world):
         dynamic_sampling=True,
         dynamic_sampling_max_rounds=3,
     )
-    groups = found.collect(0).groups
+    groups = found.collect().groups
     assert source.drawn == [4, 3, 3]
     assert [g.prompt.uid for g in groups] == [2]
 
@@ -232,7 +237,7 @@ def test_dynamic_sampling_that_finds_nothing_fails(world):
     source = Numbers()
     limited = {"dynamic_sampling": True, "dynamic_sampling_max_rounds": 2}
     with pytest.raises(RunFailed, match="no group with different rewards in 2 rounds"):
-        ahead(lambda p, uid: 1.0, source, **limited).collect(0)
+        ahead(lambda p, uid: 1.0, source, **limited).collect()
     assert source.drawn == [4, 4]
 
 
@@ -240,7 +245,7 @@ def left_out(reward, **config):
     """uid -> reward of what a step trains on, its metrics, and how many prompts it took."""
     source = Numbers()
     found = ahead(reward, source, **config)
-    step = found.collect(0)
+    step = found.collect()
     assert found.queue().groups == ()
     uids = {s.uid: s.reward for g in step.groups for s in g.samples}
     return uids, step.metrics.values(), sum(source.drawn)
@@ -272,7 +277,7 @@ def test_dynamic_sampling_draws_again_what_could_not_be_scored(world):
 def test_a_run_ends_where_none_of_the_first_responses_is_scored(world, dynamic):
     source = Numbers()
     with pytest.raises(RunFailed, match=r"none of the first responses .* broken 0"):
-        ahead(lambda p, uid: None, source, dynamic_sampling=dynamic).collect(0)
+        ahead(lambda p, uid: None, source, dynamic_sampling=dynamic).collect()
     assert source.drawn == [4]
 
 
@@ -282,9 +287,9 @@ def test_a_run_ends_where_none_of_the_first_responses_is_scored(world, dynamic):
 )
 def test_a_later_step_without_scores_ends_a_run_too(world, dynamic, message):
     found = ahead(lambda p, uid: float(uid) if p < 4 else None, Numbers(), dynamic_sampling=dynamic)
-    found.collect(0)
+    found.collect()
     with pytest.raises(RunFailed, match=f"{message}.*broken"):
-        found.collect(1)
+        found.collect()
 
 
 def test_one_request_without_scores_is_no_reason_to_end(world):
@@ -309,7 +314,7 @@ def test_routes_of_what_could_not_be_scored_are_let_go(world):
         return dataclasses.replace(result, held=held)
 
     found._collector.finish = with_routes
-    step = found.collect(0)
+    step = found.collect()
     assert set(step.held) == {s.uid for g in step.groups for s in g.samples}
     assert found._held == {}
 
@@ -325,17 +330,19 @@ def test_steps_ahead_are_generated_before_and_described_when_they_train(world):
         dynamic_sampling=True,
     )
     seen = []
-    for updates in (0, 4, 8):
-        step = found.collect(updates)
+    for _ in range(3):
+        step = found.collect()
         values = step.metrics.values()
         uids = [g.prompt.uid for g in step.groups]
-        seen.append((uids, values["rollout/staleness"], values["reward/groups"], sum(source.drawn)))
+        seen.append(
+            (uids, values["rollout/staleness_max"], values["reward/groups"], sum(source.drawn))
+        )
         assert values["reward/errors"] == 0
     assert seen == [
         # Prompt 8 was dropped during the first step, and counts in the second.
         ([1, 2, 3, 5], 0, 6, 11),
-        ([6, 7, 9, 10], 4, 5, 16),
-        ([11, 13, 14, 15], 4, 5, 16),
+        ([6, 7, 9, 10], 1, 5, 16),
+        ([11, 13, 14, 15], 1, 5, 16),
     ]
     assert found.queue().groups == ()
 
@@ -344,11 +351,11 @@ def test_samples_are_scored_while_others_are_generated(world):
     """The scorer lets the engine go on: whoever scored at the end would wait for ever."""
 
     class Waiting(InProcess):
-        def generate(self, requests, params, arrived):
+        def generate(self, requests, params, arrived, *, first=False):
             for request in requests:
-                super().generate([request], params, arrived)
+                done = super().generate([request], params, arrived)
                 assert begun.acquire(timeout=60)
-            return Metrics()
+            return done
 
     begun = threading.Semaphore(0)
 
@@ -357,7 +364,7 @@ def test_samples_are_scored_while_others_are_generated(world):
         return float(uid)
 
     c = collector(reward, engine=Waiting(Echo(), batch_size=1))
-    (group,) = c.respond([prompt(1)], 3, PARAMS).groups
+    (group,) = c.respond([prompt(1)], 3, PARAMS, version=0).groups
     assert [s.reward for s in group.samples] == [3.0, 4.0, 5.0]
 
 
@@ -369,37 +376,31 @@ class Slow(InProcess):
     def __init__(self):
         super().__init__(Echo(), batch_size=256)
         self.let = threading.Semaphore(0)
-        self.answered = 0
-        self.served = []
+        self.threads = ThreadPoolExecutor(1)
 
-    @contextlib.contextmanager
-    def serving(self, *, record):
-        self.served.append(self.answered)
-        yield Metrics()
+    def generate(self, requests, params, arrived, *, first=False):
+        def when_let():
+            assert first or self.let.acquire(timeout=60)
+            return InProcess.generate(self, requests, params, arrived).result()
 
-    def generate(self, requests, params, arrived):
-        assert self.let.acquire(timeout=60)
-        metrics = super().generate(requests, params, arrived)
-        self.answered += 1
-        return metrics
+        return ThreadPoolExecutor(1).submit(when_let) if first else self.threads.submit(when_let)
 
 
-def test_what_is_under_way_comes_again_after_a_resume_and_evaluations_wait_for_it(world):
+def test_what_is_under_way_comes_again_after_a_resume_and_evaluations_come_before_it(world):
     engine, source = Slow(), Numbers()
     found = ahead(lambda p, uid: float(uid), source, steps=3, engine=engine, async_steps=1)
     engine.let.release()
-    assert [g.prompt.uid for g in found.collect(0).groups] == [0, 1, 2, 3]
+    assert [g.prompt.uid for g in found.collect().groups] == [0, 1, 2, 3]
     assert source.drawn == [4, 4]  # the second step's are under way
     assert found.queue().cursor == {"index": 4}
     assert found.queue().groups == ()
-    engine.let.release(2)
-    found._collector.respond([prompt(100)], 2, PARAMS)
-    assert engine.served[2] == 2  # weights change when nothing is under way
+    (group,) = found._collector.respond([prompt(100)], 2, PARAMS, version=1).groups
+    assert [s.uid for s in group.samples] == [200, 201]
     assert found.queue().cursor == {"index": 4}
-    engine.let.release()
-    assert [g.prompt.uid for g in found.collect(2).groups] == [4, 5, 6, 7]
+    engine.let.release(2)
+    assert [g.prompt.uid for g in found.collect().groups] == [4, 5, 6, 7]
     assert found.queue().cursor == {"index": 8}
-    assert [g.prompt.uid for g in found.collect(4).groups] == [8, 9, 10, 11]
+    assert [g.prompt.uid for g in found.collect().groups] == [8, 9, 10, 11]
     assert source.drawn == [4, 4, 4]
     assert found.queue().cursor == {"index": 12}
 
@@ -412,7 +413,7 @@ def test_a_queue_that_two_ranks_wrote_goes_on_on_one(world, tmp_path):
         return None if p == 7 or (p % 4 == 1 and uid % 3 == 0) else (p % 4 > 0) * uid / 100
 
     first = ahead(rule, Numbers(), **reward)
-    first.collect(3)
+    first.collect()
     queue = first.queue()
     samples = [s for here in queue.groups for s in here.group.samples]
     for rank, mine in enumerate((samples[::2], samples[1::2])):
@@ -422,8 +423,8 @@ def test_a_queue_that_two_ranks_wrote_goes_on_on_one(world, tmp_path):
     second = ahead(rule, source, **reward)
     assert 0 in [len(here.group.samples) for here in queue.groups]
     second.load(tmp_path, SimpleNamespace(step=1, ahead=queue.described()))
-    for updates in range(5, 9):
-        expected, found = first.collect(updates), second.collect(updates)
+    for _ in range(4):
+        expected, found = first.collect(), second.collect()
         assert found.groups == expected.groups
         clock = ("time/rollout", "time/reward")
         values, others = expected.metrics.values(), found.metrics.values()
@@ -431,7 +432,7 @@ def test_a_queue_that_two_ranks_wrote_goes_on_on_one(world, tmp_path):
             k: v for k, v in others.items() if k not in clock
         }
     with pytest.raises(RunFailed):
-        first.collect(9)  # all steps are through
+        first.collect()  # all steps are through
 
 
 def test_describe(caplog):

@@ -39,6 +39,7 @@ def sample(uid, prompt=3, response=6, *, probs=True):
         prompt_tokens=tuple(rng.integers(0, 200_000, prompt).tolist()),
         response_tokens=rng.integers(0, 200_000, response).tolist(),
         rollout_logprobs=(-rng.random(response)).tolist(),
+        versions=rng.integers(0, 9, response).tolist(),
         truncated=bool(uid % 2),
         text=f"sch\u00f6n {uid}",
         reward=float(rng.random()),

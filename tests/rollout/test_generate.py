@@ -297,9 +297,7 @@ def test_one_rank_generates_as_the_model_is(tmp_path):
 def test_two_ranks_generate_the_tokens_of_one(tmp_path):
     (one,) = run_ranks(1, check_layouts, tmp_path, [{}])
     layouts = [
-        {},
-        {"tensor_model_parallel_size": 2},
-        {"expert_model_parallel_size": 2},
+        {"expert_model_parallel_size": 2},  # and data parallel, as its attention is
         {"pipeline_model_parallel_size": 2},
         {"context_parallel_size": 2},
         {"tensor_model_parallel_size": 2, "expert_model_parallel_size": 2},

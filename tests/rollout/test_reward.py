@@ -293,7 +293,7 @@ NO_NUMBERS = {
     "empty dict": "got dict",
     "complex": "got complex",
     "inf": "expected a finite number, got inf",
-    "huge": "got int",
+    "huge": "expected a finite number, got inf",
     "numberless": "got Numberless",
     "signalling": "got Decimal",
 }

@@ -1,6 +1,8 @@
 """When responses are asked for and trained on: what comes in any order, at once or in between."""
 
+import heapq
 import random
+from collections import deque
 
 import pytest
 from hypothesis import given, settings
@@ -153,3 +155,40 @@ def test_groups_that_come_one_by_one_in_any_order(ahead, steps, rounds, drop, se
     assert not flying
     assert trained == sorted(trained)
     assert drop > 0 or trained == list(range(steps * BATCH))
+
+
+def simulated(ahead, *, waits, update, steps=24):
+    """Time per step of a trainer and of servers with a slot per group of a batch; what trained.
+
+    One group in sixteen takes ten times as long as the others.
+    """
+    batch = 16
+    lengths = [10.0 if n % 16 == n // 16 % 16 else 1.0 for n in range(steps * batch)]
+    state = Schedule(batch=batch, ahead=ahead, steps=steps, rounds=1, waits=waits)
+    slots, asked, here, trained, now = [0.0] * batch, deque(), {}, [], 0.0
+    while state.done < steps:
+        state, action = state.next()
+        if isinstance(action, Request):
+            asked.append(action.numbers)
+            for number in action.numbers:
+                here[number] = max(heapq.heappop(slots), now) + lengths[number]
+                heapq.heappush(slots, here[number])
+        elif isinstance(action, Train):
+            trained += [lengths[n] for n in action.numbers]
+            now += update
+            state = state.trained()
+        else:
+            numbers = asked.popleft()
+            now = max(now, *(here[n] for n in numbers))
+            state = state.arrived(set(numbers), set())
+    assert trained == lengths, "none is left out for its length, and none comes before its turn"
+    return now / steps
+
+
+@pytest.mark.parametrize("update", [3.0, 4.0, 5.0])
+def test_what_steps_ahead_gain_where_one_response_in_sixteen_is_long(update):
+    alone = simulated(0, waits=True, update=update)
+    assert alone == 10 + update
+    assert simulated(1, waits=True, update=update) < 1.1 * max(10, update)
+    for waits, most in ((True, 0.75), (False, 0.45)):
+        assert simulated(4, waits=waits, update=update) < most * alone

@@ -23,11 +23,7 @@ STATE = RunState(
     cursor={"index": 384, "skipped": {"too_long": 1}},
     eval={"avg@8": 0.25, "pass@1": 1},
     moments={"variance/router": [[1.0, 2.5, 0.125]]},
-    ahead=[
-        QueuedGroup(
-            prompt=Prompt(uid=3, text="1 + 2", answer="3", tokens=(5, 9)), updates=4, kept=True
-        )
-    ],
+    ahead=[QueuedGroup(prompt=Prompt(uid=3, text="1 + 2", answer="3", tokens=(5, 9)), kept=True)],
     wall_s=321.5,
     world_size=8,
     updates=48,

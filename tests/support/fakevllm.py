@@ -1,6 +1,8 @@
 """A server that speaks as vLLM does and can be made to misbehave; it has no model."""
 
+import contextlib
 import json
+import socket
 import threading
 import time
 import zlib
@@ -45,6 +47,7 @@ class FakeVllm:
     def __init__(self, port: int = 0) -> None:
         self.calls: list[tuple[str, dict[str, Any]]] = []
         self.description: dict[str, Any] = dict(DESCRIPTION)
+        self.release = "0.32.0"
         self.weights = "initial"
         self.asleep: set[str] = set()
         self.folders: list[str] = []
@@ -69,6 +72,8 @@ class FakeVllm:
         self._http.server_close()
         self._thread.join()
         for connection in list(self._open):
+            with contextlib.suppress(OSError):  # the other side has closed it
+                connection.shutdown(socket.SHUT_RDWR)
             connection.close()
 
     def prompts(self) -> list[tuple[int, ...]]:
@@ -84,6 +89,8 @@ class FakeVllm:
     def _own(self, path: str, body: dict[str, Any]) -> Answer:
         if path == "/health":
             return 200, b""
+        if path == "/version":
+            return 200, {"version": self.release}
         if path == "/sleep?level=2":
             self.asleep = {"weights", "kv_cache"}
             return 200, {"status": "sleeping", "level": 2}
@@ -94,6 +101,8 @@ class FakeVllm:
         loads = "weights" not in self.asleep and body.get("method") == "sapo_load"
         if self.asleep and not loads and body.get("method") != "sapo_describe":
             return 500, b"asleep"
+        if path == "/abort_requests":
+            return 200, {"status": "aborted", "aborted": 0}
         if path == "/reset_prefix_cache":
             return 200, {"success": True}
         if path == "/collective_rpc" and body["method"] == "sapo_describe":
@@ -180,6 +189,29 @@ def after(seconds: float) -> Callable[[str, dict[str, Any], Callable[[], Answer]
     return fault
 
 
+class Held:
+    """A fault: completions wait until they are let go, or aborted behind two tokens."""
+
+    def __init__(self) -> None:
+        self.begun = threading.Semaphore(0)
+        self._end = threading.Event()
+        self._aborted = False
+        self.partial = completion([7, 8], finish_reason="abort")
+
+    def __call__(self, path: str, body: dict[str, Any], own: Callable[[], Answer]) -> Answer:
+        if path == "/abort_requests" and not body.get("request_ids"):
+            self._aborted = not self._end.is_set()
+            self._end.set()
+        if "seed" not in body or self._end.is_set():
+            return own()
+        self.begun.release()
+        assert self._end.wait(60)
+        return (200, self.partial) if self._aborted else own()
+
+    def let_go(self) -> None:
+        self._end.set()
+
+
 def behind(
     other: FakeVllm,
 ) -> Callable[[str, dict[str, Any], Callable[[], Answer]], Answer]:
@@ -197,7 +229,7 @@ def behind(
 def sampled(engine: Any, requests: Sequence[Request], params: SamplingParams) -> list[Sample]:
     """What an engine samples, in the order of the requests."""
     found: list[Sample] = []
-    engine.sample(requests, params, found.append)
+    engine.begin(requests, params, found.append).result(timeout=200)
     by_uid = {s.uid: s for s in found}
     assert len(by_uid) == len(found) == len(requests)
     return [by_uid[r.uid] for r in requests]

@@ -9,11 +9,14 @@ import gc
 import multiprocessing
 import os
 import runpy
+import signal
+import subprocess
 import sys
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 
 def start(function: Callable[..., Any], *args: Any, fresh: bool = False) -> BaseProcess:
@@ -37,8 +40,28 @@ def _here(env: dict[str, str], function: Callable[..., Any], args: tuple[Any, ..
     function(*args)
 
 
+def run(
+    words: Sequence[str],
+    *,
+    env: dict[str, str],
+    stdout: IO,
+    stderr: IO,
+    timeout: float,
+    check: bool,
+) -> subprocess.CompletedProcess:
+    """In the place of ``subprocess.run`` of a Python whose imports are not what is tested."""
+    assert not check
+    process = start(program, tuple(words[1:]), Path.cwd(), env, stdout.name, stderr.name)
+    process.join(timeout)
+    assert process.exitcode is not None, f"it took longer than {timeout} s: {words}"
+    return subprocess.CompletedProcess(words, process.exitcode)
+
+
 def program(words: tuple[str, ...], cwd: Path, env: dict[str, str], out: Path, err: Path) -> None:
-    """Be ``python *words``, -m MODULE or -c TEXT, in a session of its own that writes to files."""
+    """Be ``python *words``, -m MODULE or -c TEXT, in a session of its own that writes to files.
+
+    What it starts by ``posix_spawn``, as the launcher does its ranks, is forked from it.
+    """
     os.setsid()
     os.environ.clear()
     os.environ.update(env)
@@ -47,6 +70,11 @@ def program(words: tuple[str, ...], cwd: Path, env: dict[str, str], out: Path, e
         file = os.open(path, os.O_WRONLY | os.O_APPEND)
         os.dup2(file, number)
         os.close(file)
+    os.posix_spawn = _spawned
+    _run(words)
+
+
+def _run(words: Sequence[str]) -> None:
     kind, what, *rest = words
     sys.argv[:] = [what, *rest]
     try:
@@ -56,3 +84,24 @@ def program(words: tuple[str, ...], cwd: Path, env: dict[str, str], out: Path, e
             runpy.run_module(what, run_name="__main__", alter_sys=True)
     finally:
         atexit._run_exitfuncs()
+
+
+def _spawned(path: str, words: Sequence[str], env: dict[str, str]) -> int:
+    """In the place of ``os.posix_spawn`` of a Python: a child with the imports of this process."""
+    if pid := os.fork():
+        return pid
+    status = 1
+    try:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        os.environ.clear()
+        os.environ.update(env)
+        _run(words[1:])
+        status = 0
+    except SystemExit as ended:
+        status = int(ended.code or 0)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)

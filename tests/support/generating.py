@@ -80,7 +80,7 @@ def check_layouts(folder: Path, layouts: list[dict[str, int]]) -> list[list[Samp
         )
         prompts = [Prompt(uid=i, text="", answer="", tokens=t) for i, t in enumerate(PROMPTS)]
         # 15 responses: where two ranks share them, one has a filler.
-        found = collector.respond(prompts[:5], 3, params()).groups
+        found = collector.respond(prompts[:5], 3, params(), version=0).groups
         results.append([s for g in found for s in g.samples])
         parallel.teardown()
         dist.barrier()
@@ -90,10 +90,13 @@ def check_layouts(folder: Path, layouts: list[dict[str, int]]) -> list[list[Samp
 class Half:
     """A scorer."""
 
-    def begin(self, prompt: Any, sample: Any) -> None:
-        sample.reward = 0.5
+    def begin(self, prompt: Any, sample: Any) -> Any:
+        from sapo_megatron.rollout.reward import Scoring
 
-    def finish(self) -> Any:
+        sample.reward = 0.5
+        return Scoring(prompt, sample, None)
+
+    def finish(self, begun: Any) -> Any:
         from sapo_megatron.metrics import Metrics
 
         return Metrics()

@@ -113,7 +113,7 @@ def _not_finite(folder: Path, first: Path) -> dict[str, Any]:
         found["left"] = sorted(path.name for path in (where / "checkpoints").iterdir())
         for name, values[0] in (("infinite", math.inf), ("too large", 3e38)):
             at = folder / name
-            found[name] = message_of(RunFailed, folder, None, train__run_dir=at)
+            found[name] = message_of(RunFailed, folder, None, train__run_dir=at, train__seed=2)
             found[f"{name} left"] = sorted(path.name for path in at.glob("*start*"))
     finally:
         Policy.update = ruin

@@ -7,7 +7,4 @@ from sapo_megatron.sample import Group
 
 def score(scorer: Scorer, groups: list[Group]) -> Metrics:
     """What ``scorer`` finds."""
-    for group in groups:
-        for sample in group.samples:
-            scorer.begin(group.prompt, sample)
-    return scorer.finish()
+    return scorer.finish([scorer.begin(g.prompt, sample) for g in groups for sample in g.samples])

@@ -22,6 +22,12 @@ from tests.support import forked
 ROOT = Path(__file__).parents[2]
 TESTS = ROOT / "tests"
 TOKENIZER = ROOT / "recipes" / "tiny-moe" / "tokenizer.model"
+IN_PROCESS = {
+    **{"rollout.engine": "in_process", "rollout.vllm_python": "null", "rollout.servers": "[]"},
+    **{"rollout.colocate": "false", "rollout.colocate_offload": "gradients"},
+    **{"rollout.large_in_process": "true", "rollout.generation_batch_size": "64"},
+}
+"""Settings with which a recipe for GPUs generates in the training processes."""
 ARCH: dict[str, Any] = {
     "architectures": ["Qwen3MoeForCausalLM"],
     "model_type": "qwen3_moe",

@@ -96,7 +96,7 @@ def check_trained(every: list[dict[str, str]], done: list[tuple[dict[str, str], 
             assert math.isfinite(line["actor/pg_loss"]), cell
             assert line["actor/grad_norm"] > 0, cell
         ahead = cell["rollout.async_steps"] == "2"
-        assert [line["rollout/staleness"] for line in lines] == [0, float(ahead)], cell
+        assert [line["rollout/staleness_max"] for line in lines] == [0, float(ahead)], cell
 
 
 def table(recipe: Path) -> str:

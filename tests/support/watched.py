@@ -73,7 +73,7 @@ def steps(folder: Path, cases: dict[str, dict[str, Any]]) -> dict[str, dict[str,
 def engines(folder: Path, cases: dict[str, dict[str, Any]]) -> dict[str, dict[str, float]]:
     """What is seen of rollouts by engines that differ from training in one known place or two.
 
-    Of each case, in each mode of replay.
+    Of each case with both, and of the first with either, in each mode of replay.
     """
     if dist.get_rank() == 0:
         write_recipe(folder, arch=MIXED, model={"path": "model", "params_dtype": "float64"})
@@ -87,7 +87,8 @@ def engines(folder: Path, cases: dict[str, dict[str, Any]]) -> dict[str, dict[st
         start = initial_weights(recipe, inputs, groups, folder)
         settings = {"optimizer": recipe.optimizer, "total_updates": 1}
         policy = Policy(recipe, inputs.arch, groups, start, **settings)
-        for place, bias, scale in (("choice", 0.2, 1.0), ("head", 0.0, 1.1), ("both", 0.2, 1.1)):
+        places = (("both", 0.2, 1.1), ("choice", 0.2, 1.0), ("head", 0.0, 1.1))
+        for place, bias, scale in places if not found else places[:1]:
             with _other_engine(policy, bias, scale):
                 samples = _samples(policy)
             held = [None] * dist.get_world_size()

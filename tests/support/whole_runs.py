@@ -7,6 +7,7 @@ import json
 import math
 import os
 import resource
+import shutil
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -34,12 +35,24 @@ def run(folder: Path, resume: str | None = None, **overrides: Any) -> dict[str, 
     recipe = load(
         folder / "recipe.yaml", {k.replace("__", "."): str(v) for k, v in overrides.items()}
     )
+    if recipe.train.run_dir and dist.get_rank() == 0:
+        _lend(folder, Path(recipe.train.run_dir))
     inputs = read_inputs(recipe, dist.get_world_size())
     try:
         return train.train(recipe, inputs, resume)
     finally:
         parallel.teardown()
         dist.barrier()
+
+
+def _lend(folder: Path, new: Path) -> None:
+    """Give a new run below ``folder`` the weights that the first ones made, to begin with.
+
+    Their names stand for what they depend on: a run that begins with others makes them.
+    """
+    if not new.exists():
+        for made in (*folder.glob("*/random-*"), *folder.glob("*/cold-start-*")):
+            shutil.copytree(made, new / made.name, dirs_exist_ok=True)
 
 
 def command(cwd: Path, words: list[str]) -> tuple[int, str]:

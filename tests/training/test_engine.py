@@ -105,6 +105,16 @@ class FakeWeights:
         return iter(WEIGHTS)
 
 
+OPEN = []
+
+
+@pytest.fixture(autouse=True)
+def closed():
+    yield
+    while OPEN:
+        OPEN.pop().close()
+
+
 def over_nccl(folder, *servers, **changes):
     for server in servers:
         server.description["weight_transfer"] = "nccl"
@@ -136,6 +146,7 @@ def following(folder, *servers, timeout_s=60.0, **changes):
         **changes,
     )
     engine = VllmEngine(config.servers, config, parse_architecture(ARCH))
+    OPEN.append(engine)
     engine.check()
     handover = OverFolder(policy, engine, folder / "weights")
     if config.weight_transfer == "nccl":
@@ -153,11 +164,13 @@ def following(folder, *servers, timeout_s=60.0, **changes):
 
 
 def rollout(engine):
-    with engine.serving(record=True) as metrics:
-        uids = []
-        found = engine.generate(REQUESTS, PARAMS, lambda sample: uids.append(sample.uid))
-    assert sorted(uids) == [r.uid for r in REQUESTS]
-    assert found.values() == {"rollout/redrawn": 0}
+    policy = engine._policy
+    with engine.serving(version=policy.updates, record=True) as metrics:
+        found = []
+        done = engine.generate(REQUESTS, PARAMS, found.append).result(timeout=200)
+    assert sorted(s.uid for s in found) == [r.uid for r in REQUESTS]
+    assert {v for s in found for v in s.versions} == {policy.updates}
+    assert done.values()["rollout/redrawn"] == 0
     return metrics.values()
 
 
@@ -205,11 +218,11 @@ def test_a_colocated_server_that_is_back_is_woken_before_it_gets_weights(tmp_pat
         away.description["sleep_mode"] = True
         _, engine = following(tmp_path, server, away, colocate=True)
         rollout(engine)
-    with engine.serving(record=True), FakeVllm(away.port) as back:
+    with engine.serving(version=0, record=True), FakeVllm(away.port) as back:
         server.fault = fakevllm.behind(back)
         back.description["sleep_mode"] = True
         back.asleep = {"weights", "kv_cache"}
-        engine.generate(REQUESTS * 4, PARAMS, lambda sample: None)
+        engine.generate(REQUESTS * 4, PARAMS, lambda sample: None).result(timeout=200)
         assert calls(back)[:5] == ROUND[:5]
         assert back.asleep
     assert server.asleep
@@ -355,7 +368,7 @@ def failing_on_two_ranks(url):
             if dist.get_rank() == 0:
                 yield name, tensor
 
-    def receive(send, probe):
+    def receive(send, probe, version):
         raise RunFailed(f"{url}: gone")
 
     first = dist.get_rank() == 0
@@ -370,7 +383,7 @@ def failing_on_two_ranks(url):
     handover = OverNccl(policy, servers, transfer)
     engine = Following(policy, servers, handover, probe=PROBE, tolerance=1e-3, cut=None)
     try:
-        with engine.serving(record=True):
+        with engine.serving(version=0, record=True):
             return None
     except RunFailed as error:
         return str(error)

@@ -188,14 +188,6 @@ def test_eval_finds_the_scores_of_the_checkpoint(work, run):
     assert sorted(work.rglob("*")) == sorted([*before, work / "scores.json"])
 
 
-def test_report_draws_it_again(work, run):
-    page = run / "report" / "index.html"
-    page.unlink()
-    done = cli("report", run, cwd=work)
-    assert done.returncode == 0, done.stderr
-    assert page.exists()
-
-
 # One rank
 
 

@@ -60,7 +60,7 @@ def opened(tmp_path, monkeypatch):
     monkeypatch.setattr(engines, "MegatronDecoder", Decoder)
     monkeypatch.setattr(engines, "generate", Decoder.generate)
 
-    def opened(problems=((2, 3),), *, router_replay="disabled", **rollout):
+    def opened(problems=((2, 3),), *, router_replay="disabled", aside=None, **rollout):
         (tmp_path / "work").mkdir(exist_ok=True)
         recipe = load(
             write_recipe(
@@ -79,6 +79,7 @@ def opened(tmp_path, monkeypatch):
                 groups=groups,
             ),
             logprobs=lambda samples, cut: (samples, cut),
+            aside=aside,
         )
         inputs = SimpleNamespace(
             arch=parse_architecture(ARCH),
@@ -97,7 +98,7 @@ def test_in_process_unless_told(opened, monkeypatch):
     monkeypatch.setattr(engines, "MegatronDecoder", lambda model: "decoder")
     with opened(generation_batch_size=7) as engine:
         assert isinstance(engine, InProcess)
-        assert vars(engine) == {"_decoder": "decoder", "_batch_size": 7}
+        assert vars(engine) == {"_decoder": "decoder", "_batch_size": 7, "_version": 0}
 
 
 def test_servers_of_the_recipe_are_looked_at_first(opened, server):
@@ -106,11 +107,26 @@ def test_servers_of_the_recipe_are_looked_at_first(opened, server):
     assert [body["method"] for _, body in server.calls if "method" in body] == ["sapo_describe"]
 
 
+def test_colocated_servers_start_while_the_trainer_is_aside(opened, server):
+    server.description["sleep_mode"] = True
+    seen = []
+
+    @contextlib.contextmanager
+    def aside(what):
+        yield lambda: seen.append((what, len(server.calls)))
+        seen.append((server.asleep, len(server.calls)))
+
+    settings = {"colocate": True, "colocate_offload": "weights", "aside": aside}
+    with opened(engine="vllm", servers=[server.url], **settings):
+        calls = len(server.calls)
+    assert seen == [("weights", 0), ({"weights", "kv_cache"}, calls)]
+
+
 @pytest.mark.parametrize("returned", [True, False])
 def test_routes_are_looked_at_where_a_server_returns_them(opened, server, returned):
     server.description["routed_experts"] = returned
     with opened(engine="vllm", servers=[server.url]) as engine:
-        assert engine._servers._with_routes is returned
+        assert engine._servers._fleet.with_routes is returned
 
 
 def test_a_server_of_another_model_is_refused(opened, server):
@@ -169,12 +185,12 @@ def test_the_probe_answers_the_shortest_held_out_prompts(
     opened, server, monkeypatch, problems, longest, prompts, tokens
 ):
     seen = []
-    monkeypatch.setattr(OverFolder, "load", lambda self, probe: seen.append(probe) or 0.0)
+    monkeypatch.setattr(OverFolder, "load", lambda self, probe, version: seen.append(probe) or 0.0)
     server.description["max_model_len"] = sum(longest)
     lengths = dict(zip(("max_prompt_length", "max_response_length"), longest, strict=True))
     with (
         opened(problems, engine="vllm", servers=[server.url], **lengths) as engine,
-        engine.serving(record=False),
+        engine.serving(version=0, record=False),
     ):
         (probe,) = seen
     assert [s.uid for s in probe.samples] == list(range(len(prompts)))

@@ -126,7 +126,7 @@ def differences(folder, dtype):
                 server.fault = computing(*case)
                 with open_engine(recipe, inputs, policy, folder, None) as engine:
                     try:
-                        with engine.serving(record=False) as metrics:
+                        with engine.serving(version=0, record=False) as metrics:
                             found.append(metrics.values()["rollout/probe_diff"])
                     except RunFailed as error:
                         found.append(str(error))

@@ -17,6 +17,6 @@ def servers(tmp_path_factory):
     """A server that no run has started."""
     folder = tmp_path_factory.mktemp("servers")
     rollout = {"engine": "vllm", "vllm_python": os.environ["SAPO_VLLM_PYTHON"]}
-    recipe = load(write_recipe(folder, arch=ARCH, rollout={**rollout, "max_response_length": 12}))
+    recipe = load(write_recipe(folder, arch=ARCH, rollout={**rollout, "max_response_length": 96}))
     with LocalServers(recipe, folder / "model", folder / "servers", folder / "weights") as local:
         yield local

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import threading
+from contextlib import closing
 from types import SimpleNamespace
 
 import psutil
@@ -14,8 +15,10 @@ from sapo_megatron.errors import RunFailed, UserError
 from sapo_megatron.hf.architecture import read_architecture
 from sapo_megatron.recipe.load import load
 from sapo_megatron.rollout.engine import Request, SamplingParams
+from sapo_megatron.rollout.vllm import engine
 from sapo_megatron.rollout.vllm.client import Server
-from sapo_megatron.rollout.vllm.engine import Probe, VllmEngine
+from sapo_megatron.rollout.vllm.engine import VllmEngine
+from sapo_megatron.rollout.vllm.fleet import Probe
 from sapo_megatron.rollout.vllm.servers import LocalServers
 from sapo_megatron.sample import Sample
 from tests.support.fakevllm import sampled
@@ -42,24 +45,28 @@ def served(tmp_path_factory):
                 "num_servers": 2,
                 "max_prompt_length": 300,
                 "max_response_length": 64,
-                "server_timeout_s": 240.0,
+                "server_timeout_s": 600.0,
             },
             train={"max_tokens_per_gpu": 512},
         )
     )
-    with LocalServers(recipe, folder / "0", folder / "servers", folder / "weights") as servers:
+    with (
+        LocalServers(recipe, folder / "0", folder / "servers", folder / "weights") as servers,
+        closing(make_engine(recipe, folder / "0", servers)) as engine,
+    ):
         yield SimpleNamespace(
-            folder=folder,
-            models=models,
-            recipe=recipe,
-            servers=servers,
-            engine=make_engine(recipe, folder / "0", servers),
+            folder=folder, models=models, recipe=recipe, servers=servers, engine=engine
         )
 
 
 def make_engine(recipe, model, servers, **changes):
     arch = read_architecture(model)
     return VllmEngine(servers.urls, recipe.rollout, arch, exited=servers.exited, **changes)
+
+
+def check(*args, **changes):
+    with closing(make_engine(*args, **changes)) as engine:
+        engine.check()
 
 
 def changed(model, folder, seed):
@@ -109,7 +116,8 @@ def probe_of(model):
 
 def bring(served, number):
     """Load one of the models; its probe differs by rounding alone."""
-    differences = served.engine.load(served.folder / str(number), probe_of(served.models[number]))
+    probe = probe_of(served.models[number])
+    differences = served.engine.load(served.folder / str(number), probe, number)
     assert list(differences) == list(served.servers.urls)
     assert max(differences.values()) < 1e-5
     return served.models[number]
@@ -189,7 +197,7 @@ def test_a_response_ends_with_a_stop_token_or_is_truncated(served):
 
 
 def test_new_weights_are_the_ones_that_sample(served):
-    # Long prompts, of which the servers keep what they can reuse: under the old weights.
+    """Also on long prompts, which the servers have cached under the weights of before."""
     asked = requests(8, length=290)
     before = None
     for number in (1, 2, 0, 1, 1):
@@ -199,6 +207,19 @@ def test_new_weights_are_the_ones_that_sample(served):
         if before is not None and before is not model:
             assert worst(before, samples, 0.7) > 0.05
         before = model
+
+
+def test_a_prefix_cache_that_outlives_its_weights_would_be_seen(served, monkeypatch):
+    asked = requests(8, length=290)
+    bring(served, 0)
+    sampled(served.engine, asked, params(0.7, 0.9))
+
+    async def kept(server):
+        pass
+
+    monkeypatch.setattr(engine, "_forget_prefixes", kept)
+    model = bring(served, 1)  # whose probe sees nothing: log-probs of prompts are never cached
+    assert worst(model, sampled(served.engine, asked, params(0.7, 0.9)), 0.7) > 1e-3
 
 
 def test_vllms_own_reload_is_wrong_here_and_the_probe_sees_it(served, monkeypatch):
@@ -225,15 +246,50 @@ def test_what_a_server_must_be(served, tmp_path):
     config = json.loads((served.folder / "0" / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "vocab_size": 105}))
     with pytest.raises(UserError, match=r"vocab_size: expected 105, .* got 104"):
-        make_engine(served.recipe, tmp_path, served.servers).check()
+        check(served.recipe, tmp_path, served.servers)
     with pytest.raises(UserError, match="--enable-return-routed-experts"):
-        make_engine(served.recipe, served.folder / "0", served.servers, with_routes=True).check()
+        check(served.recipe, served.folder / "0", served.servers, with_routes=True)
     longer = load(
         served.folder / "recipe.yaml",
         {"rollout.max_prompt_length": "301", "train.max_tokens_per_gpu": "512"},
     )
     with pytest.raises(UserError, match=r"max_model_len: expected at least .* = 365, got 364"):
-        make_engine(longer, served.folder / "0", served.servers).check()
+        check(longer, served.folder / "0", served.servers)
+
+
+def test_every_token_has_the_log_prob_of_the_weights_that_its_version_says(served):
+    """Over four updates in the middle of responses, with the prefix cache on."""
+    changes = {"rollout.on_new_weights": "continue", "rollout.server_concurrency": "8"}
+    recipe = load(served.folder / "recipe.yaml", changes)
+    here, found = threading.Semaphore(0), []
+    probes = [probe_of(model) for model in served.models]
+
+    def arrived(sample):
+        found.append(sample)
+        here.release()
+
+    asked = requests(160, length=40)  # so many that some are under way at every load
+    with closing(make_engine(recipe, served.folder / "0", served.servers)) as engine:
+        for version in range(5):
+            number = version % ROUNDS
+            engine.load(served.folder / str(number), probes[number], version)
+            if version == 0:
+                done = engine.begin(asked, params(1.0, new=256), arrived)
+            for _ in range(8):
+                assert here.acquire(timeout=300)
+        done.result(timeout=500)
+    assert sorted(s.uid for s in found) == [r.uid for r in asked]
+    assert max(len({*s.versions}) for s in found) >= 3
+    for s in found:
+        assert s.versions == sorted(s.versions)
+        for version in {*s.versions}:
+            rows = distribution(
+                served.models[version % ROUNDS], s.prompt_tokens + tuple(s.response_tokens)
+            )[len(s.prompt_tokens) - 1 : -1]
+            exact = rows.gather(-1, torch.tensor(s.response_tokens)[:, None])[:, 0]
+            its = torch.tensor(s.versions) == version
+            got = torch.tensor(s.rollout_logprobs, dtype=torch.float64)
+            assert (got - exact)[its].abs().max() < 1e-4
 
 
 def test_a_server_that_is_killed_leaves_its_work_to_the_other(served, caplog):
@@ -243,20 +299,20 @@ def test_a_server_that_is_killed_leaves_its_work_to_the_other(served, caplog):
     victim = served.servers._processes[0]
     group = psutil.Process(victim.guard.pid).children(recursive=True)
     assert len(group) >= 3
+    samples = []
 
-    def kill():
-        os.killpg(group[0].pid, signal.SIGKILL)
+    def arrived(sample):
+        samples.append(sample)
+        if len(samples) == 50:
+            os.killpg(group[0].pid, signal.SIGKILL)
 
-    timer = threading.Timer(0.7, kill)
-    timer.start()
-    samples = sampled(served.engine, asked, params(1.0, new=64))
-    timer.join()
-    assert [s.uid for s in samples] == [r.uid for r in asked]
+    served.engine.begin(asked, params(1.0, new=64), arrived).result(timeout=500)
+    assert sorted(s.uid for s in samples) == [r.uid for r in asked]
     assert worst(model, samples, 1.0) < 1e-4
     assert f"{victim.url} is away" in caplog.text
     psutil.wait_procs(group, timeout=10)
     assert "it has ended with status" in served.servers.exited(victim.url)
-    assert list(served.engine.load(served.folder / "0", probe_of(served.models[0]))) == [
+    assert list(served.engine.load(served.folder / "0", probe_of(served.models[0]), 0)) == [
         served.servers.urls[1]
     ]
 
@@ -267,7 +323,7 @@ def test_a_damaged_file_of_weights(served, tmp_path):
         (tmp_path / path.name).write_bytes(path.read_bytes())
     next(tmp_path.glob("*.safetensors")).write_bytes(b"\0" * 100)
     with pytest.raises(RunFailed, match=r"sapo_load: HTTP 500: .*, and restart it"):
-        served.engine.load(tmp_path, probe_of(served.models[0]))
+        served.engine.load(tmp_path, probe_of(served.models[0]), 0)
 
 
 def test_servers_that_are_closed_leave_nothing_behind(served):
@@ -280,8 +336,8 @@ def test_servers_that_are_closed_leave_nothing_behind(served):
     assert len(gone) >= 4
     assert alive == []
     with pytest.raises(RunFailed, match=f"{url}: "):
-        VllmEngine(
-            (url,),
-            load(served.folder / "recipe.yaml", {"rollout.server_timeout_s": "1.0"}).rollout,
-            read_architecture(served.folder / "0"),
-        ).check()
+        check(
+            load(served.folder / "recipe.yaml", {"rollout.server_timeout_s": "1.0"}),
+            served.folder / "0",
+            SimpleNamespace(urls=(url,), exited=lambda url: None),
+        )

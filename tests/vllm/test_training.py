@@ -37,7 +37,7 @@ def test_a_run_starts_its_server_and_hands_over_its_weights(tmp_path):
     assert done.left == []
     run = tmp_path / "runs" / "recipe" / "run-001"
     steps = read_metrics(run)
-    assert [line["rollout/staleness"] for line in steps] == [0, 0, 0]
+    assert [line["rollout/staleness_max"] for line in steps] == [0, 0, 0]
     for line in steps:
         assert line["rollout_train/logprob_abs_diff"] < 1e-4
         assert line["rollout_train/is_weight_mean"] == pytest.approx(1, abs=1e-3)
@@ -55,7 +55,7 @@ def test_the_next_rollout_goes_on_while_a_step_trains(servers, tmp_path):
     done = cli("train", recipe, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     steps = read_metrics(tmp_path / "runs" / "recipe" / "run-001")
-    assert [line["rollout/staleness"] for line in steps] == [0, 2, 2, 2]
+    assert [line["rollout/staleness_max"] for line in steps] == [0, 1, 1, 1]
     assert steps[0]["rollout_train/logprob_abs_diff"] < 1e-4
     assert all(line["rollout_train/logprob_abs_diff"] > 1e-3 for line in steps[1:])
     assert all(abs(line["rollout_train/is_weight_mean"] - 1) > 1e-6 for line in steps[1:])
@@ -74,7 +74,9 @@ def test_ratios_to_servers_that_are_two_steps_ahead(servers, tmp_path):
     done = cli("train", recipe, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     steps = read_metrics(tmp_path / "runs" / "recipe" / "run-001")
-    assert [line["rollout/staleness"] for line in steps] == [0, 1, 2, 2]
+    first, second, third, last = (line["rollout/staleness_max"] for line in steps)
+    assert [first, second, third] == [0, 1, 2]
+    assert last in (1, 2)  # the weights wait for all that is under way, and it trains meanwhile
     fresh, *stale = (line["ratio/log_var"] for line in steps)
     assert fresh < 1e-6 < min(stale)
 

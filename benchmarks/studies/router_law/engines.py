@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from benchmarks.studies.router_law import CACHE, RESULTS
 from benchmarks.studies.router_law.changes import is_in_fp8, quantised
 from benchmarks.studies.router_law.measure import Read, by_layer, point, read, summed
-from benchmarks.studies.router_law.models import folder_of, opened, recipe_of
+from benchmarks.studies.router_law.models import Dtype, folder_of, opened, recipe_of
 from benchmarks.studies.router_law.text import sequences, stdlib
 from sapo_megatron.data.batch import micro_batches
 from sapo_megatron.files import whole_folder, write_whole
@@ -34,8 +34,8 @@ from sapo_megatron.sample import PackedBatch, Sample
 
 logger = logging.getLogger(__name__)
 
-ROLLOUTS = {"fp32": "float32", "bf16": "bfloat16", "fp8": "bfloat16"}
-TRAINERS = {"fp32": "float32", "bf16": "bfloat16"}
+ROLLOUTS: dict[str, Dtype] = {"fp32": "float32", "bf16": "bfloat16", "fp8": "bfloat16"}
+TRAINERS: dict[str, Dtype] = {"fp32": "float32", "bf16": "bfloat16"}
 THRESHOLDS = (0.5, 0.8, 0.95)
 PROMPTS, PROMPT, RESPONSE = 128, 32, 96
 """Responses, and tokens of a prompt and a response."""
@@ -67,7 +67,7 @@ def in_fp8(folder: Path, cache: Path = CACHE) -> Path:
     return target
 
 
-def sampled(folder: Path, dtype: str) -> list[Sample]:
+def sampled(folder: Path, dtype: Dtype) -> list[Sample]:
     """Responses with log-probs and routes of the engine that made them."""
     prompts = sequences(stdlib(held_out=True), PROMPTS, PROMPT - 1, seed=77)
     requests = [
@@ -82,7 +82,7 @@ def sampled(folder: Path, dtype: str) -> list[Sample]:
             return generate(decoder, requests, params, batch_size=PROMPTS)
 
 
-def compared(folder: Path, dtype: str, samples: Sequence[Sample]) -> dict[str, Any]:
+def compared(folder: Path, dtype: Dtype, samples: Sequence[Sample]) -> dict[str, Any]:
     """A trainer that reads what a rollout has sampled."""
     recipe = recipe_of(folder, dtype=dtype)
     with opened(folder, router="own", recipe=recipe) as policy:

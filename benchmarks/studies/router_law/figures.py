@@ -362,7 +362,7 @@ def write_page(tables: dict[str, list[list[str]]], page: Path = PAGE) -> None:
         marker = f"<!-- table: {name} -->"
         text = re.sub(
             rf"{marker}.*?<!-- end -->",
-            lambda _, m=marker, t=table: f"{m}\n{t}\n<!-- end -->",
+            f"{marker}\n{table}\n<!-- end -->".replace("\\", r"\\"),
             text,
             flags=re.DOTALL,
         )

@@ -15,7 +15,7 @@ import functools
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -129,10 +129,9 @@ def texts(
             raise UserError(f"--text: cannot read {path}: {one_line(error)}") from None
         parts = [text[: len(text) // 2], text[len(text) // 2 :]]
     parts = [part[: 2**22] for part in parts]
+    encode: Callable[[str], Sequence[int]] = str.encode
     if has_tokenizer:
         encode = load_tokenizer(named or str(folder), vocabulary).encode
-    else:
-        encode = str.encode
     learned, read = (encode(part) for part in parts)
     if min(len(learned), len(read)) <= 4 * length:
         raise UserError(

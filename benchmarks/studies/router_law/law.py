@@ -48,7 +48,7 @@ logger = logging.getLogger(__name__)
 
 BLOCK = 8192
 """Tokens that are measured at once."""
-GRID = {
+GRID: dict[str, dict[str, tuple[float, ...]]] = {
     "base": {
         "update": (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0),
         "noise": (0.03, 0.1, 0.3, 1.0, 3.0, 10.0),

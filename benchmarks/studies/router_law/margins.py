@@ -10,6 +10,7 @@ makes swaps as well.
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -113,7 +114,7 @@ class Margins:
     """[tokens]."""
     layers: int
 
-    def foretold(self, e: float) -> dict[str, object]:
+    def foretold(self, e: float) -> dict[str, Any]:
         """Share of token-layers that swap: to first order with its interval, by layer, and whole.
 
         ``whole`` counts margins with m < -e g instead of taking their density at 0.

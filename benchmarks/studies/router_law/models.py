@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from unittest.mock import patch
 
 import torch
@@ -133,11 +133,12 @@ MODELS = {
     "bf16 router": Variant(config=QWEN3_MOE, router="rounded", weights="base"),
     "bf16 weights": Variant(config=QWEN3_MOE, weights="base", bf16_weights=True),
 }
+Dtype = Literal["float32", "bfloat16"]
 BIAS = 0.1
 """Standard deviation of a selection bias, where a router has one."""
 
 
-def recipe_of(folder: Path, *, dtype: str = "float32") -> Recipe:
+def recipe_of(folder: Path, *, dtype: Dtype = "float32") -> Recipe:
     """One process; micro-batches of 4096 tokens."""
     return Recipe(
         name="router-law",

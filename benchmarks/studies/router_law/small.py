@@ -98,7 +98,7 @@ def responses(session: Session) -> list[Sample]:
         seed=session.recipe.train.seed,
     )
     prompts = session.inputs.source.next(recipe.rollout_batch_size)
-    groups = session.collector.respond(prompts, recipe.num_generations, params).groups
+    groups = session.collector.respond(prompts, recipe.num_generations, params, version=0).groups
     return [sample for group in groups for sample in group.samples]
 
 
@@ -129,7 +129,7 @@ def windows(sums: np.ndarray) -> dict[str, Any]:
     }
 
 
-def quantiles(values: Sequence[float]) -> list[float]:
+def quantiles(values: Sequence[float] | np.ndarray) -> list[float]:
     return [float(q) for q in np.quantile(values, [0.05, 0.25, 0.5, 0.75, 0.95])]
 
 

@@ -10,17 +10,23 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from sapo_megatron.commands.plan.advice import Suggestion, suggestions
-from sapo_megatron.commands.plan.gpus import GPUS, Gpu
+from sapo_megatron.commands.plan.gpus import GIB, GPUS, Gpu
 from sapo_megatron.commands.plan.host import HostMemory, host_memory
 from sapo_megatron.commands.plan.layout import Batches, Layout, longest
-from sapo_megatron.commands.plan.memory import GIB, Memory, memory
+from sapo_megatron.commands.plan.memory import Memory, memory
+from sapo_megatron.commands.plan.servers import Servers
 from sapo_megatron.commands.plan.step import Parameters, Step, step
 from sapo_megatron.errors import UserError
 from sapo_megatron.hf.architecture import Architecture
 from sapo_megatron.hf.folder import find_architecture
 from sapo_megatron.policy import blueprint
 from sapo_megatron.policy.blueprint import Stage
-from sapo_megatron.recipe.check import check_architecture, check_world, smallest_world
+from sapo_megatron.recipe.check import (
+    check_architecture,
+    check_generation,
+    check_world,
+    smallest_world,
+)
 from sapo_megatron.recipe.schema import ParallelConfig, Recipe
 
 
@@ -40,6 +46,8 @@ class Plan:
     """Bytes on that rank, by stage."""
     parameters: Parameters
     step: Step
+    servers: Servers | None
+    """None: the trainer's processes generate."""
     host: HostMemory
     host_gib: float
     """What a node has of it."""
@@ -58,11 +66,15 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        return self.total_gib <= self.gpu.memory_gib and self.fits_host
+        return self.total_gib <= self.gpu.memory_gib and self.fits_host and self.fits_servers
 
     @property
     def fits_host(self) -> bool:
         return self.host.total / GIB <= self.host_gib
+
+    @property
+    def fits_servers(self) -> bool:
+        return self.servers is None or self.servers.holds
 
     @property
     def largest(self) -> str:
@@ -85,6 +97,7 @@ def plan(recipe: Recipe, mean_length: int | None = None) -> Plan:
             f"--mean-length: expected at least 2 tokens and at most {longest(recipe)}, "
             f"rollout.max_prompt_length and max_response_length together, got {length}; change it"
         )
+    _check_servers(recipe)
     arch = find_architecture(recipe.model.path, recipe.model.architecture)
     built: dict[tuple[ParallelConfig, int], list[Stage]] = {}
 
@@ -100,10 +113,23 @@ def plan(recipe: Recipe, mean_length: int | None = None) -> Plan:
 
     def needed(changed: Recipe) -> float:
         other = _plan(changed, arch, length, build)
-        return other.total_gib if other.fits_host else math.inf
+        return other.total_gib if other.fits_host and other.fits_servers else math.inf
 
     found = suggestions(recipe, made.largest, made.gpu.memory_gib, needed)
     return replace(made, suggestions=tuple(found))
+
+
+def _check_servers(recipe: Recipe) -> None:
+    """Raises UserError for more servers than the trainer's GPUs on a node can be."""
+    r, here = recipe.rollout, recipe.cluster.gpus_per_node
+    most = here // r.server_tensor_parallel_size
+    if r.colocate and r.vllm_python and (r.num_servers or 1) > most:
+        raise UserError(
+            f"rollout.num_servers: expected at most {most} servers with rollout."
+            f"server_tensor_parallel_size {r.server_tensor_parallel_size} on the {here} GPUs of a "
+            f"node, got {r.num_servers or 1}; start fewer, or smaller ones, or give those that "
+            f"span nodes as rollout.servers"
+        )
 
 
 def world_size(recipe: Recipe) -> int:
@@ -119,11 +145,14 @@ def _plan(
 ) -> Plan:
     world = world_size(recipe)
     check_architecture(recipe, arch)
+    check_generation(recipe.rollout, arch)
     check_world(recipe, world)
     layout = Layout.of(recipe, world)
     stages = build(recipe, world)
     gpu, cluster = GPUS[recipe.cluster.gpu], recipe.cluster
-    gpus = [memory(recipe, arch, layout, stages, n) for n in range(layout.pp)]
+    parameters = Parameters.of(arch, stages)
+    servers = Servers.of(recipe, arch, parameters.total, world)
+    gpus = [memory(recipe, arch, layout, stages, n, servers) for n in range(layout.pp)]
     return Plan(
         recipe=recipe,
         arch=arch,
@@ -133,8 +162,9 @@ def _plan(
         batches=Batches.of(recipe, layout, length),
         stages=stages,
         memory=gpus,
-        parameters=Parameters.of(arch, stages),
+        parameters=parameters,
         step=step(recipe, arch, layout, stages, length),
+        servers=servers,
         host=host_memory(recipe, arch, layout, stages, gpus),
         host_gib=cluster.host_memory_gib or gpu.host_memory_gib * cluster.gpus_per_node / 8,
     )

@@ -119,7 +119,7 @@ def _kinds(recipe: Recipe) -> list[tuple[tuple[str, ...], list[Settings]]]:
         (("activations",), _recompute(recipe)),
         (("activations", "logprobs"), _micro_batch(recipe)),
         (("logprobs",), [{"train.logprob": "fused"}]),
-        (("kv_cache", "generation"), _generation(recipe)),
+        (("kv_cache", "generation", "server"), _generation(recipe)),
         (model, _doubled(recipe, "expert_model_parallel_size")),
         ((*model, "kv_cache"), _doubled(recipe, "pipeline_model_parallel_size")),
         ((*model, "activations", "logprobs"), _doubled(recipe, "tensor_model_parallel_size")),
@@ -150,7 +150,15 @@ def _micro_batch(recipe: Recipe) -> list[Settings]:
 
 
 def _generation(recipe: Recipe) -> list[Settings]:
-    sizes, size = [], recipe.rollout.generation_batch_size
+    r = recipe.rollout
+    if r.colocate:
+        now, key = r.gpu_memory_utilization, "rollout.gpu_memory_utilization"
+        offload: Settings = {"rollout.colocate_offload": "weights"}
+        shares = [{key: share} for share in (0.8, 0.7, 0.6, 0.5) if share < now]
+        return [offload, *shares, *(offload | share for share in shares)]
+    if r.engine == "vllm":
+        return []
+    sizes, size = [], r.generation_batch_size
     while size > 1:
         size //= 2
         sizes.append({"rollout.generation_batch_size": size})

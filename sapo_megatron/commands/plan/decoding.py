@@ -4,13 +4,10 @@ import math
 from dataclasses import dataclass
 
 from sapo_megatron.commands.plan import Plan
-from sapo_megatron.commands.plan.gpus import Constants
+from sapo_megatron.commands.plan.gpus import BYTES, Constants
 from sapo_megatron.commands.plan.layout import longest
-from sapo_megatron.commands.plan.memory import BYTES, GIB, RESERVE
-from sapo_megatron.hf.architecture import GroupedQueryAttention
+from sapo_megatron.commands.plan.servers import Servers, cached_numbers
 
-VLLM_SHARE = 0.92
-"""Part of a GPU's memory that vLLM takes where it is not told."""
 SLICES = 32
 """Points of time at which a batch that runs out is looked at."""
 
@@ -24,19 +21,6 @@ class Rollout:
     """Sequences that a server, or a rank in process, decodes together."""
     decode_step: dict[str, float]
     """Seconds of a step with so many, by what they are spent on."""
-
-
-def server_gpus(plan: Plan) -> int:
-    """GPUs of a server; of one that others start, as few as hold the weights in half of theirs.
-
-    Unless the recipe says how many.
-    """
-    r = plan.recipe.rollout
-    if r.server_tensor_parallel_size > 1 or not r.servers:
-        return r.server_tensor_parallel_size
-    weights = plan.parameters.total * BYTES[plan.recipe.model.params_dtype]
-    needed = 2 * weights / (VLLM_SHARE * plan.gpu.memory_gib * GIB)
-    return 2 ** max(math.ceil(math.log2(needed)), 0)
 
 
 def in_process(plan: Plan, c: Constants) -> Rollout:
@@ -53,20 +37,17 @@ def in_process(plan: Plan, c: Constants) -> Rollout:
     )
 
 
-def on_servers(plan: Plan, c: Constants) -> Rollout:
+def on_servers(plan: Plan, servers: Servers, c: Constants) -> Rollout:
     """A batch with which servers are full until it runs out.
 
     Each token ends a response with the same chance, such that the mean is the plan's: lengths are
     exponential, up to the limit.
     """
-    r, world, gpus = plan.recipe.rollout, plan.layout.world_size, server_gpus(plan)
-    number = (r.num_servers or 1) * -(-world // plan.recipe.cluster.gpus_per_node)
-    if r.colocate and r.num_servers is None:
-        number = max(world // gpus, 1)
-    number = len(r.servers) or number
+    r, number, gpus = plan.recipe.rollout, servers.number, servers.gpus
     limit, prompt = r.max_response_length, plan.length * r.max_prompt_length / longest(plan.recipe)
     response, asked = plan.length - prompt, plan.batches.sequences / number
-    at_once = min(asked, r.server_concurrency, _held(plan, gpus))
+    held = max(servers.room / servers.cached / plan.length, 1.0)
+    at_once = min(asked, r.server_concurrency, held)
     rate = _rate(response / limit)
     times = [(i + 0.5) / SLICES for i in range(SLICES)]
     left = [math.exp(-rate * time) for time in times]
@@ -93,30 +74,10 @@ def _rate(share: float) -> float:
     return low
 
 
-def _cached(plan: Plan, gpus: int) -> float:
-    """Bytes of a token's keys and values on each GPU; vLLM keeps latents whole on all of them."""
-    a = plan.arch.attention
-    if isinstance(a, GroupedQueryAttention):
-        numbers = 2 * a.head_dim * max(a.num_kv_heads / gpus, 1)
-    else:
-        numbers = a.kv_lora_rank + a.qk_rope_head_dim
-    layers = plan.arch.attends(range(plan.arch.num_layers))
-    return layers * numbers * BYTES[plan.recipe.model.params_dtype]
-
-
 def _states(plan: Plan, gpus: int) -> float:
     """Bytes that layers of Gated DeltaNet keep of a sequence on each GPU."""
     arch, dtype = plan.arch, BYTES[plan.recipe.model.params_dtype]
     return arch.delta_net.kept(range(arch.num_layers), dtype) / gpus if arch.delta_net else 0.0
-
-
-def _held(plan: Plan, gpus: int) -> float:
-    """Sequences of the mean length whose keys and values a server has memory for."""
-    r = plan.recipe.rollout
-    share = r.gpu_memory_utilization if r.colocate else VLLM_SHARE
-    room = share * plan.gpu.memory_gib * GIB - RESERVE
-    room -= plan.parameters.total * BYTES[plan.recipe.model.params_dtype] / gpus
-    return max(room / (_cached(plan, gpus) * plan.length + _states(plan, gpus)), 1.0)
 
 
 def _computing(plan: Plan, c: Constants, gpus: int) -> float:
@@ -132,6 +93,7 @@ def _decode_step(
     """Seconds of a step that adds a token to each of ``sequences``, by what they are spent on."""
     arch, experts = plan.arch, plan.arch.experts
     dtype, memory = BYTES[plan.recipe.model.params_dtype], plan.gpu.memory * c.bandwidth
+    cached = arch.attends(range(arch.num_layers)) * cached_numbers(arch, gpus) * dtype
     idle = (1 - experts.topk / experts.number) ** sequences if experts else 0.0
     routed = sum(stage.total_experts for stage in plan.stages)
     weights = plan.parameters.total - idle * routed - arch.vocab_size * arch.hidden_size
@@ -145,7 +107,7 @@ def _decode_step(
         "computing": max(sequences * _computing(plan, c, gpus) - reading, 0.0),
         # States are written as well.
         "reading keys and values": sequences
-        * (context * _cached(plan, gpus) + 2 * _states(plan, gpus))
+        * (context * cached + 2 * _states(plan, gpus))
         / memory,
         "launching kernels": arch.num_layers * launch,
         "all-reduces": 2 * arch.num_layers * reducing,

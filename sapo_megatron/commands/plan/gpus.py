@@ -4,6 +4,11 @@ from dataclasses import dataclass
 
 from sapo_megatron.recipe.schema import GpuName
 
+GIB = 2**30
+RESERVE = 4 * GIB
+"""CUDA context, NCCL's buffers, workspaces, fragmentation of a process. Assumed, not measured."""
+BYTES = {"bfloat16": 2, "float32": 4, "float64": 8}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Gpu:

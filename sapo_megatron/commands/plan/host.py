@@ -2,8 +2,9 @@
 
 from dataclasses import asdict, dataclass
 
+from sapo_megatron.commands.plan.gpus import BYTES, GIB
 from sapo_megatron.commands.plan.layout import Batches, Layout
-from sapo_megatron.commands.plan.memory import BYTES, GIB, Memory, route_bytes, sharded
+from sapo_megatron.commands.plan.memory import Memory, route_bytes, sharded
 from sapo_megatron.hf.architecture import Architecture
 from sapo_megatron.policy.blueprint import Stage
 from sapo_megatron.recipe.schema import Recipe
@@ -26,7 +27,8 @@ class HostMemory:
     samples: float
     """Tokens, log-probs and texts of a step and of those ahead, on every rank."""
     exchange: float
-    """Routes, where they were made and where they are read; and one rank's tokens in transit."""
+    """Routes, where they were made and where they are read; one rank's tokens in transit; for
+    servers that the trainer starts the weights, and what leaves its GPUs for them meanwhile."""
     pinned: float
     """The copy of a GPU's state that a checkpoint is written from."""
     optimizer: float
@@ -53,6 +55,7 @@ def host_memory(
     makers = min(-(-ranks // layout.tp), parts)
     kept = 1 + recipe.rollout.async_steps
     made = -(-batches.sequences // parts) * kept
+    model = sum(stage.total for stage in stages) * BYTES[recipe.model.params_dtype]
     routes = _routes(recipe, arch) * batches.length
     state = max(
         stage.parameters * BYTES[recipe.model.params_dtype] + gpu.optimizer
@@ -62,14 +65,19 @@ def host_memory(
     return HostMemory(
         samples=ranks * batches.tokens * kept * SAMPLE_BYTES,
         exchange=(makers * made + ranks * batches.sequences_per_rank) * routes
-        + ranks * made * batches.length * SENT_BYTES,
+        + ranks * (made * batches.length * SENT_BYTES + max(gpu.waits for gpu in gpus))
+        + (model if recipe.rollout.vllm_python else 0),
         pinned=ranks * state * PINNED,
         optimizer=ranks * offloaded * recipe.optimizer.optimizer_offload_fraction,
     )
 
 
 def _routes(recipe: Recipe, arch: Architecture) -> float:
-    """Bytes per token of the rollout engine's routes, in all layers; 0 where nothing reads them."""
-    if arch.experts is None or not (recipe.routing.observe or recipe.routing.router_replay == "R3"):
+    """Bytes per token of the rollout engine's routes, in all layers; 0 where nothing reads them.
+
+    Servers that the trainer starts return them for R3 alone.
+    """
+    wanted = recipe.routing.observe and not recipe.rollout.vllm_python
+    if arch.experts is None or not (wanted or recipe.routing.router_replay == "R3"):
         return 0.0
     return route_bytes(arch, recipe, len(arch.experts.layers))

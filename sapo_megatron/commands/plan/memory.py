@@ -1,18 +1,16 @@
 """Bytes on a GPU, by part: the memory model that docs/plan.md explains."""
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 
 from sapo_megatron.commands.plan import activations
+from sapo_megatron.commands.plan.gpus import BYTES, GIB, RESERVE
 from sapo_megatron.commands.plan.layout import Batches, Layout, in_flight
+from sapo_megatron.commands.plan.servers import Servers
 from sapo_megatron.hf.architecture import Architecture
 from sapo_megatron.objective.logprob import BLOCK_NUMEL, CHUNK_NUMEL
 from sapo_megatron.policy.blueprint import Stage
 from sapo_megatron.recipe.schema import Recipe
 
-GIB = 2**30
-RESERVE = 4 * GIB
-"""CUDA context, NCCL's buffers, workspaces of libraries, fragmentation. Assumed, not measured."""
-BYTES = {"bfloat16": 2, "float32": 4, "float64": 8}
 GRADIENT_BYTES = {"bfloat16": 4, "float32": 4, "float64": 8}
 """Per number of DDP's gradient buffer: fp32 also for bf16 weights (grad_reduce_in_fp32)."""
 OPTIMIZER_BYTES = {"bfloat16": 12, "float32": 8, "float64": 16}
@@ -28,6 +26,7 @@ class Memory:
     gradients: float
     optimizer: float
     reserve: float
+    """Of the trainer's process, and of a server's on the same GPU, also while that sleeps."""
     batches: float
     """The step's packed sequences and the routes that come with them."""
     activations: float
@@ -35,8 +34,13 @@ class Memory:
     logprobs: float
     """Logits and what works on them."""
     kv_cache: float
+    """Of what this rank generates itself; all the room that a server on its GPU has for it."""
     generation: float
-    """Prefill, sampling or gathered routes, whichever is largest."""
+    """Prefill, sampling or gathered routes, whichever is largest; none with servers."""
+    server: float
+    """The weights of a server on the same GPU."""
+    waits: float
+    """What leaves for host memory while that server is awake."""
     stored: float
     """The part of ``activations`` that is there while log-probs are computed."""
 
@@ -52,7 +56,8 @@ class Memory:
     @property
     def rollout(self) -> float:
         """Peak of generation, before the step's batches are made."""
-        return self.resident + self.kv_cache + self.generation
+        left = self.resident - (self.gradients if self.server else 0.0) - self.waits
+        return left + self.kv_cache + self.generation + self.server
 
     @property
     def total(self) -> float:
@@ -64,37 +69,51 @@ class Memory:
 
     def at_peak(self) -> dict[str, float]:
         """The parts that are there at the peak, in GiB."""
-        idle = {"kv_cache", "generation"}
+        idle = {"kv_cache", "generation", "server"}
         if self.peak == "rollout":
             idle = {"batches", "activations", "logprobs"}
+            idle |= {"gradients"} if self.server else set()
         return {name: size for name, size in self.parts().items() if name not in idle}
 
     def parts(self) -> dict[str, float]:
         """Parts by name, in GiB, without the total."""
-        return {f.name: asdict(self)[f.name] / GIB for f in fields(self) if f.name != "stored"}
+        names = [f.name for f in fields(self) if f.name not in ("waits", "stored")]
+        return {name: vars(self)[name] / GIB for name in names}
 
 
 def memory(
-    recipe: Recipe, arch: Architecture, layout: Layout, stages: list[Stage], number: int
+    recipe: Recipe,
+    arch: Architecture,
+    layout: Layout,
+    stages: list[Stage],
+    number: int,
+    servers: Servers | None,
 ) -> Memory:
-    """The memory of each GPU of stage ``number``."""
-    stage, batches = stages[number], Batches.of(recipe, layout)
+    """The memory of each GPU of stage ``number``; ``servers``: None where ranks generate."""
+    stage, batches, r = stages[number], Batches.of(recipe, layout), recipe.rollout
     dtype = recipe.model.params_dtype
+    here = servers if r.colocate else None
     models = 2 if recipe.algorithm.kl_coef > 0 else 1
     on_gpu = 1 - recipe.optimizer.optimizer_offload_fraction
     stored, working = _activations(recipe, arch, layout, stage, number, batches)
     last = number == layout.pp - 1
+    weights = stage.parameters * BYTES[dtype]
+    optimizer = on_gpu * sharded(stage, layout) * OPTIMIZER_BYTES[dtype]
+    leaves = ("gradients", "optimizer", "weights").index(r.colocate_offload) if here else 0
+    generated = batches.generated_at_once * _cached(arch, layout, stage, batches, BYTES[dtype])
     return Memory(
-        weights=models * stage.parameters * BYTES[dtype],
+        weights=models * weights,
         gradients=stage.parameters * GRADIENT_BYTES[dtype],
-        optimizer=on_gpu * sharded(stage, layout) * OPTIMIZER_BYTES[dtype],
+        optimizer=optimizer,
         batches=_batches(recipe, arch, layout, stage, batches),
-        reserve=RESERVE,
+        reserve=RESERVE * (2 if here else 1),
         stored=stored,
         activations=stored + working,
         logprobs=_logprobs(recipe, arch, layout) if last else 0.0,
-        kv_cache=batches.generated_at_once * _cached(arch, layout, stage, batches, BYTES[dtype]),
-        generation=_generation(recipe, arch, stage, batches, last=last),
+        kv_cache=(max(here.room, 0.0) if here else 0.0) if servers else generated,
+        generation=0.0 if servers else _generation(recipe, arch, stage, batches, last=last),
+        server=here.weights if here else 0.0,
+        waits=sum((optimizer, weights)[:leaves]),
     )
 
 

@@ -1,12 +1,16 @@
 """A plan as a table and as JSON."""
 
 import textwrap
+from dataclasses import asdict
 from typing import Any
 
 from sapo_megatron.commands.plan import Plan
+from sapo_megatron.commands.plan.advice import changed
+from sapo_megatron.commands.plan.gpus import GIB, RESERVE
 from sapo_megatron.commands.plan.layout import longest
-from sapo_megatron.commands.plan.memory import GIB, Memory
+from sapo_megatron.commands.plan.memory import Memory
 from sapo_megatron.commands.plan.seconds import seconds, slow
+from sapo_megatron.commands.plan.servers import Servers
 
 COLUMNS = {
     "weights": "weights",
@@ -18,6 +22,7 @@ COLUMNS = {
     "logprobs": "logp",
     "kv_cache": "kv",
     "generation": "gen",
+    "server": "serve",
 }
 """Parts of the memory -> heads of the table."""
 RED, PLAIN = "\033[31m", "\033[0m"
@@ -49,6 +54,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
             "total": round(plan.host.total / GIB, 2),
         },
         "host_available_gib": round(plan.host_gib, 2),
+        "servers": plan.servers and asdict(plan.servers),
         "stages": [
             {"layers": len(stage.layers), "params": stage.parameters, "memory_gib": _gib(memory)}
             for stage, memory in zip(plan.stages, plan.memory, strict=True)
@@ -82,6 +88,8 @@ def as_table(plan: Plan, *, colour: bool = False) -> str:
 
 def verdict(plan: Plan) -> str:
     """One line for a plan that does not fit: what is too large, and what would help."""
+    if plan.servers and not plan.fits_servers:
+        return _server_verdict(plan, plan.servers)
     if plan.total_gib <= plan.gpu.memory_gib:
         return _host_verdict(plan)
     worst = plan.memory[plan.worst]
@@ -105,14 +113,30 @@ def _host_verdict(plan: Plan) -> str:
     )
 
 
+def _server_verdict(plan: Plan, servers: Servers) -> str:
+    key = "rollout.server_tensor_parallel_size"
+    larger = [changed(plan.recipe, {key: servers.gpus * factor}) for factor in (2, 4, 8, 16)]
+    sizes = (plan.parameters.total, plan.layout.world_size)
+    found = (s for s in (Servers.of(r, plan.arch, *sizes) for r in larger) if s and s.holds)
+    enough = next((f"{key}={s.gpus}" for s in found), f"more of {key}")
+    return (
+        f"does not fit: a server takes {servers.utilization:g} of each of its {servers.gpus} GPUs, "
+        f"{servers.share / GIB:.1f} GiB; weights are {servers.weights / GIB:.1f} of that, all else "
+        f"{RESERVE / GIB:.1f}, and keys and values of one sequence {servers.least / GIB:.1f}; it "
+        f"would fit with {enough} (servers larger than a node: docs/plan.md)"
+    )
+
+
 def _head(plan: Plan) -> str:
     recipe, layout, parameters = plan.recipe, plan.layout, plan.parameters
     sizes = "  ".join(f"{name} {size}" for name, size in _layout(plan).items() if name != "vpp")
     rank = max(stage.parameters for stage in plan.stages)
+    beside = plan.servers.beside if plan.servers else 0
     used, without = parameters.active, parameters.active_without_embeddings
     rows = {
         "model": recipe.model.path,
-        "cluster": f"{layout.world_size} x {recipe.cluster.gpu} ({plan.gpu.memory_gib:.1f} GiB)",
+        "cluster": f"{layout.world_size} x {recipe.cluster.gpu} ({plan.gpu.memory_gib:.1f} GiB)"
+        + (f" that train, {beside} for servers" if beside else ""),
         "layout": sizes + (f"  vpp {layout.vpp}" if layout.vpp > 1 else ""),
         "parameters": f"{_billions(parameters.total)} in all, at most {_billions(rank)} on a GPU",
         "": f"a token uses {_billions(used)}, {_billions(without)} without embeddings",
@@ -121,17 +145,24 @@ def _head(plan: Plan) -> str:
 
 
 def _memory_table(plan: Plan) -> str:
-    rows = [["stage", "layers", *COLUMNS.values(), "update", "rollout"]]
+    if plan.servers is None:
+        absent, taken = {"server"}, "all but batch to logp"
+    elif plan.recipe.rollout.colocate:
+        absent, taken = {"generation"}, "rsrv, kv, serve, what stays"
+    else:
+        absent, taken = {"kv_cache", "generation", "server"}, "weights to rsrv"
+    columns = {name: head for name, head in COLUMNS.items() if name not in absent}
+    rows = [["stage", "layers", *columns.values(), "update", "rollout"]]
     for number, (stage, memory) in enumerate(zip(plan.stages, plan.memory, strict=True)):
         parts = memory.parts()
-        sizes = [*(parts[name] for name in COLUMNS), memory.update / GIB, memory.rollout / GIB]
+        sizes = [*(parts[name] for name in columns), memory.update / GIB, memory.rollout / GIB]
         rows.append([str(number), str(len(stage.layers)), *(f"{size:.1f}" for size in sizes)])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.rjust(w) for cell, w in zip(row, widths, strict=True)) for row in rows]
     share = plan.total_gib / plan.gpu.memory_gib
     in_gpu = plan.total_gib <= plan.gpu.memory_gib
     lines += [
-        "update: all but kv and gen (activ and logp take turns); rollout: all but batch to logp",
+        f"update: weights to logp (activ and logp take turns); rollout: {taken}",
         f"{'fits' if in_gpu else 'does not fit'}: {plan.total_gib:.1f} of "
         f"{plan.gpu.memory_gib:.1f} GiB ({share:.0%}), on stage {plan.worst} in the "
         f"{plan.memory[plan.worst].peak}",
@@ -141,8 +172,20 @@ def _memory_table(plan: Plan) -> str:
         f"host memory per node: {on_host}; {'fits' if plan.fits_host else 'does not fit'}: "
         f"{plan.host.total / GIB:.0f} of {plan.host_gib:.0f} GiB"
     )
+    lines += _server_lines(plan.servers) if plan.servers else []
     title = "memory per GPU, GiB (estimated, with rsrv and the experts' imbalance assumed)"
     return "\n".join([title, *(f"  {line}" for line in lines)])
+
+
+def _server_lines(servers: Servers) -> list[str]:
+    where = "of their own" if servers.beside else "the trainer's, asleep in the update"
+    fits = "fits" if servers.holds else "does not fit"
+    return [
+        f"servers: {servers.number}, each on {servers.gpus} GPUs, {where}; of a GPU "
+        f"{servers.share / GIB:.1f} GiB ({servers.utilization:g}):",
+        f"  weights {servers.weights / GIB:.1f}, all else {RESERVE / GIB:.1f}, keys and values "
+        f"{servers.room / GIB:.1f}; {fits}: the longest sequence takes {servers.least / GIB:.1f}",
+    ]
 
 
 def _step_table(plan: Plan) -> str:

@@ -5,9 +5,9 @@ from dataclasses import asdict, dataclass
 from sapo_megatron.commands.plan import Plan
 from sapo_megatron.commands.plan.activations import IMBALANCE
 from sapo_megatron.commands.plan.decoding import Rollout, in_process, on_servers
-from sapo_megatron.commands.plan.gpus import CONSTANTS, Constants
+from sapo_megatron.commands.plan.gpus import BYTES, CONSTANTS, Constants
 from sapo_megatron.commands.plan.layout import away
-from sapo_megatron.commands.plan.memory import BYTES, sharded
+from sapo_megatron.commands.plan.memory import sharded
 from sapo_megatron.commands.plan.step import (
     Passes,
     bytes_sent,
@@ -42,15 +42,15 @@ class Seconds:
 def seconds(plan: Plan, constants: Constants = CONSTANTS) -> tuple[Seconds, Rollout]:
     """The plan's step, with rollout and training overlapped where servers run ahead."""
     recipe, updates = plan.recipe, plan.recipe.train.num_mini_batches
-    here = recipe.rollout.engine == "in_process"
-    made = (in_process if here else on_servers)(plan, constants)
+    servers = plan.servers
+    made = on_servers(plan, servers, constants) if servers else in_process(plan, constants)
     logprobs = _passes(plan, constants, Passes(frozen(recipe), 0), drains=1)
     update = _passes(plan, constants, update_passes(recipe), drains=updates)
     update += updates * _optimizer(plan, constants)
-    handover = 0.0 if here else _handover(plan, constants)
+    handover = _handover(plan, constants) if servers else 0.0
     both = (made.seconds, logprobs + update)
     # In process nothing overlaps; on servers new weights wait for all that is under way.
-    ahead = recipe.rollout.async_steps > 0 and not here
+    ahead = recipe.rollout.async_steps > 0 and servers is not None
     step = handover + (max(both) if ahead else sum(both))
     parts = {"logprobs": logprobs, "update": update, "handover": handover, "step": step}
     return Seconds(rollout=made.seconds, **parts), made
@@ -136,6 +136,5 @@ def _handover(plan: Plan, c: Constants) -> float:
     world = plan.layout.world_size
     ranks = min(plan.recipe.cluster.gpus_per_node, world)
     sent = model / ranks * ((1 - ranks / world) / gpu.network + 2 / gpu.pcie)
-    leaves = ("gradients", "optimizer", "weights").index(r.colocate_offload) if r.colocate else 0
-    moved = max(sum((m.optimizer, m.weights)[:leaves]) for m in plan.memory)
+    moved = max(m.waits for m in plan.memory)
     return loading + (sent + 2 * moved / gpu.pcie) / c.bandwidth

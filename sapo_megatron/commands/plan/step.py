@@ -3,8 +3,9 @@
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from sapo_megatron.commands.plan.gpus import BYTES
 from sapo_megatron.commands.plan.layout import Batches, Layout
-from sapo_megatron.commands.plan.memory import BYTES, GRADIENT_BYTES
+from sapo_megatron.commands.plan.memory import GRADIENT_BYTES
 from sapo_megatron.hf.architecture import Architecture, GroupedQueryAttention
 from sapo_megatron.policy.blueprint import Stage
 from sapo_megatron.policy.delta_rule import CHUNK

@@ -23,7 +23,7 @@ from sapo_megatron.commands.qualify.checks import CHECKS, Check
 from sapo_megatron.errors import UserError
 from sapo_megatron.launcher import PARENT, STORE
 
-TIMEOUT_S = 600.0
+TIMEOUT_S = 900.0
 """Seconds for all measurements of one kind of process."""
 WIDTH = 100
 NOT_RUN = "not run: "

@@ -172,6 +172,17 @@ def _waits(got: Result, reference: Result) -> Verdict:
     return f"{got['waits']} of {got['at most']}", got["waits"] <= got["at most"]
 
 
+def _attention(got: Result, reference: Result) -> Verdict:
+    """An attention that is not fused makes a matrix of all pairs in an update."""
+    text = ", ".join(f"{name} {kind}" for name, kind in got.items())
+    return text, not any("update" in name and kind == "unfused" for name, kind in got.items())
+
+
+def _servers(got: Result, reference: Result) -> Verdict:
+    """Shares of: a probe 0.05 nats from training, and a tenth of the memory kept in sleep."""
+    return _below(1.0, {k: v / (0.05 if "probe" in k else 0.1) for k, v in got.items()})
+
+
 def _within(limit: float) -> Judge:
     """Every number that was found is at most ``limit``."""
     return lambda got, reference: _below(limit, got)
@@ -230,6 +241,9 @@ CHECKS: tuple[Check, ...] = (
         "B10 resume, Adam on the host", "te", "measure.resume_offloaded", _resumed, "same weights"
     ),
     Check("B11 Adam on the host", "te", "measure.offloaded", _within(1.0), "<= 1 ulp of bf16"),
+    Check("B12 attention", "te", "gpu.attention", _attention, "updates flash or fused"),
+    Check("B13 decoding twice", "te", "gpu.decoding_twice", _told, "1.2 times the second pass"),
+    Check("B14 vLLM that sleeps", "te", "gpu.servers", _servers, "0.05 nats; <= 10 % kept"),
     _two_ranks("C1 layouts, torch", "torch pair", "float32", "<= 1e-4 from one rank"),
     _two_ranks("C2 layouts, Transformer Engine", "te pair", "bfloat16", "as B2, from one rank"),
 )

@@ -1,24 +1,33 @@
-"""What only a GPU can be asked: memory, waits of the host, speeds."""
+"""What only a GPU can be asked: memory, waits of the host, kernels that are chosen, speeds."""
 
 import dataclasses
 import gc
 import os
+import shutil
+import sys
 import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sapo_megatron.commands.plan.memory import BYTES, GRADIENT_BYTES, OPTIMIZER_BYTES
+from sapo_megatron.commands.plan.gpus import BYTES
+from sapo_megatron.commands.plan.memory import GRADIENT_BYTES, OPTIMIZER_BYTES
 from sapo_megatron.commands.qualify.models import make_model
 from sapo_megatron.commands.qualify.policies import Result, Setting, Tiny, policy_of, recipe_for
+from sapo_megatron.hf.architecture import read_architecture
 from sapo_megatron.objective.logprob import vocab_parallel_logprobs
 from sapo_megatron.policy.decode import MegatronDecoder
+from sapo_megatron.recipe.schema import RolloutConfig
+from sapo_megatron.rollout.vllm.engine import VllmEngine
+from sapo_megatron.rollout.vllm.fleet import Probe
+from sapo_megatron.rollout.vllm.servers import LocalServers
 from sapo_megatron.sample import Sample
 
 DENSE = {
@@ -46,6 +55,17 @@ LARGE = {
     "max_position_embeddings": 4096,
 }
 """Two layers of Qwen3-30B-A3B, and a quarter of its vocabulary."""
+LATENT = {
+    **{"hidden_size": 512, "num_attention_heads": 4, "vocab_size": 32768},
+    **{"kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128},
+    "max_position_embeddings": 4096,
+}
+"""Latent attention with DeepSeek-V3's heads."""
+SERVED = {
+    **{"hidden_size": 256, "moe_intermediate_size": 128, "num_attention_heads": 4},
+    **{"num_key_value_heads": 2, "head_dim": 64, "max_position_embeddings": 128},
+}
+"""A small model whose heads vLLM takes."""
 PEAK_FLOPS = 989e12
 """bf16, of an H100 SXM."""
 
@@ -112,6 +132,83 @@ def speeds(setting: Setting) -> Result:
             size = sum(file.stat().st_size for file in out.glob("*.safetensors"))
             found["export GB/s"] = size / written / 1e9
             found["load GB/s"] = size / _seconds(weights.load) / 1e9
+    return found
+
+
+def attention(setting: Setting) -> Result:
+    """Which of Transformer Engine's attentions runs, by kind of model and what is fed."""
+    from transformer_engine.pytorch.attention.dot_product_attention import _attention_backends
+
+    def ran() -> str:
+        kinds = ("flash", "fused", "unfused")
+        return next(kind for kind in kinds if _attention_backends[f"use_{kind}_attention"])
+
+    found: Result = {}
+    for family, sizes in (("qwen3", DENSE), ("moonlight", LATENT)):
+        with _sized(setting, family, sizes) as tiny:
+            tiny.step([_long(0, 1024), _long(1, 512)])
+            found[f"{family} update"] = ran()
+            decoder = MegatronDecoder(tiny.policy.model)
+            with torch.no_grad(), decoder.generating():
+                decoder.start(8, 17)
+                for what, length in (("prompt", 16), ("token", 1)):
+                    decoder.logits(torch.ones(8, length, dtype=torch.long, device=decoder.device))
+                    found[f"{family} {what}"] = ran()
+    return found
+
+
+def decoding_twice(setting: Setting) -> Result:
+    """How long a pass of 256 tokens takes the first time, in times of the second.
+
+    An attention that plans for every length it meets does so in the first.
+    """
+    steps = 256 if setting.full else 4
+    with _sized(setting, "qwen3", DENSE) as tiny:
+        decoder = MegatronDecoder(tiny.policy.model)
+
+        def decode(batch: int) -> float:
+            token = torch.ones(batch, 1, dtype=torch.long, device=decoder.device)
+            decoder.start(batch, steps)
+            return _seconds(lambda: [decoder.logits(token) for _ in range(steps)])
+
+        with torch.no_grad(), decoder.generating():
+            decode(1)  # what all sizes need once
+            first, second = decode(64), decode(64)
+    return {"first pass": first / second, "ms a token": 1e3 * second / steps}
+
+
+def servers(setting: Setting) -> Result:
+    """A vLLM server on this GPU that sleeps between two loads, with an update in between.
+
+    After each load the probe's difference, nats per token; after each sleep, what the server keeps
+    of the memory that it had taken. Raises ModuleNotFoundError where there is no vLLM.
+    """
+    python = sys.executable if find_spec("vllm") else "venvs/vllm/bin/python"
+    if shutil.which(python) is None:
+        raise ModuleNotFoundError(f"no vLLM, and no {python}", name="vllm")
+    rollout = RolloutConfig(
+        engine="vllm", vllm_python=python, num_servers=1, colocate=True,
+        max_prompt_length=64, max_response_length=64, server_timeout_s=240.0,
+    )  # fmt: skip
+    found: Result = {}
+    with _sized(setting, "qwen3-moe", SERVED) as tiny:
+        free, model = torch.cuda.mem_get_info()[0], Path(tiny.recipe.model.path)
+        recipe, out = dataclasses.replace(tiny.recipe, rollout=rollout), model.parent / "out"
+        samples = tiny.samples(given=False)
+        with ExitStack() as stack:
+            local = stack.enter_context(LocalServers(recipe, model, model.parent / "servers", out))
+            engine = VllmEngine(local.urls, rollout, read_architecture(model), exited=local.exited)
+            stack.callback(engine.close)
+            engine.check()
+            taken = free - torch.cuda.mem_get_info()[0]
+            for version, number in enumerate(("first", "second")):
+                tiny.policy.model.weights.save(out)
+                logprobs = tuple(tiny.logprobs(samples).tolist())
+                probe = Probe(samples=samples, logprobs=logprobs, tolerance=0.05)
+                found[f"{number} probe"] = max(engine.load(out, probe, version).values())
+                engine.sleep()
+                found[f"{number} sleep"] = (free - torch.cuda.mem_get_info()[0]) / taken
+                tiny.step(samples)
     return found
 
 

@@ -2,7 +2,6 @@
 
 import base64
 import logging
-from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
@@ -20,17 +19,6 @@ from sapo_megatron.runs.trackers import duration
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Picture:
-    """A drawn figure as the template wants it: images as base64 PNG, by theme; the light one is a
-    file of its own, too."""
-
-    name: str
-    title: str
-    caption: str
-    images: dict[str, str]
-
-
 def write_report(run_dir: str | Path) -> Path:
     """Write ``report/*.png`` and ``report/index.html`` into a run folder; the page's path.
 
@@ -40,11 +28,14 @@ def write_report(run_dir: str | Path) -> Path:
     """
     run_dir = Path(run_dir)
     run = read_run(run_dir)
-    pictures: dict[str, list[Picture]] = {}
+    pictures: dict[str, list[tuple[Figure, dict[str, bytes]]]] = {}
     missing: list[str] = []
     for section, figures in SECTIONS.items():
         held = [figure for figure in figures if figure.available(run)]
-        pictures[section] = [_draw(figure, run) for figure in held]
+        pictures[section] = [
+            (figure, {name: render(figure, run, theme) for name, theme in THEMES.items()})
+            for figure in held
+        ]
         missing += [figure.title for figure in figures if figure not in held]
     page = _template().render(
         name=run.recipe.name,
@@ -56,19 +47,11 @@ def write_report(run_dir: str | Path) -> Path:
     )
     # Nothing is written before all is drawn, which takes seconds in which a process may be killed.
     with whole_folder(run_dir / "report") as folder:
-        for picture in chain.from_iterable(pictures.values()):
-            png = base64.b64decode(picture.images["light"])
-            (folder / f"{picture.name}.png").write_bytes(png)
+        for figure, images in chain.from_iterable(pictures.values()):
+            (folder / f"{figure.name}.png").write_bytes(images["light"])
         (folder / "index.html").write_text(page, encoding="ascii", errors="xmlcharrefreplace")
     logger.info("report: %s", run_dir / "report" / "index.html")
     return run_dir / "report" / "index.html"
-
-
-def _draw(figure: Figure, run: Run) -> Picture:
-    """Draw in every theme for the page."""
-    images = {theme: render(figure, run, THEMES[theme]) for theme in THEMES}
-    encoded = {theme: base64.b64encode(png).decode("ascii") for theme, png in images.items()}
-    return Picture(figure.name, figure.title, figure.caption, encoded)
 
 
 def _template() -> jinja2.Template:
@@ -79,6 +62,7 @@ def _template() -> jinja2.Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters["base64"] = lambda png: base64.b64encode(png).decode("ascii")
     return environment.get_template("template.html")
 
 

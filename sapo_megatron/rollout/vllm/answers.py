@@ -33,6 +33,12 @@ class Unusable(Exception):
     """A response that may be drawn again: its log-probs are missing, or no numbers."""
 
 
+class Version(BaseModel):
+    """``/version``: the release of vLLM."""
+
+    version: str
+
+
 class Description(BaseModel):
     """What a server serves: ``Worker.sapo_describe``."""
 
@@ -194,26 +200,48 @@ def to_sample(
     params: SamplingParams,
     arch: Architecture,
     *,
-    with_routes: bool,
+    begun: Sample | None = None,
+    version: int = 0,
+    with_routes: bool = False,
 ) -> Sample:
-    """The response to ``request``.
+    """The response to ``request``, or its beginning where the answer is ``aborted``.
 
-    Raises Unusable for log-probs that are none, RunFailed for what else is wrong, or UserError
-    where routes are missing.
+    ``begun``: what came before, which the answer goes on from; ``version``: of the weights behind
+    the answer. Raises Unusable for log-probs that are none, RunFailed for what else is wrong, or
+    UserError where routes are missing.
     """
     (choice,) = answer.choices
-    tokens = choice.token_ids
+    new = choice.token_ids
     logprobs = choice.logprobs.token_logprobs if choice.logprobs else []
-    if not tokens:
+    if not new and not answer.aborted:
         raise _wrong(url, "token_ids: expected at least one token, got none")
-    if len(logprobs) != len(tokens):
+    if len(logprobs) != len(new):
         raise Unusable(
-            f"token_logprobs: expected one of each of {len(tokens)} tokens, got {len(logprobs)}"
+            f"token_logprobs: expected one of each of {len(new)} tokens, got {len(logprobs)}"
         )
     usable = [x for x in logprobs if x is not None and MINUS_INFINITY < x <= 0]
-    if len(usable) < len(tokens):
+    if len(usable) < len(new):
         wrong = next(x for x in logprobs if x not in usable)
         raise Unusable(f"token_logprobs: expected numbers of at most 0, got {wrong}")
+    tokens = [*(begun.response_tokens if begun else ()), *new]
+    truncated = not answer.aborted and _check_tokens(tokens, url, params, arch)
+    routes = None
+    if with_routes and not answer.aborted:
+        fed = len(request.prompt_tokens) + len(tokens) - 1
+        routes = read_routes(choice.routed_experts, url, fed, arch)
+    return Sample(
+        uid=request.uid,
+        prompt_tokens=request.prompt_tokens,
+        response_tokens=tokens,
+        rollout_logprobs=[*(begun.rollout_logprobs if begun else ()), *usable],
+        versions=[*(begun.versions if begun else ()), *[version] * len(new)],
+        truncated=truncated,
+        routes=routes,
+    )
+
+
+def _check_tokens(tokens: list[int], url: str, params: SamplingParams, arch: Architecture) -> bool:
+    """Whether a response is truncated. Raises RunFailed for one that ``params`` do not allow."""
     for token in tokens:
         if not 0 <= token < arch.vocab_size:
             raise _wrong(
@@ -226,18 +254,7 @@ def to_sample(
     if len(tokens) > params.max_new_tokens or (truncated and len(tokens) < params.max_new_tokens):
         expected = f"expected one of {stops} or {params.max_new_tokens} tokens"
         raise _wrong(url, f"token_ids: {expected}, got {len(tokens)} that end with {tokens[-1]}")
-    routes = None
-    if with_routes:
-        fed = len(request.prompt_tokens) + len(tokens) - 1
-        routes = read_routes(choice.routed_experts, url, fed, arch)
-    return Sample(
-        uid=request.uid,
-        prompt_tokens=request.prompt_tokens,
-        response_tokens=tokens,
-        rollout_logprobs=usable,
-        truncated=truncated,
-        routes=routes,
-    )
+    return truncated
 
 
 def read_routes(text: str | None, url: str, fed: int, arch: Architecture) -> SampleRoutes:

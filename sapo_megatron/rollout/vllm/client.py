@@ -18,6 +18,7 @@ from sapo_megatron.rollout.vllm.answers import (
     Loads,
     Reset,
     Scores,
+    Version,
     read,
     to_logprobs,
     to_sample,
@@ -25,6 +26,9 @@ from sapo_megatron.rollout.vllm.answers import (
 from sapo_megatron.sample import Sample
 
 EXTENSION = "sapo_megatron.rollout.vllm.worker.Worker"
+RELEASE = "0.32"
+"""Of vLLM, in whose workers the extension changes weights and log-probs: in those of another it
+might change nothing, without a word."""
 
 _NEUTRAL = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
 """Said in every request, so that no server adds its own."""
@@ -46,7 +50,17 @@ class Server:
         self._http = http
 
     async def describe(self) -> Description:
-        """What the server serves."""
+        """What the server serves. Raises UserError for anything but vLLM's ``RELEASE``."""
+        try:
+            found = read(Version, await self._call("GET", "/version"), self.url).version
+        except RunFailed as error:
+            found = f"none ({one_line(str(error), 90)})"
+        if not found.startswith(f"{RELEASE}."):
+            raise UserError(
+                f"{self.url}: expected a server of vLLM {RELEASE}, the release in "
+                f"requirements-gpu.txt and requirements-vllm.txt, got {found}; name another URL, "
+                f"or serve with that release"
+            )
         content = await self._rpc("sapo_describe")
         return read(Descriptions, content, self.url).results[0]
 
@@ -119,12 +133,18 @@ class Server:
         seed: int,
         arch: Architecture,
         *,
+        begun: Sample | None,
+        version: int,
         with_routes: bool,
-    ) -> Sample:
-        """A response to ``request``."""
+    ) -> tuple[Sample, bool]:
+        """A response to ``request``, and whether it is whole: :meth:`abort` leaves its beginning.
+
+        ``begun``: the beginning to go on from; ``version``: of the server's weights.
+        """
+        drawn = begun.response_tokens if begun else []
         body = {
-            "prompt": list(request.prompt_tokens),
-            "max_tokens": params.max_new_tokens,
+            "prompt": [*request.prompt_tokens, *drawn],
+            "max_tokens": params.max_new_tokens - len(drawn),
             "temperature": params.temperature,
             "top_p": params.top_p,
             "seed": seed,
@@ -136,9 +156,32 @@ class Server:
             **_NEUTRAL,
         }
         answer = read(Completion, await self._call("POST", "/v1/completions", body), self.url)
-        if answer.aborted:
-            raise Away("it gave up on a request, as a server does that is being stopped")
-        return to_sample(answer, self.url, request, params, arch, with_routes=with_routes)
+        sample = to_sample(
+            answer,
+            self.url,
+            request,
+            params,
+            arch,
+            begun=begun,
+            version=version,
+            with_routes=with_routes,
+        )
+        return sample, not answer.aborted
+
+    async def abort(self) -> None:
+        """Have the responses that the server is in the middle of end where they are."""
+        await self._call("POST", "/abort_requests", {})
+
+    async def check_abort(self) -> None:
+        """Raises UserError for a server that does not know how to :meth:`abort`."""
+        try:
+            await self._call("POST", "/abort_requests", {"request_ids": ["none"]})
+        except _Refused as error:
+            raise UserError(
+                f"{self.url}: /abort_requests: expected a server whose responses can be "
+                f"interrupted, as rollout.on_new_weights continue needs, got HTTP {error.status}; "
+                f"start vLLM 0.32 with VLLM_SERVER_DEV_MODE=1, or set on_new_weights wait"
+            ) from None
 
     async def _rpc(self, method: str, *args: str) -> bytes:
         """Call a method of our extension on the server's workers.

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -20,10 +21,11 @@ from sapo_megatron.hf.architecture import parse_architecture
 from sapo_megatron.recipe.load import load
 from sapo_megatron.recipe.schema import RolloutConfig
 from sapo_megatron.rollout.engine import Request, SamplingParams
-from sapo_megatron.rollout.vllm import engine as engine_module
+from sapo_megatron.rollout.vllm import fleet as fleet_module
 from sapo_megatron.rollout.vllm import servers as servers_module
 from sapo_megatron.rollout.vllm.answers import read_routes
-from sapo_megatron.rollout.vllm.engine import Probe, VllmEngine
+from sapo_megatron.rollout.vllm.engine import VllmEngine
+from sapo_megatron.rollout.vllm.fleet import Probe
 from sapo_megatron.rollout.vllm.servers import LocalServers
 from sapo_megatron.sample import Sample
 from tests.support import fakevllm
@@ -57,7 +59,17 @@ def server(servers):
     return servers[0]
 
 
-def engine(*urls, timeout_s=60.0, min_servers=1, **changes):
+OPEN = []
+
+
+@pytest.fixture(autouse=True)
+def closed():
+    yield
+    while OPEN:
+        OPEN.pop().close()
+
+
+def engine(*urls, timeout_s=60.0, min_servers=1, on_new_weights="wait", **changes):
     config = RolloutConfig(
         engine="vllm",
         servers=urls,
@@ -66,13 +78,15 @@ def engine(*urls, timeout_s=60.0, min_servers=1, **changes):
         server_timeout_s=timeout_s,
         server_concurrency=4,
         min_servers=min_servers,
+        on_new_weights=on_new_weights,
     )
-    return VllmEngine(urls, config, MODEL, **changes)
+    OPEN.append(VllmEngine(urls, config, MODEL, **changes))
+    return OPEN[-1]
 
 
 def loaded(*servers, **changes):
     found = engine(*(s.url for s in servers), **changes)
-    found.load(TESTS, PROBE)
+    found.load(TESTS, PROBE, 0)
     return found
 
 
@@ -156,7 +170,7 @@ def test_a_server_that_answers_nothing_leaves_its_work_to_the_other(servers):
 
 
 def test_a_slow_server_is_waited_for(server, caplog, monkeypatch):
-    monkeypatch.setattr(engine_module, "PROGRESS_S", 0.1)
+    monkeypatch.setattr(fleet_module, "PROGRESS_S", 0.1)
     server.fault = fakevllm.after(0.3)
     with caplog.at_level("INFO"):
         assert len(sampled(loaded(server), REQUESTS[:8], PARAMS)) == 8
@@ -226,9 +240,10 @@ def test_a_response_without_logprobs_is_drawn_again_and_many_end_the_run(server,
         (200, answer) if "seed" in body and next(spoilt, False) else own()
     )
     client = loaded(server)
-    uids = []
-    assert client.sample(REQUESTS, PARAMS, lambda sample: uids.append(sample.uid)) == 1
-    assert sorted(uids) == [r.uid for r in REQUESTS]
+    found = []
+    done = client.begin(REQUESTS, PARAMS, found.append).result(timeout=200)
+    assert done.values()["rollout/redrawn"] == 1
+    assert sorted(s.uid for s in found) == [r.uid for r in REQUESTS]
     sent = server.prompts()
     assert len(sent) == len(REQUESTS) + 1
     server.fault = completions(lambda: (200, answer))
@@ -273,6 +288,15 @@ def test_fewer_servers_than_the_least_end_the_run(servers):
     message = rf"min_servers: .* at least 2 .* got 1 of 2 \({servers[1].url}: it has ended\)"
     with pytest.raises(RunFailed, match=message):
         sampled(client, REQUESTS, PARAMS)
+
+
+def test_new_weights_wait_for_the_least_number_of_servers(servers):
+    first, away = servers
+    client = engine(*(s.url for s in servers), timeout_s=1.0, min_servers=2)
+    away.die()
+    with pytest.raises(RunFailed, match=rf"at least 2 .* got 1 of 2 \({away.url}: away for 1 s"):
+        client.load(TESTS, PROBE, 0)
+    assert len(first.folders) == 1
 
 
 def test_a_request_that_is_refused_is_not_sent_again(server):
@@ -321,8 +345,28 @@ def test_servers_that_do_not_fit(server, changes, message):
     ],
 )
 def test_servers_that_were_started_without_what_is_needed(server, answer, message):
-    server.fault = lambda path, body, own: answer
+    server.fault = lambda path, body, own: answer if path == "/collective_rpc" else own()
     with pytest.raises(UserError, match=message):
+        engine(server.url).check()
+
+
+@pytest.mark.parametrize("release", ["0.31.4", "0.33.0", "1.0.32", "dev"])
+def test_another_release_of_vllm(server, release):
+    server.release = release
+    with pytest.raises(UserError, match=rf"^{server.url}: .* vLLM 0\.32, .* got {release}; "):
+        engine(server.url).check()
+
+
+@pytest.mark.parametrize("release", ["0.32.1", "0.32.1.dev3+g0123abc"])
+def test_later_builds_of_the_same_release(server, release):
+    server.release = release
+    engine(server.url).check()
+
+
+@pytest.mark.parametrize("answer", [(404, b"<h1>Not Found</h1>"), (200, b"<html>"), (200, {})])
+def test_a_port_that_another_program_has(server, answer):
+    server.fault = lambda path, body, own: answer
+    with pytest.raises(UserError, match=f"^{server.url}: expected a server of vLLM .* got none "):
         engine(server.url).check()
 
 
@@ -337,7 +381,7 @@ def test_check_waits_for_a_server_that_is_still_starting(server):
 def test_load_returns_the_difference_of_the_probe(servers):
     client = engine(*(s.url for s in servers))
     probe = dataclasses.replace(PROBE, logprobs=tuple(x + 1e-4 for x in PROBE.logprobs))
-    differences = client.load(TESTS, probe)
+    differences = client.load(TESTS, probe, 0)
     assert differences == {s.url: pytest.approx(1e-4) for s in servers}
     assert [path for path, _ in servers[0].calls if "reset" in path] == ["/reset_prefix_cache"]
     asked = [body["prompt"] for _, body in servers[0].calls if "prompt_logprobs" in body]
@@ -356,20 +400,20 @@ def test_load_stops_where_a_server_does_not_compute_the_same(servers):
     bad.fault = fault
     message = f"{bad.url}: .* 0.001 nats per token .* of 1.46; .* look at its log, --dtype and"
     with pytest.raises(RunFailed, match=message):
-        client.load(TESTS, PROBE)
+        client.load(TESTS, PROBE, 0)
 
 
 def test_load_stops_where_the_training_engine_computes_no_numbers(server):
     nothing = dataclasses.replace(PROBE, logprobs=(float("nan"),) * 4)
     with pytest.raises(RunFailed, match=f"{server.url}: .* got a difference of nan"):
-        engine(server.url).load(TESTS, nothing)
+        engine(server.url).load(TESTS, nothing, 0)
 
 
 def test_a_server_that_was_away_gets_the_weights_before_it_gets_work(servers, caplog):
     first, away = servers
     client = loaded(*servers)
     away.die()
-    assert list(client.load(TESTS.parent, PROBE)) == [first.url]
+    assert list(client.load(TESTS.parent, PROBE, 1)) == [first.url]
     assert f"{away.url} is left out" in caplog.text
     with FakeVllm(away.port) as back:
         first.fault = fakevllm.behind(back)
@@ -389,8 +433,111 @@ def test_a_server_that_was_restarted_gets_the_weights_again(server):
     assert len(server.folders) == 2
 
 
+def under_way(server, requests, params=PARAMS, **changes):
+    """An engine that is in the middle of the first four responses; (it, fault, samples, future)."""
+    server.fault = held = fakevllm.Held()
+    client, found = engine(server.url, **changes), []
+    client.check()
+    client.load(TESTS, PROBE, 0)
+    done = client.begin(requests, params, found.append)
+    for _ in range(4):
+        assert held.begun.acquire(timeout=60)
+    return client, held, found, done
+
+
+def test_new_weights_wait_for_what_is_under_way(server):
+    """Not for what waits itself."""
+    client, held, found, done = under_way(server, REQUESTS[:6])
+    with ThreadPoolExecutor(1) as other:
+        loading = other.submit(client.load, TESTS.parent, PROBE, 1)
+        with pytest.raises(TimeoutError):
+            loading.result(timeout=0.3)
+        assert server.folders == [str(TESTS)]
+        held.let_go()
+        loading.result(timeout=60)
+    done.result(timeout=60)
+    assert sorted({*s.versions} for s in found) == [{0}] * 4 + [{1}] * 2
+    assert server.folders == [str(TESTS), str(TESTS.parent)]
+
+
+def test_what_is_under_way_goes_on_with_new_weights(server):
+    client, _held, found, done = under_way(server, REQUESTS[:6], on_new_weights="continue")
+    client.load(TESTS.parent, PROBE, 1)
+    assert done.result(timeout=60).values()["rollout/redrawn"] == 0
+    samples = sorted(found, key=lambda s: s.uid)
+    assert [s.uid for s in samples] == [r.uid for r in REQUESTS[:6]]
+    for s in samples[:4]:
+        assert s.response_tokens[:2] == [7, 8]
+        assert s.versions == [0, 0] + [1] * (len(s.response_tokens) - 2)
+    for s in samples:
+        assert s.rollout_logprobs == [logprob(t) for t in s.response_tokens]
+        assert len(s.response_tokens) <= PARAMS.max_new_tokens
+    assert all(set(s.versions) == {1} for s in samples[4:])
+    went_on = [body for _, body in server.calls if body.get("prompt", ())[-2:] == [7, 8]]
+    assert sorted(body["prompt"][:-2] for body in went_on) == [
+        list(r.prompt_tokens) for r in REQUESTS[:4]
+    ]
+    assert {body["max_tokens"] for body in went_on} == {4}
+    seeds = [body["seed"] for _, body in server.calls if "seed" in body]
+    assert len(set(seeds)) == len(seeds) == 10
+    order = [(path, body.get("method")) for path, body in server.calls if "seed" not in body]
+    last = len(order) - 1 - order[::-1].index(("/collective_rpc", "sapo_load"))
+    assert order.index(("/abort_requests", None)) < last
+
+
+def test_a_response_that_is_interrupted_before_its_first_token_begins_again(server):
+    client, held, found, done = under_way(server, REQUESTS[:4], on_new_weights="continue")
+    held.partial = completion([], finish_reason="abort", logprobs=None)
+    client.load(TESTS.parent, PROBE, 1)
+    done.result(timeout=60)
+    assert {v for s in found for v in s.versions} == {1}
+
+
+def test_a_server_that_dies_while_it_is_interrupted(servers, caplog):
+    """What it had begun under older weights goes on where it was; the rest begins again."""
+    dying, other = servers
+    dying.fault, other.fault = fakevllm.Held(), fakevllm.Held()
+    client, found = engine(dying.url, other.url, on_new_weights="continue"), []
+    client.load(TESTS, PROBE, 0)
+    done = client.begin(REQUESTS[:8], PARAMS, found.append)
+    for fault in (dying.fault, other.fault):
+        for _ in range(4):
+            assert fault.begun.acquire(timeout=60)
+    dying.die()
+    dying.fault.let_go()
+    assert list(client.load(TESTS.parent, PROBE, 1)) == [other.url]
+    done.result(timeout=60)
+    assert sorted(s.uid for s in found) == [r.uid for r in REQUESTS[:8]]
+    assert sorted(len({*s.versions}) for s in found)[-1] == 2
+    assert f"{dying.url} is left out" in caplog.text
+
+
+def test_a_server_that_cannot_be_interrupted(server):
+    server.fault = lambda path, body, own: (
+        (404, {"detail": "Not Found"}) if path == "/abort_requests" else own()
+    )
+    engine(server.url).check()
+    message = f"^{server.url}: /abort_requests: .* got HTTP 404; .* or set on_new_weights wait$"
+    with pytest.raises(UserError, match=message):
+        engine(server.url, on_new_weights="continue").check()
+
+
+def test_an_evaluation_comes_before_what_waits(server):
+    client, held, found, done = under_way(server, REQUESTS)
+    evaluated = []
+    requests = [Request(uid=uid, prompt_tokens=(3, uid)) for uid in range(4)]
+    first = client.begin(requests, PARAMS, evaluated.append, first=True)
+    held.let_go()
+    first.result(timeout=60)
+    done.result(timeout=60)
+    assert len(evaluated) == 4
+    assert sorted(s.uid for s in found) == [r.uid for r in REQUESTS]
+    prompts = server.prompts()
+    assert max(prompts.index(r.prompt_tokens) for r in requests) < 12
+
+
 def test_a_prefix_cache_in_use_ends_the_run(server, monkeypatch):
-    monkeypatch.setattr(engine_module, "RESET_S", 0.3)
+    monkeypatch.setattr(fleet_module, "RESET_S", 0.3)
     server.fault = lambda path, body, own: (
         (200, {"success": False}) if path == "/reset_prefix_cache" else own()
     )
@@ -439,7 +586,7 @@ def test_routes_are_taken_where_all_servers_return_them(servers, caplog):
         found = engine(*(server.url for server in servers))
         found.check()
         found.take_routes(everywhere=found.returns_routes)
-        found.load(TESTS, PROBE)
+        found.load(TESTS, PROBE, 0)
         samples = sampled(found, REQUESTS[:1], PARAMS)
         assert [s.routes is not None for s in samples] == [others_do]
         told = [line for line in caplog.messages if "rollout_train/variance" in line]
