@@ -14,7 +14,7 @@ from sapo_megatron.__main__ import main
 from sapo_megatron.commands.plan import Plan, plan
 from sapo_megatron.commands.plan.activations import chunk, layer
 from sapo_megatron.commands.plan.layout import Batches, Layout, in_flight
-from sapo_megatron.commands.plan.memory import GIB
+from sapo_megatron.commands.plan.memory import GIB, _cached
 from sapo_megatron.commands.plan.render import as_json, as_table
 from sapo_megatron.commands.plan.seconds import seconds, slow
 from sapo_megatron.commands.plan.step import Parameters, forward_flops
@@ -144,7 +144,8 @@ def test_states_stand_in_the_place_of_keys_and_values():
     (stage,) = made.stages
     assert stage.cached_per_token == 10 * 2 * 2 * 256
     sequence = 10240 * stage.cached_per_token * 2 + 30 * (32 * 128 * 128 * 4 + 3 * 8192 * 2)
-    assert made.memory[0].kv_cache == 64 * sequence
+    batches = Batches.of(made.recipe, made.layout)
+    assert _cached(made.arch, made.layout, stage, batches, 2) == sequence
     linear, full = (layer(made.arch, number, made.recipe.parallel) for number in (0, 3))
     assert linear.states == 2 * 32 * 128 * 128 / 64
     assert not full.states
