@@ -106,12 +106,10 @@ def check_architecture(recipe: Recipe, arch: Architecture) -> None:
                     f"{key}: expected a divisor or a multiple of the model's num_key_value_heads "
                     f"{kv_heads}, got {size}; change it"
                 )
-    cp = p.context_parallel_size
-    if arch.delta_net and (keys := arch.delta_net.num_key_heads) % (tp * cp):
-        raise UserError(
-            f"parallel.context_parallel_size: expected it times tensor_model_parallel_size to "
-            f"divide the model's linear_num_key_heads {keys}, got {cp} times {tp}; change one"
-        )
+    ranks = tp * p.context_parallel_size
+    if arch.delta_net and (keys := arch.delta_net.num_key_heads) % ranks:
+        key = "parallel.context_parallel_size x tensor_model_parallel_size"
+        raise _indivisible(key, ranks, f"linear_num_key_heads {keys}")
     longest = recipe.rollout.max_prompt_length + recipe.rollout.max_response_length
     if longest > arch.max_position_embeddings:
         raise UserError(

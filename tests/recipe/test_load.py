@@ -581,7 +581,7 @@ def test_the_number_of_processes(write, layout, world_size, parts):
         (
             {"tensor_model_parallel_size": "4", "context_parallel_size": "8"},
             HYBRID,
-            ["context_parallel_size", "linear_num_key_heads 16", "got 8 times 4"],
+            ["context_parallel_size", "linear_num_key_heads 16", "got 32"],
         ),
         ({"pipeline_model_parallel_size": "5"}, {}, ["48 layers", "48 over 5"]),
         ({"pipeline_model_parallel_size": "5"}, HYBRID, ["48 layers", "48 over 5"]),
