@@ -809,6 +809,10 @@ def wait_until(holds):
         ),
         ({"colocate": True}, "rollout.colocate: expected false with .* in_process"),
         (
+            {"async_steps": 1, "on_new_weights": "continue"},
+            "rollout.on_new_weights: expected wait with .* in_process",
+        ),
+        (
             {"engine": "vllm", "servers": ["http://a"], "colocate": True, "async_steps": 1},
             "rollout.async_steps: expected 0 with rollout.colocate",
         ),
