@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from sapo_megatron.commands.plan import Plan
 from sapo_megatron.commands.plan.gpus import BYTES, Constants
 from sapo_megatron.commands.plan.layout import longest
-from sapo_megatron.commands.plan.servers import Servers, cached_numbers
+from sapo_megatron.commands.plan.servers import Servers, cached_numbers, kept_states
 
 SLICES = 32
 """Points of time at which a batch that runs out is looked at."""
@@ -46,7 +46,7 @@ def on_servers(plan: Plan, servers: Servers, c: Constants) -> Rollout:
     r, number, gpus = plan.recipe.rollout, servers.number, servers.gpus
     limit, prompt = r.max_response_length, plan.length * r.max_prompt_length / longest(plan.recipe)
     response, asked = plan.length - prompt, plan.batches.sequences / number
-    held = max(servers.room / servers.cached / plan.length, 1.0)
+    held = max(servers.room / (servers.cached * plan.length + servers.states), 1.0)
     at_once = min(asked, r.server_concurrency, held)
     rate = _rate(response / limit)
     times = [(i + 0.5) / SLICES for i in range(SLICES)]
@@ -72,12 +72,6 @@ def _rate(share: float) -> float:
         rate = math.sqrt(low * high)
         low, high = (rate, high) if -math.expm1(-rate) / rate > share else (low, rate)
     return low
-
-
-def _states(plan: Plan, gpus: int) -> float:
-    """Bytes that layers of Gated DeltaNet keep of a sequence on each GPU."""
-    arch, dtype = plan.arch, BYTES[plan.recipe.model.params_dtype]
-    return arch.delta_net.kept(range(arch.num_layers), dtype) / gpus if arch.delta_net else 0.0
 
 
 def _computing(plan: Plan, c: Constants, gpus: int) -> float:
@@ -107,7 +101,7 @@ def _decode_step(
         "computing": max(sequences * _computing(plan, c, gpus) - reading, 0.0),
         # States are written as well.
         "reading keys and values": sequences
-        * (context * cached + 2 * _states(plan, gpus))
+        * (context * cached + 2 * kept_states(arch, gpus, dtype))
         / memory,
         "launching kernels": arch.num_layers * launch,
         "all-reduces": 2 * arch.num_layers * reducing,

@@ -25,8 +25,10 @@ class Servers:
     weights: float
     cached: float
     """A token's keys and values; vLLM keeps latents whole on every GPU."""
+    states: float
+    """What layers of Gated DeltaNet keep of a sequence."""
     least: float
-    """Room for them without which a server does not start: one longest sequence's."""
+    """Room without which a server does not start: one longest sequence's."""
 
     @classmethod
     def of(
@@ -46,6 +48,7 @@ class Servers:
         if r.colocate and r.num_servers is None:
             number = max(world // gpus, 1)
         number = len(r.servers) or number
+        states = kept_states(arch, gpus, dtype)
         cached = arch.attends(range(arch.num_layers)) * cached_numbers(arch, gpus) * dtype
         return cls(
             number=number,
@@ -55,7 +58,8 @@ class Servers:
             share=r.server_share * memory,
             weights=weights / gpus,
             cached=cached,
-            least=longest(recipe) * cached,
+            states=states,
+            least=longest(recipe) * cached + states,
         )
 
     @property
@@ -75,3 +79,8 @@ def cached_numbers(arch: Architecture, gpus: int) -> float:
     if isinstance(a, GroupedQueryAttention):
         return 2 * a.head_dim * max(a.num_kv_heads / gpus, 1)
     return a.kv_lora_rank + a.qk_rope_head_dim
+
+
+def kept_states(arch: Architecture, gpus: int, dtype: int) -> float:
+    """Bytes that layers of Gated DeltaNet keep of a sequence on each GPU."""
+    return arch.delta_net.kept(range(arch.num_layers), dtype) / gpus if arch.delta_net else 0.0
