@@ -21,6 +21,7 @@ TABLE = Path(__file__).with_name("table.json")
 ENGINE = "transformer_engine"
 ENDPOINTS = (
     *("/health", "/version", "/v1/completions", "/collective_rpc", "/reset_prefix_cache", "/sleep"),
+    "/abort_requests",
     *("/wake_up", "/get_world_size", "/init_weight_transfer_engine", "/start_weight_update"),
     *("/update_weights", "/finish_weight_update"),
 )

@@ -180,7 +180,9 @@ def test_servers_are_asked_for_what_they_have(requests):
             await server.forget_prefixes()
             await server.logprobs([5, 9, 2])
             request = Request(uid=0, prompt_tokens=(5, 9))
-            await server.complete(request, params, 7, arch, with_routes=False)
+            options = {"begun": None, "version": 0, "with_routes": False}
+            await server.complete(request, params, 7, arch, **options)
+            await server.abort()
             await server.sleep()
             await server.wake_up("weights")
             await server.wake_up("kv_cache")

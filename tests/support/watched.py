@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from sapo_megatron.policy.step import Policy
 from sapo_megatron.recipe.load import load
 from sapo_megatron.rollout.engine import Request, SamplingParams
 from sapo_megatron.rollout.generate import generate
+from sapo_megatron.rollout.reward import Scoring
 from sapo_megatron.sample import Prompt, Sample
 from sapo_megatron.training import observe, session
 from sapo_megatron.training.coldstart import initial_weights
@@ -41,10 +43,11 @@ class Varied:
 
     def __exit__(self, *args: object) -> None: ...
 
-    def begin(self, prompt: Prompt, sample: Sample) -> None:
+    def begin(self, prompt: Prompt, sample: Sample) -> Scoring:
         sample.reward = varied(prompt, sample.text)
+        return Scoring(prompt, sample, Future())
 
-    def finish(self) -> Metrics:
+    def finish(self, begun: Any) -> Metrics:
         return Metrics()
 
 
@@ -53,7 +56,7 @@ def steps(folder: Path, cases: dict[str, dict[str, Any]]) -> dict[str, dict[str,
     without_reports_and_checkpoints()
     observe.BOTH_ORDERS = 1
     session.Scorer = Varied
-    session.evaluate = lambda *args: {"avg@1": 0.0}  # most of the time otherwise
+    session.evaluate = lambda *args, **kwargs: {"avg@1": 0.0}  # most of the time otherwise
     if dist.get_rank() == 0:
         write_recipe(
             folder,

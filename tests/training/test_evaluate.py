@@ -25,7 +25,7 @@ class Scored:
         self.asked = []
         self.given = given
 
-    def respond(self, prompts, num_generations, params):
+    def respond(self, prompts, num_generations, params, *, version):
         assert prompts == PROBLEMS
         self.asked.append((num_generations, params))
         scores = self.given[num_generations]
@@ -48,7 +48,7 @@ def recipe(tmp_path):
 
 
 def test_scores_are_means_over_problems(recipe):
-    assert evaluate(Scored(), PROBLEMS, recipe) == {
+    assert evaluate(Scored(), PROBLEMS, recipe, version=0) == {
         "avg@4": pytest.approx(4.5 / 12),
         "pass@1": pytest.approx(2 / 3),
     }
@@ -56,18 +56,18 @@ def test_scores_are_means_over_problems(recipe):
 
 def test_what_cannot_be_scored_is_in_no_mean_and_told(recipe, caplog):
     lost = {4: [[1, -1, NONE, NONE], [NONE] * 4, [-1, NONE, NONE, NONE]], 1: [[NONE], [1], [1]]}
-    assert evaluate(Scored(lost), PROBLEMS, recipe) == {
+    assert evaluate(Scored(lost), PROBLEMS, recipe, version=0) == {
         "avg@4": pytest.approx(-1 / 3),
         "pass@1": 1.0,
     }
     assert "9 of 12 responses could not be scored and do not count: it broke" in caplog.text
     with pytest.raises(RunFailed, match="3 of 3 responses could not be scored: it broke"):
-        evaluate(Scored(lost | {1: [[NONE]] * 3}), PROBLEMS, recipe)
+        evaluate(Scored(lost | {1: [[NONE]] * 3}), PROBLEMS, recipe, version=0)
 
 
 def test_k_samples_as_the_recipe_says_and_a_greedy_one(recipe):
     collector = Scored()
-    evaluate(collector, PROBLEMS, recipe)
+    evaluate(collector, PROBLEMS, recipe, version=0)
     (k, drawn), (one, greedy) = collector.asked
     assert (k, drawn.temperature, drawn.top_p) == (4, 0.6, 0.95)
     assert (one, greedy.temperature, greedy.top_p) == (1, 0.0, 1.0)
@@ -79,7 +79,7 @@ def test_k_samples_as_the_recipe_says_and_a_greedy_one(recipe):
 def test_the_noise_is_not_that_of_training_and_the_same_every_time(recipe):
     collector = Scored()
     for _ in range(2):
-        evaluate(collector, PROBLEMS, recipe)
+        evaluate(collector, PROBLEMS, recipe, version=0)
     seeds = {params.seed for _, params in collector.asked}
     assert len(seeds) == 1
     assert recipe.train.seed not in seeds
