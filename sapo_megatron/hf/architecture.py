@@ -153,7 +153,7 @@ def count_parameters(arch: Architecture) -> int:
     """How many the model has, about: its matrices alone."""
     h, a, e = arch.hidden_size, arch.attention, arch.experts
     if isinstance(a, GroupedQueryAttention):
-        mixer = 2 * h * a.head_dim * (a.num_heads + a.num_kv_heads)
+        mixer = h * a.head_dim * ((2 + a.output_gate) * a.num_heads + 2 * a.num_kv_heads)
     else:
         keys, query = a.qk_nope_head_dim, a.qk_nope_head_dim + a.qk_rope_head_dim
         mixer = h * (a.q_lora_rank or 0) + (a.q_lora_rank or h) * a.num_heads * query
@@ -164,7 +164,12 @@ def count_parameters(arch: Architecture) -> int:
     if e:
         blocks += sparse * h * (e.number * (3 * e.hidden_size + 1) + 3 * e.shared_hidden_size)
     embeddings = (1 if arch.tied_embeddings else 2) * arch.vocab_size * h
-    return arch.num_layers * mixer + blocks + embeddings
+    mixers = arch.attends(range(arch.num_layers)) * mixer
+    if d := arch.delta_net:
+        values = d.num_value_heads * d.value_head_dim
+        projected = d.mixed_size + 2 * values + 2 * d.num_value_heads
+        mixers += len(d.layers) * (h * projected + d.conv_size * d.mixed_size)
+    return mixers + blocks + embeddings
 
 
 def read_architecture(folder: str | Path) -> Architecture:
