@@ -87,6 +87,12 @@ class _State:
     watch: asyncio.Task[None] | None = None
     checking: asyncio.Lock = field(default_factory=asyncio.Lock)
 
+    def stop_watching(self) -> None:
+        """A watch that is ending is none: whoever needs one begins another."""
+        if self.watch:
+            self.watch.cancel()
+        self.watch = None
+
 
 class Fleet:
     """The servers; methods run in one loop. All raise RunFailed where too few servers are left."""
@@ -198,14 +204,15 @@ class Fleet:
         for state in self._states:
             for task in state.at_work:
                 task.cancel()
-        self._rest_of_watches()
+        self._stop_watching()
 
-    def _rest_of_watches(self) -> None:
-        """Stop to look at servers that nothing waits for."""
-        for task in (self._progress, *(state.watch for state in self._states)):
-            if task:
-                task.cancel()
+    def _stop_watching(self) -> None:
+        """Look no longer at servers that nothing waits for."""
+        if self._progress:
+            self._progress.cancel()
         self._progress = None
+        for state in self._states:
+            state.stop_watching()
 
     def _give_work(self) -> None:
         """Have each server that is ready work on as many requests as it should.
@@ -213,7 +220,7 @@ class Fleet:
         None gets more than its part at once, or the first one to answer would get it all.
         """
         if not self._work.batches:
-            self._rest_of_watches()
+            self._stop_watching()
             return
         at_work = sum(len(state.at_work) for state in self._states)
         left = sum(not state.lost for state in self._states)
@@ -285,8 +292,7 @@ class Fleet:
 
     async def _renew(self, state: _State) -> str | None:
         """Bring the weights to a server at once; what is in the way, where that may pass."""
-        if state.watch:
-            state.watch.cancel()
+        state.stop_watching()
         async with state.checking:
             state.ready, state.lost = False, ""
             return await self._try(state)
