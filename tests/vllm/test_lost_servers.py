@@ -21,8 +21,8 @@ from tests.vllm.test_training import recipe_in
 pytestmark = pytest.mark.timeout(1800)  # that of a machine that is busy with other things
 PROBES = 2
 """Of a server, for every load: as many as there are held-out problems."""
-PROMPTS = 2
-"""Of a step: four responses each, of which two servers have four each."""
+PROMPTS = 8
+"""Of a step: four responses each, of which two servers have sixteen each."""
 GONE_S = 20.0
 """``rollout.server_timeout_s``."""
 
@@ -195,7 +195,8 @@ def test_all_that_was_trained_on_was_sampled_with_the_present_weights(story):
 
 
 def test_a_killed_server_costs_its_requests_and_not_the_run(story):
-    assert f"{story.urls[0]} is away: " in story.first.stderr
+    # It is met in the middle of a request, or in the moment behind its last one.
+    assert re.search(f"{story.urls[0]} is (away|left out for now): ", story.first.stderr)
     assert story.killed_at + 3 <= story.back_at
 
 
