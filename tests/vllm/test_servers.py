@@ -15,7 +15,7 @@ from sapo_megatron.errors import RunFailed, UserError
 from sapo_megatron.hf.architecture import read_architecture
 from sapo_megatron.recipe.load import load
 from sapo_megatron.rollout.engine import Request, SamplingParams
-from sapo_megatron.rollout.vllm import engine
+from sapo_megatron.rollout.vllm import fleet
 from sapo_megatron.rollout.vllm.client import Server
 from sapo_megatron.rollout.vllm.engine import VllmEngine
 from sapo_megatron.rollout.vllm.fleet import Probe
@@ -217,7 +217,7 @@ def test_a_prefix_cache_that_outlives_its_weights_would_be_seen(served, monkeypa
     async def kept(server):
         pass
 
-    monkeypatch.setattr(engine, "_forget_prefixes", kept)
+    monkeypatch.setattr(fleet, "_forget_prefixes", kept)
     model = bring(served, 1)  # whose probe sees nothing: log-probs of prompts are never cached
     assert worst(model, sampled(served.engine, asked, params(0.7, 0.9)), 0.7) > 1e-3
 
