@@ -196,6 +196,7 @@ class Held:
         self.begun = threading.Semaphore(0)
         self._end = threading.Event()
         self._aborted = False
+        self._status = 200
         self.partial = completion([7, 8], finish_reason="abort")
 
     def __call__(self, path: str, body: dict[str, Any], own: Callable[[], Answer]) -> Answer:
@@ -206,9 +207,10 @@ class Held:
             return own()
         self.begun.release()
         assert self._end.wait(60)
-        return (200, self.partial) if self._aborted else own()
+        return (self._status, self.partial) if self._aborted or self._status > 200 else own()
 
-    def let_go(self) -> None:
+    def let_go(self, status: int = 200) -> None:
+        self._status = status
         self._end.set()
 
 

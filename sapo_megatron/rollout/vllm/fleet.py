@@ -113,6 +113,8 @@ class Fleet:
         self.without_routes: set[str] = set()
         """URLs of servers that do not return them."""
         self._weights: Weights | None = None
+        self._resting = False
+        """Whether no server is to get work, though it may be ready."""
         self._work = Work()
         self._progress: asyncio.Task[None] | None = None
         self._http = httpx.AsyncClient(
@@ -132,7 +134,10 @@ class Fleet:
 
     async def load(self, weights: Weights) -> dict[str, float]:
         """Have all servers that are there take weights; the probe's differences by their URLs."""
-        self._weights = weights
+        self._weights, self._resting = weights, False
+        for state in self._states:
+            state.stop_watching()
+            state.ready, state.lost = False, ""
         problems = await asyncio.gather(*map(self._renew, self._states))
         if problems.count(None) < self._config.min_servers:
             await asyncio.gather(*map(self._wait_for, self._states))
@@ -145,8 +150,7 @@ class Fleet:
 
     async def rest(self) -> None:
         """Have no server work on anything until the next ``load``."""
-        for state in self._states:
-            state.ready = False
+        self._resting = True
         await asyncio.gather(*map(self._empty, self._states))
 
     async def label(self, label: str) -> None:
@@ -222,6 +226,8 @@ class Fleet:
         if not self._work.batches:
             self._stop_watching()
             return
+        if self._resting:
+            return
         at_work = sum(len(state.at_work) for state in self._states)
         left = sum(not state.lost for state in self._states)
         part = -(-(self._work.waiting + at_work) // max(1, left))
@@ -292,9 +298,7 @@ class Fleet:
 
     async def _renew(self, state: _State) -> str | None:
         """Bring the weights to a server at once; what is in the way, where that may pass."""
-        state.stop_watching()
         async with state.checking:
-            state.ready, state.lost = False, ""
             return await self._try(state)
 
     async def _wait_for(self, state: _State) -> bool:

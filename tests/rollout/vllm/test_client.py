@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -483,6 +484,30 @@ def test_what_is_under_way_goes_on_with_new_weights(server):
     order = [(path, body.get("method")) for path, body in server.calls if "seed" not in body]
     last = len(order) - 1 - order[::-1].index(("/collective_rpc", "sapo_load"))
     assert order.index(("/abort_requests", None)) < last
+
+
+def test_servers_get_no_work_while_weights_are_sent_to_them(server):
+    """Though one of the requests fails meanwhile, and the server is seen to be ready again."""
+    client, held, found, done = under_way(server, REQUESTS[:6])
+    asked = threading.Event()
+
+    def fault(path, body, own):
+        if "seed" in body:
+            asked.set()
+        return own()
+
+    def send():
+        assert not asked.wait(0.5)
+
+    server.fault = fault
+    with ThreadPoolExecutor(1) as other:
+        receiving = other.submit(client.receive, send, PROBE, 1)
+        wait_until(lambda: client._fleet._resting)
+        held.let_go(status=500)
+        receiving.result(timeout=60)
+    done.result(timeout=60)
+    assert asked.is_set()
+    assert len(found) == 6
 
 
 def test_a_response_that_is_interrupted_before_its_first_token_begins_again(server):
