@@ -164,10 +164,21 @@ def test_a_server_that_gives_up_on_a_request_is_asked_again(server):
     assert len(sampled(loaded(server), REQUESTS, PARAMS)) == len(REQUESTS)
 
 
-def test_a_server_that_answers_nothing_leaves_its_work_to_the_other(servers):
-    hung, _ = servers
-    hung.fault = fakevllm.after(280.0)  # longer than a test may take
-    assert len(sampled(loaded(*servers, timeout_s=1.0), REQUESTS[:8], PARAMS)) == 8
+@pytest.mark.parametrize(
+    "fault",
+    [
+        fakevllm.after(280.0),  # longer than a test may take
+        completions(lambda: (503, b"overloaded")),
+        completions(lambda: HANG_UP),
+        completions(lambda: (200, completion([], finish_reason="abort", logprobs=None))),
+    ],
+    ids=["hangs", "overloaded", "hangs up", "aborts"],
+)
+def test_a_server_that_answers_no_request_leaves_them_to_the_other(servers, fault):
+    """Though it says what it serves whenever it is asked, and so seems to be ready."""
+    servers[0].fault = fault
+    servers[1].fault = fakevllm.after(0.3)  # so that it has no time for all of them at once
+    assert len(sampled(loaded(*servers, timeout_s=2.0), REQUESTS[:16], PARAMS)) == 16
 
 
 def test_a_slow_server_is_waited_for(server, caplog, monkeypatch):
