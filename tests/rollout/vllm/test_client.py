@@ -183,10 +183,12 @@ def test_a_server_that_answers_no_request_leaves_them_to_the_other(servers, faul
 
 def test_a_slow_server_is_waited_for(server, caplog, monkeypatch):
     monkeypatch.setattr(fleet_module, "PROGRESS_S", 0.1)
-    server.fault = fakevllm.after(0.3)
     with caplog.at_level("INFO"):
-        assert len(sampled(loaded(server), REQUESTS[:8], PARAMS)) == 8
-    assert f"4 of 8 responses; 4 in flight at {server.url}" in caplog.text
+        _, held, found, done = under_way(server, REQUESTS[:8])
+        wait_until(lambda: f"0 of 8 responses; 4 in flight at {server.url}" in caplog.text)
+        held.let_go()
+        done.result(timeout=60)
+    assert len(found) == 8
 
 
 def test_a_server_that_stays_away_ends_the_run(server):
