@@ -73,7 +73,10 @@ def show_times(row: dict[str, Any]) -> str:
 
 
 def peak_bytes(run: Callable[[], Any], device: str) -> int:
-    """Bytes at the peak of ``run()`` beyond what was there before; on a CPU, of resident memory."""
+    """Bytes at the peak of ``run()`` beyond what was there before; on a CPU, of resident memory.
+
+    In a fresh process: malloc keeps what was freed before, and taking it again costs nothing.
+    """
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
