@@ -6,7 +6,10 @@ depend on how a batch was cut into ranks and micro-batches. Statistics may be 0-
 """
 
 import math
-from collections.abc import Callable
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import ClassVar, Self
 
@@ -281,6 +284,28 @@ class Points(Metric):
         return x[kept], y[kept]
 
 
+Span = tuple[str, float, float]
+"""Where (a rank or a server), when it began (:func:`now`), and its seconds."""
+
+
+@dataclass(frozen=True)
+class Spans(Metric):
+    """When something was done, and where; as a value, the seconds of where it took most."""
+
+    spans: tuple[Span, ...] = ()
+
+    @classmethod
+    def since(cls, began: float) -> "Spans":
+        """One on this rank, from :func:`now` of then."""
+        return cls(((this_rank(), began, now() - began),))
+
+    def value(self) -> float:
+        seconds: defaultdict[str, float] = defaultdict(float)
+        for where, _, duration in self.spans:
+            seconds[where] += duration
+        return max(seconds.values(), default=0.0)
+
+
 class Metrics:
     """A bag of named metrics."""
 
@@ -296,6 +321,13 @@ class Metrics:
         """Add all metrics of another bag."""
         for name, metric in other._metrics.items():
             self.add(name, metric)
+
+    @contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        """Add the time that the block takes on this rank, unless it fails."""
+        began = now()
+        yield
+        self.add(name, Spans.since(began))
 
     def average_sums(self, share: float) -> None:
         """Turn each sum over the pieces of an update into a mean over updates, in place.
@@ -367,6 +399,19 @@ class Metrics:
     def points(self) -> dict[str, Points]:
         """The points of every name that holds some."""
         return {n: m for n, m in self._metrics.items() if isinstance(m, Points)}
+
+
+_EPOCH = time.time() - time.monotonic()
+
+
+def now() -> float:
+    """Seconds since 1970 by a clock that is never set; as good as those of the machines agree."""
+    return _EPOCH + time.monotonic()
+
+
+def this_rank() -> str:
+    """This process, as spans name it."""
+    return f"rank {dist.get_rank() if dist.is_initialized() else 0}"
 
 
 def _select(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:

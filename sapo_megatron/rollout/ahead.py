@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from sapo_megatron.data.prompts import PromptSource
 from sapo_megatron.errors import RunFailed, UserError
-from sapo_megatron.metrics import Max, Mean, Metrics, Sum
+from sapo_megatron.metrics import Max, Mean, Metrics, Spans, Sum
 from sapo_megatron.recipe.schema import Recipe
 from sapo_megatron.rollout.collect import (
     Collector,
@@ -172,7 +172,7 @@ class Ahead:
         for name in ("reward/errors", "reward/timeouts"):
             metrics.add(name, Sum(0.0))
         for name in ("time/rollout", "time/reward"):
-            metrics.add(name, Max(0.0))
+            metrics.add(name, Spans())
         while True:
             self._schedule, action = self._schedule.next()
             if isinstance(action, Request):

@@ -6,7 +6,6 @@ the background, while the ranks train on what it gave before.
 """
 
 import logging
-import time
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ import torch.distributed as dist
 
 from sapo_megatron.data.tokenizer import Tokenizer
 from sapo_megatron.errors import RunFailed, UserError
-from sapo_megatron.metrics import Max, Mean, Metrics, Std, Sum
+from sapo_megatron.metrics import Mean, Metrics, Std, Sum
 from sapo_megatron.objective.advantage import zero_std
 from sapo_megatron.rollout.engine import Engine, Request, SamplingParams, part_of
 from sapo_megatron.rollout.exchange import HeldRoutes, exchange_samples
@@ -100,6 +99,10 @@ class Collector:
         """Whether what was begun goes on while other things are done."""
         return self._engine.background
 
+    def spent(self, name: str) -> Metrics:
+        """As :meth:`Engine.spent`."""
+        return self._engine.spent(name)
+
     def begin(
         self,
         prompts: Sequence[Prompt],
@@ -152,19 +155,22 @@ class Collector:
         mine: list[Sample] | UserError | RunFailed
         problem = ""
         try:
-            began = time.monotonic()
-            metrics.update(pending.generated.result())
-            generated = time.monotonic()
-            if self.background:
-                metrics.add("time/rollout_wait", Max(generated - began))
+            with metrics.timed("time/rollout_wait"):
+                happened = pending.generated.result()
+            metrics.update(happened)
             if self._scorer is not None:
-                metrics.update(self._scorer.finish(pending.scored))
+                with metrics.timed("time/reward"):
+                    failures = self._scorer.finish(pending.scored)
+                metrics.update(failures)
             mine = [scoring.sample for scoring in pending.scored]
             problem = next((s.problem for s in mine if s.problem), "")
-            metrics.add("time/reward", Max(time.monotonic() - generated))
         except (RunFailed, UserError) as error:
             mine = error
-        samples, held = exchange_samples(mine, self.world)
+        with metrics.timed("time/rollout_wait"):
+            # Over the world, none of which can go on before: else it would count as exchange.
+            dist.barrier(self.world)
+        with metrics.timed("time/exchange"):
+            samples, held = exchange_samples(mine, self.world)
         if not all(s.scored for s in samples):
             problems: list[str] = [problem] * dist.get_world_size(self.world)
             # Over the world: all ranks have the same samples, so all come here or none does.

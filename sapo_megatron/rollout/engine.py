@@ -67,6 +67,14 @@ class Engine(Protocol):
         unless ``background``.
         """
 
+    def spent(self, name: str) -> Metrics:
+        """What this rank's servers have spent their time on since the last call.
+
+        On responses as ``name``, on weights as ``time/sync``: each has spans of both, of 0 s where
+        it did nothing. Empty where the ranks themselves generate, whose time is part of what
+        :meth:`generate` says.
+        """
+
 
 def part_of(
     requests: Sequence[Request], rank: int, size: int, *, together: int = 1

@@ -6,7 +6,6 @@ however it is laid out, and resuming needs no generator state.
 Shape legend: B sequences generated at once, V vocabulary, L longest sequence.
 """
 
-import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, contextmanager
@@ -15,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from sapo_megatron.metrics import Max, Metrics
+from sapo_megatron.metrics import Metrics
 from sapo_megatron.rollout.engine import Arrived, Request, SamplingParams
 from sapo_megatron.sample import DecodedRoutes, Sample
 from sapo_megatron.splitmix import shift, splitmix64
@@ -71,14 +70,17 @@ class InProcess:
         *,
         first: bool = False,
     ) -> Future[Metrics]:
-        began, metrics = time.monotonic(), Metrics()
-        for sample in generate(self._decoder, requests, params, batch_size=self._batch_size):
-            sample.versions = [self._version] * len(sample.response_tokens)
-            arrived(sample)
-        metrics.add("time/rollout", Max(time.monotonic() - began))
+        metrics = Metrics()
+        with metrics.timed("time/rollout"):
+            for sample in generate(self._decoder, requests, params, batch_size=self._batch_size):
+                sample.versions = [self._version] * len(sample.response_tokens)
+                arrived(sample)
         done: Future[Metrics] = Future()
         done.set_result(metrics)
         return done
+
+    def spent(self, name: str) -> Metrics:
+        return Metrics()
 
 
 def generate(

@@ -2,7 +2,7 @@
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import numpy.typing as npt
 from sapo_megatron.errors import UserError
 from sapo_megatron.recipe.load import load
 from sapo_megatron.recipe.schema import Recipe
+from sapo_megatron.runs.timeline import Event, read_timeline
 
 Floats = npt.NDArray[np.float64]
 
@@ -26,6 +27,8 @@ class Run:
     the first step, which the summary tells where no line does."""
     summary: dict[str, Any]
     """``summary.json``; empty where the run has not ended."""
+    timeline: list[Event] = field(default_factory=list)
+    """Of its last steps."""
 
     def names(self, prefix: str) -> list[str]:
         """Names of the metrics that begin with ``prefix``, sorted."""
@@ -123,7 +126,8 @@ def read_run(folder: Path) -> Run:
     before = (held.get("eval") or {}).get("before")
     if before and records[0]["step"] > 0:
         records.insert(0, {"step": 0} | {f"eval/{name}": score for name, score in before.items()})
-    return Run(load(folder / "config.yaml"), records, held)
+    timeline = read_timeline(folder / "timeline.json")
+    return Run(load(folder / "config.yaml"), records, held, timeline)
 
 
 def _read_records(path: Path) -> list[dict[str, Any]]:

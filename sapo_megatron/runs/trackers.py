@@ -1,4 +1,4 @@
-"""Writers of a run's metrics: JSONL always, TensorBoard and Weights & Biases on request.
+"""Writers of a run's metrics: JSONL and a timeline always, TensorBoard and W&B on request.
 
 Only rank 0 builds these. ``metrics.jsonl`` holds one JSON object per step: ``step`` and the flat
 metric names; what is not finite is null. A histogram stands under its name as
@@ -32,6 +32,7 @@ from sapo_megatron.files import write_whole
 from sapo_megatron.metrics import Metrics
 from sapo_megatron.recipe.schema import LoggingConfig
 from sapo_megatron.runs.history import keep_lines
+from sapo_megatron.runs.timeline import TimelineTracker
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +72,7 @@ class RunTrackers:
         resume_step: int | None = None,
     ) -> None:
         self._lines = JsonlTracker(run_dir / "metrics.jsonl", resume_step=resume_step)
-        self._trackers: dict[str, Tracker] = {}
+        self._trackers: dict[str, Tracker] = {"timeline": TimelineTracker(run_dir)}
         if config.tensorboard:
             self._start("TensorBoard", lambda: TensorBoardTracker(run_dir, resume_step=resume_step))
         if config.wandb:

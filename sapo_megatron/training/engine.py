@@ -5,7 +5,6 @@ the log-probs that the training engine gives it; a run whose servers do not stop
 """
 
 import logging
-import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
@@ -16,7 +15,7 @@ import torch.distributed as dist
 
 from sapo_megatron.data.batch import MicroBatching
 from sapo_megatron.errors import RunFailed
-from sapo_megatron.metrics import Max, Metrics
+from sapo_megatron.metrics import Max, Metrics, Spans, now
 from sapo_megatron.policy import parallel
 from sapo_megatron.policy.decode import MegatronDecoder
 from sapo_megatron.policy.parallel import Nodes, ParallelGroups
@@ -188,7 +187,10 @@ class Following:
             yield metrics
             return
         with self._policy.aside(self._offload) as leave:
-            yield self._hand_over(version, leave)
+            metrics = self._hand_over(version, leave)
+            began = now()
+            yield metrics
+        metrics.add("time/rollout_wait", Spans.since(began))
 
     def generate(
         self,
@@ -212,9 +214,12 @@ class Following:
                 self._servers.sleep()
         return done
 
+    def spent(self, name: str) -> Metrics:
+        return Metrics() if self._servers is None else self._servers.spent(name)
+
     def _hand_over(self, version: int, leave: Callable[[], None] = lambda: None) -> Metrics:
         """``leave``: leaves the GPUs to the servers, on all ranks, once the weights are written."""
-        began = time.monotonic()
+        began = now()
         logprobs = self._policy.logprobs(self._probe, self._cut)
         metrics = self._handover.write()
         leave()
@@ -228,7 +233,7 @@ class Following:
                 self._tolerance,
             )
         self._version = version
-        metrics.add("time/sync", Max(time.monotonic() - began))
+        metrics.add("time/sync", Spans.since(began))
         metrics.add("rollout/probe_diff", Max(difference))
         if dist.get_rank() == 0:
             logger.debug("servers have the weights of step %d", version)

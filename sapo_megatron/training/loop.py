@@ -17,13 +17,13 @@ import torch.distributed as dist
 
 from sapo_megatron.data.batch import denominators, micro_batches, split_mini_batches
 from sapo_megatron.launcher import noting
-from sapo_megatron.metrics import Max, Mean, Metrics
+from sapo_megatron.metrics import Mean, Metrics, Spans, now
 from sapo_megatron.policy import parallel
 from sapo_megatron.recipe.schema import Recipe
 from sapo_megatron.runs.trackers import Progress
 from sapo_megatron.training.inputs import Inputs
 from sapo_megatron.training.observe import due
-from sapo_megatron.training.session import Session, open_session, opened_run, shown, timed
+from sapo_megatron.training.session import Session, open_session, opened_run, shown
 from sapo_megatron.training.update import set_advantages
 
 logger = logging.getLogger(__name__)
@@ -68,7 +68,7 @@ def run_steps(session: Session) -> dict[str, Any] | None:
         stop, saving = session.stop_requested(), Metrics()
         # Behind its line: one whose checkpoint is missing is written again, one without is lost.
         if step == steps or stop or due(step, recipe.checkpoint.every):
-            with timed(saving, "time/checkpoint"):
+            with saving.timed("time/checkpoint"):
                 session.save(step)
         if stop:
             session.forget_stop_request()
@@ -81,7 +81,7 @@ def run_steps(session: Session) -> dict[str, Any] | None:
 def run_step(session: Session, step: int) -> Metrics:
     """A rollout batch, and the updates on it."""
     recipe, groups, updater = session.recipe, session.groups, session.updater
-    began = time.monotonic()
+    began = now()
     collected = session.collect(step)
     metrics = collected.metrics
     set_advantages(collected.groups, recipe.algorithm.adv_estimator)
@@ -89,24 +89,25 @@ def run_step(session: Session, step: int) -> Metrics:
     parts = split_mini_batches(collected.groups, recipe.train.num_mini_batches)
     # One without a token makes no update: momentum alone would move the weights.
     mini_batches = [samples for samples in parts if denominators(samples).tokens]
-    session.deliver_routes(mini_batches, collected.held)
+    with metrics.timed("time/exchange"):
+        session.deliver_routes(mini_batches, collected.held)
     cut = groups.micro_batching(recipe)
     packed = [
         [batch.to(groups.device) for batch in micro_batches(samples, cut)]
         for samples in mini_batches
     ]
-    with timed(metrics, "time/logprob"):
+    with metrics.timed("time/logprob"):
         packed, found = updater.old_logprobs(packed, step=step)
         metrics.update(found)
-    with timed(metrics, "time/update"):
+    with metrics.timed("time/update"):
         for number, (samples, batches) in enumerate(zip(mini_batches, packed, strict=True)):
             sizes = denominators(samples)
             metrics.update(updater.update(batches, sizes, step=step, mini_batch=number))
 
-    seconds = time.monotonic() - began
-    metrics.add("perf/step_s", Max(seconds))
+    metrics.update(session.collector.spent("time/rollout"))
+    metrics.add("perf/step_s", Spans.since(began))
     if dist.get_rank() == 0:
         samples = [sample for group in collected.groups for sample in group.samples]
         tokens = sum(len(s.prompt_tokens) + len(s.response_tokens) for s in samples)
-        metrics.add("perf/tokens_per_s", Mean(tokens / seconds, 1.0))
+        metrics.add("perf/tokens_per_s", Mean(tokens / (now() - began), 1.0))
     return metrics

@@ -2,7 +2,6 @@
 
 import logging
 import os
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ import torch.distributed as dist
 from sapo_megatron.data.batch import data_parallel_ranks
 from sapo_megatron.errors import RunFailed
 from sapo_megatron.hf.architecture import Architecture
-from sapo_megatron.metrics import Max, Mean, Metrics
+from sapo_megatron.metrics import Mean, Metrics
 from sapo_megatron.policy import checkpoint, parallel
 from sapo_megatron.policy.model import Model
 from sapo_megatron.policy.parallel import ParallelGroups
@@ -38,6 +37,7 @@ from sapo_megatron.runs.history import home
 from sapo_megatron.runs.journal import Journal
 from sapo_megatron.runs.lock import Lock
 from sapo_megatron.runs.state import RunState
+from sapo_megatron.runs.timeline import idle_shares
 from sapo_megatron.runs.trackers import RunTrackers, duration
 from sapo_megatron.sample import Sample
 from sapo_megatron.training.coldstart import initial_weights
@@ -99,8 +99,9 @@ class Session:
 
     def evaluate_after(self, step: int, metrics: Metrics) -> dict[str, float]:
         """The same after a step, which gets ``eval/*``."""
-        with self._saved_if_lost(step, metrics), timed(metrics, "time/eval"):
+        with self._saved_if_lost(step, metrics), metrics.timed("time/eval"):
             scores = self.evaluate(step)
+        metrics.update(self.collector.spent("time/eval"))
         if dist.get_rank() == 0:
             for name, value in scores.items():
                 metrics.add(f"eval/{name}", Mean(value, 1.0))
@@ -143,6 +144,8 @@ class Session:
     def log(self, step: int, metrics: Metrics) -> Metrics:
         """``metrics`` of all ranks, which trackers and journal have then."""
         metrics = metrics.gather(self.groups.world)
+        for name, share in idle_shares(metrics).items():
+            metrics.add(name, Mean(share, 1.0))
         self.journal.note(metrics)
         with parallel.failing_together(self.groups):
             if self.trackers:
@@ -358,14 +361,6 @@ def _open_trackers(stack: ExitStack, recipe: Recipe, run: RunFolder) -> RunTrack
         resume_step=run.state.step + 1 if run.state else None,
     )
     return stack.enter_context(trackers)
-
-
-@contextmanager
-def timed(metrics: Metrics, name: str) -> Iterator[None]:
-    """Seconds of a stage; once gathered, those of the rank where it took longest."""
-    began = time.monotonic()
-    yield
-    metrics.add(name, Max(time.monotonic() - began))
 
 
 def shown(values: dict[str, float]) -> str:

@@ -15,16 +15,29 @@ from sapo_megatron.metrics import (
     Metrics,
     Min,
     Points,
+    Spans,
     Sum,
     Variance,
+    now,
 )
 from sapo_megatron.objective.loss import RATIO_EDGES, WEIGHT_EDGES
 from sapo_megatron.objective.sapo import sapo_weight
 from sapo_megatron.recipe import schema as config
 from sapo_megatron.recipe.load import to_yaml
 from sapo_megatron.routing.variance import split_metrics
+from sapo_megatron.runs.timeline import TimelineTracker
 from sapo_megatron.runs.trackers import JsonlTracker
 
+TIMES = {
+    "sync": 0.1,
+    "rollout": 2.1,
+    "rollout_wait": 0.2,
+    "reward": 0.2,
+    "exchange": 0.1,
+    "logprob": 0.8,
+    "update": 4.6,
+}
+"""Stages of a step in seconds."""
 LAYERS = 4
 SPLIT_EVERY = 4
 
@@ -51,12 +64,13 @@ def write_run(
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(to_yaml(recipe(loss_type, steps)))
     generator = torch.Generator().manual_seed(0)
-    tracker = JsonlTracker(folder / "metrics.jsonl")
+    tracker, timeline = JsonlTracker(folder / "metrics.jsonl"), TimelineTracker(folder)
     for step in range(1, steps + 1):
         metrics = step_metrics(step, steps, loss_type, generator)
         if experts:
             metrics.update(router_metrics(step, steps, generator))
         tracker.log(step, metrics)
+        timeline.log(step, metrics)
     tracker.close()
     summary = {
         "steps": steps,
@@ -93,16 +107,17 @@ def step_metrics(step: int, steps: int, loss_type: str, generator: torch.Generat
         "actor/entropy": 0.9 - 0.6 * learned,
         "actor/grad_norm": 0.6,
         "perf/tokens_per_s": 3400.0,
-        "perf/step_s": 8.2,
-        "time/rollout": 2.1,
-        "time/reward": 0.2,
-        "time/logprob": 0.8,
-        "time/update": 4.6,
-        "time/sync": 0.1,
-        "time/eval": 1.5 if step % 10 == 0 else 0.0,
-        "time/checkpoint": 2.5 if step % 20 == 0 else 0.0,
+        "perf/rollout_idle": 0.74,
+        "perf/train_idle": 0.34,
     }.items():
         metrics.add(name, Mean(noisy(value), 1.0))
+    began = now()
+    for rank in range(2):
+        at, stages = began, TIMES | {"eval": 1.5} if step % 10 == 0 else TIMES
+        for stage, seconds in stages.items():
+            metrics.add(f"time/{stage}", Spans(((f"rank {rank}", at, took := noisy(seconds)),)))
+            at += took
+        metrics.add("perf/step_s", Spans(((f"rank {rank}", began, at - began),)))
     metrics.add("actor/pg_loss", Sum(0.02 * torch.randn((), generator=generator).item()))
     metrics.add("reward/std", Mean(math.nan, 0.0))
     metrics.add("reward/zero_std_groups", Sum(0.0))

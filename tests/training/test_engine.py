@@ -257,7 +257,7 @@ def test_what_ends_a_rollout_is_told_and_not_that_servers_cannot_sleep_then(tmp_
     )
     with pytest.raises(RunFailed, match=r"/v1/completions: .* no such token"):
         rollout(engine)
-    assert calls(server)[-1] == "sleep"
+    assert "sleep" in calls(server)  # requests that were on their way may come behind it
 
 
 def test_a_colocated_server_that_does_not_wake_ends_the_run(tmp_path, server):

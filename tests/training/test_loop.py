@@ -2,11 +2,13 @@
 
 import json
 import math
+from collections import defaultdict
 
 import pytest
 
 from sapo_megatron.recipe.load import load
 from sapo_megatron.runs.dump import read_dumps
+from sapo_megatron.runs.timeline import read_timeline
 from tests.support.gloo import run_ranks
 from tests.support.tiny import ROOT, cli, read_metrics, write_recipe
 from tests.support.whole_runs import REPLAYS, VARIANTS, command, variants
@@ -62,8 +64,12 @@ METRICS = {
     "sapo/gate_distance",
     "perf/tokens_per_s",
     "perf/step_s",
+    "perf/rollout_idle",
+    "perf/train_idle",
     "time/rollout",
+    "time/rollout_wait",
     "time/reward",
+    "time/exchange",
     "time/logprob",
     "time/update",
 }
@@ -139,6 +145,25 @@ def test_the_metrics_of_every_step(run):
     assert [("time/checkpoint" in line) for line in lines] == [False, False, True]
     summary = json.loads((run / "summary.json").read_text())
     assert lines[-1]["eval/avg@4"] == summary["eval"]["after"]["avg@4"]
+
+
+def test_the_timeline_agrees_with_the_times(run):
+    events = read_timeline(run / "timeline.json")
+    assert {event.where for event in events} == {"rank 0", "rank 1"}
+    for line in read_metrics(run):
+        seconds = defaultdict(float)
+        for event in events:
+            if event.step == line["step"]:
+                seconds[event.stage, event.where] += event.seconds
+        for name in (name for name in line if name.startswith("time/")):
+            stage = name.removeprefix("time/")
+            most = max(seconds[stage, where] for where in ("rank 0", "rank 1"))
+            assert most == pytest.approx(line[name], abs=1e-5), name
+        assert seconds["step", "rank 0"] == pytest.approx(line["perf/step_s"], rel=0.1)
+        # The ranks generate or train, and do little else.
+        assert 0 < line["perf/rollout_idle"] < 1
+        assert 0 < line["perf/train_idle"] < 1
+        assert line["perf/rollout_idle"] + line["perf/train_idle"] > 1
 
 
 def test_the_first_of_several_mini_batches_is_on_policy_and_the_last_is_not(run):

@@ -25,8 +25,22 @@ from sapo_megatron.objective.ratio import Ratio
 from sapo_megatron.objective.sapo import sapo_gate, sapo_weight
 from sapo_megatron.recipe.schema import CLIP_DEFAULTS
 from sapo_megatron.runs.read import Run
+from sapo_megatron.runs.timeline import RANK
 
-STAGES = ("rollout", "reward", "logprob", "update", "sync", "checkpoint")
+STAGES = {
+    "rollout": "rollout",
+    "rollout_wait": "waiting",
+    "sync": "hand-over",
+    "exchange": "exchange",
+    "logprob": "log-probs",
+    "update": "update",
+    "reward": "scoring",
+    "checkpoint": "checkpoint",
+    "eval": "evaluation",
+}
+"""Stages of ``time/*`` and what they are called; those beyond a theme's colours are hatched."""
+MOST_ROWS = 8
+"""Ranks, and servers, that the picture of a step shows."""
 
 
 def _draw_reward(canvas: Canvas, run: Run, theme: Theme) -> None:
@@ -83,7 +97,7 @@ def _draw_time(canvas: Canvas, run: Run, theme: Theme) -> None:
     names = _stages(run)
     steps, rows = run.table(names)
     steps, rows, size = grouped(steps, np.nan_to_num(rows))
-    labels = [name.removeprefix("time/") for name in names]
+    labels = [STAGES.get(stage := name.removeprefix("time/"), stage) for name in names]
     stacked(ax, theme, steps, dict(zip(labels, rows, strict=True)))
     value_axis(ax, "seconds per step")
     step_axis(ax, size)
@@ -91,9 +105,40 @@ def _draw_time(canvas: Canvas, run: Run, theme: Theme) -> None:
 
 
 def _stages(run: Run) -> list[str]:
-    """The stages that were timed, in the order of the pipeline."""
+    """What the ranks' time went into."""
     known = [f"time/{stage}" for stage in STAGES]
-    return [n for n in dict.fromkeys([*known, *run.names("time/")]) if run.has(n)]
+    elsewhere = {"time/rollout"} if run.recipe.rollout.engine == "vllm" else set()
+    names = dict.fromkeys([*known, *run.names("time/")])
+    return [name for name in names if run.has(name) and name not in elsewhere]
+
+
+def _draw_timeline(canvas: Canvas, run: Run, theme: Theme) -> None:
+    """The last step, a row per rank and server."""
+    ax = canvas.subplots()
+    events = [event for event in run.timeline if event.step == run.timeline[-1].step]
+    steps = [event for event in events if event.stage == "step"]
+    begin = min(event.begin for event in steps)
+    end = max(event.begin + event.seconds for event in steps)
+    everywhere = dict.fromkeys(event.where for event in events)
+    ranks = [where for where in everywhere if where.startswith(RANK)]
+    servers = [where for where in everywhere if where not in ranks]
+    rows = {where: i for i, where in enumerate([*ranks[:MOST_ROWS], *servers[:MOST_ROWS]])}
+    for i, (stage, label) in enumerate(STAGES.items()):
+        bars = [e for e in events if e.stage == stage and e.where in rows and e.begin < end]
+        if bars:
+            color = theme.grid if stage == "rollout_wait" else theme.series[i % len(theme.series)]
+            hatch = "//" if i >= len(theme.series) else None
+            width = [min(e.begin + e.seconds, end) - e.begin for e in bars]
+            left = [e.begin - begin for e in bars]
+            at = [rows[e.where] for e in bars]
+            ax.barh(at, width, 0.7, left, color=color, hatch=hatch, label=label)
+    names = [where.removeprefix("http://").removesuffix(" (rank 0)") for where in rows]
+    ax.set_yticks(range(len(rows)), names, fontsize=9.5)
+    ax.invert_yaxis()
+    ax.grid(axis="y", visible=False)
+    ax.set_xlim(0, end - begin)
+    ax.set_xlabel(f"seconds of step {events[0].step}")
+    legend(ax, columns=4)
 
 
 def _draw_gate(canvas: Canvas, run: Run, theme: Theme) -> None:
@@ -225,6 +270,26 @@ SECTIONS: dict[str, tuple[Figure, ...]] = {
             "Wall time of each stage of a step.",
             lambda run: bool(_stages(run)),
             _draw_time,
+            height=3.9,
+        ),
+        Figure(
+            "timeline",
+            "One step",
+            "What each rank and server did in the last step; the rest is none of these stages. "
+            "timeline.json has the last steps for Perfetto (ui.perfetto.dev).",
+            lambda run: any(event.stage == "step" for event in run.timeline),
+            _draw_timeline,
+            height=3.9,
+        ),
+        curves(
+            "idle",
+            "Idle shares",
+            "Share of a step in which nothing is generated, and in which nothing is trained.",
+            Panel(
+                "share of a step",
+                {"perf/rollout_idle": "no rollout", "perf/train_idle": "no training"},
+                percent=True,
+            ),
             height=3.9,
         ),
         curves(

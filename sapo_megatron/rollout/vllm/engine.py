@@ -141,6 +141,10 @@ class VllmEngine:
         """
         self._run(self._fleet.sleep())
 
+    def spent(self, name: str) -> Metrics:
+        """As :meth:`sapo_megatron.rollout.engine.Engine.spent`."""
+        return self._run(self._fleet.spent(name))
+
     def _run(self, what: Coroutine[Any, Any, Result]) -> Result:
         """What a coroutine returns, in the loop."""
         return asyncio.run_coroutine_threadsafe(what, self._loop).result()

@@ -23,9 +23,11 @@ import httpx
 
 from sapo_megatron.errors import RunFailed
 from sapo_megatron.hf.architecture import Architecture
+from sapo_megatron.metrics import Metrics, Spans, this_rank
 from sapo_megatron.recipe.schema import RolloutConfig
 from sapo_megatron.rollout.vllm.answers import Description, Unusable, check_description
 from sapo_megatron.rollout.vllm.client import Away, Server
+from sapo_megatron.rollout.vllm.clock import Clock
 from sapo_megatron.rollout.vllm.work import Batch, Job, Work
 from sapo_megatron.sample import Sample
 
@@ -86,6 +88,8 @@ class _State:
     """Whether these are to end where they are, since they go on with other weights."""
     watch: asyncio.Task[None] | None = None
     checking: asyncio.Lock = field(default_factory=asyncio.Lock)
+    answering: Clock = field(default_factory=Clock)
+    loading: Clock = field(default_factory=Clock)
 
     def stop_watching(self) -> None:
         """A watch that is ending is none: whoever needs one begins another."""
@@ -163,6 +167,16 @@ class Fleet:
         for state in self._states:
             state.ready = False
         await asyncio.gather(*(state.server.sleep() for state in self._states))
+
+    async def spent(self, name: str) -> Metrics:
+        """As :meth:`sapo_megatron.rollout.engine.Engine.spent`."""
+        metrics = Metrics()
+        for state in self._states:
+            where = f"{state.server.url} ({this_rank()})"
+            for what, clock in ((name, state.answering), ("time/sync", state.loading)):
+                spans = [(where, began, seconds) for began, seconds in clock.take()]
+                metrics.add(what, Spans(tuple(spans)))
+        return metrics
 
     async def begin(self, batch: Batch, *, first: bool) -> None:
         """Take requests on; servers are looked at first, as they may have been restarted."""
@@ -244,15 +258,16 @@ class Fleet:
         """Have a server answer a request, or put it back."""
         url, params = state.server.url, job.batch.params
         try:
-            sample, whole = await state.server.complete(
-                job.request,
-                params,
-                _seed(params.seed, job),
-                self._arch,
-                begun=job.begun,
-                version=state.version,
-                with_routes=self.with_routes,
-            )
+            with state.answering.running():
+                sample, whole = await state.server.complete(
+                    job.request,
+                    params,
+                    _seed(params.seed, job),
+                    self._arch,
+                    begun=job.begun,
+                    version=state.version,
+                    with_routes=self.with_routes,
+                )
         except Away as error:
             self._is_away(state, job, str(error))
         except Unusable as error:
@@ -346,6 +361,20 @@ class Fleet:
         if description.weights == state.label == weights.label:
             return
         await self._empty(state)
+        with state.loading.running():
+            await self._load(server, description, weights)
+            diff = await probe_difference(server, weights.probe)
+        tolerance = weights.probe.tolerance
+        if not diff <= tolerance:  # nan, too
+            raise RunFailed(
+                f"{server.url}: expected the training engine's log-probs of a probe to "
+                f"{tolerance:.2g} nats per token after new weights, got a difference of "
+                f"{diff:.3g}; the server did not take the weights as they are, or computes with "
+                f"them otherwise: look at its log, --dtype and --quantization, and restart it"
+            )
+        state.label, state.version, state.difference = weights.label, weights.version, diff
+
+    async def _load(self, server: Server, description: Description, weights: Weights) -> None:
         if self._config.colocate:
             await server.wake_up("weights")
         if weights.folder:
@@ -355,16 +384,6 @@ class Fleet:
         if self._config.colocate:
             await server.wake_up("kv_cache")  # now that what loading took for itself is free again
         await _forget_prefixes(server)
-        tolerance = weights.probe.tolerance
-        diff = await probe_difference(server, weights.probe)
-        if not diff <= tolerance:  # nan, too
-            raise RunFailed(
-                f"{server.url}: expected the training engine's log-probs of a probe to "
-                f"{tolerance:.2g} nats per token after new weights, got a difference of "
-                f"{diff:.3g}; the server did not take the weights as they are, or computes with "
-                f"them otherwise: look at its log, --dtype and --quantization, and restart it"
-            )
-        state.label, state.version, state.difference = weights.label, weights.version, diff
 
     async def _empty(self, state: _State) -> None:
         """Wait until a server that gets no work is in the middle of no response."""

@@ -1,13 +1,12 @@
 """The requests that servers work on, and which server takes which next."""
 
-import time
 from collections import defaultdict, deque
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 from sapo_megatron.errors import RunFailed
-from sapo_megatron.metrics import Max, Metrics, Sum
+from sapo_megatron.metrics import Metrics, Sum
 from sapo_megatron.rollout.engine import Arrived, Request, SamplingParams
 from sapo_megatron.sample import Sample
 
@@ -26,8 +25,7 @@ class Batch:
     params: SamplingParams
     arrived: Arrived
     done: Future[Metrics] = field(default_factory=Future)
-    """Once all are answered: how long it took, and what happened."""
-    began: float = field(default_factory=time.monotonic)
+    """Once all are answered: what happened."""
     answered: int = 0
     redrawn: int = 0
     """Responses that could not be used, and were drawn again."""
@@ -113,7 +111,6 @@ class Work:
         if batch.answered == len(batch.requests):
             self.batches.remove(batch)
             metrics = Metrics()
-            metrics.add("time/rollout", Max(time.monotonic() - batch.began))
             metrics.add("rollout/redrawn", Sum(float(batch.redrawn)))
             batch.done.set_result(metrics)
 

@@ -19,6 +19,7 @@ import pytest
 
 from sapo_megatron.errors import RunFailed, UserError
 from sapo_megatron.hf.architecture import parse_architecture
+from sapo_megatron.metrics import now
 from sapo_megatron.recipe.load import load
 from sapo_megatron.recipe.schema import RolloutConfig
 from sapo_megatron.rollout.engine import Request, SamplingParams
@@ -521,6 +522,38 @@ def test_servers_get_no_work_while_weights_are_sent_to_them(server):
     done.result(timeout=60)
     assert asked.is_set()
     assert len(found) == 6
+
+
+def test_what_servers_spend_their_time_on(servers):
+    """What is under way when they are asked is told up to then, and the rest the next time."""
+    held = fakevllm.Held()
+    for each in servers:
+        each.fault = held
+    client, began = engine(*(each.url for each in servers)), now()
+    client.load(TESTS, PROBE, 0)
+    names = {f"{each.url} (rank 0)" for each in servers}
+
+    def spent():
+        found = client.spent("time/rollout")
+        return found["time/rollout"].spans, found["time/sync"].spans
+
+    rollout, sync = spent()
+    assert {where for where, _, _ in sync} == {where for where, _, _ in rollout} == names
+    assert all(began < at <= at + seconds < now() and seconds > 0 for _, at, seconds in sync)
+    assert [seconds for _, _, seconds in rollout] == [0.0, 0.0]
+
+    done = client.begin(REQUESTS[:1], PARAMS, lambda sample: None)
+    assert held.begun.acquire(timeout=60)
+    rollout, sync = spent()
+    assert [seconds for _, _, seconds in sync] == [0.0, 0.0]
+    busy, idle = sorted(rollout, key=lambda span: -span[2])
+    assert busy[2] > 0 == idle[2]
+    held.let_go()
+    done.result(timeout=60)
+    rollout, _ = spent()
+    (rest,) = (span for span in rollout if span[2] > 0)
+    assert rest[:2] == (busy[0], pytest.approx(busy[1] + busy[2], abs=1e-6))
+    assert [seconds for _, _, seconds in spent()[0]] == [0.0, 0.0]
 
 
 def test_a_response_that_is_interrupted_before_its_first_token_begins_again(server):

@@ -1,0 +1,163 @@
+"""What each rank and server did when: ``timeline.json``, for Perfetto and for the report.
+
+The file is in the Chrome trace format: one event for each time that a stage of ``time/*`` took, and
+for each step, in the rows of ranks and of servers. Times are microseconds from the run's start, by
+the clocks of the machines.
+"""
+
+import json
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from sapo_megatron.errors import UserError
+from sapo_megatron.files import write_whole
+from sapo_megatron.metrics import Metrics, Span, Spans, now
+
+STEPS = 50
+"""The last steps, which the file holds: it is written anew with each."""
+STAGE, RANK = "time/", "rank "
+
+
+@dataclass(frozen=True, kw_only=True)
+class Event:
+    """A stage of a step, where and when it was."""
+
+    step: int
+    stage: str
+    """Of ``time/*``, or ``step``."""
+    where: str
+    begin: float
+    """Seconds from the run's start."""
+    seconds: float
+
+
+class TimelineTracker:
+    """Writes the file."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self._path = run_dir / "timeline.json"
+        self._began = now()
+        self._rows: dict[str, tuple[int, int]] = {}
+        """Process and thread of a trace, by rank or server."""
+        self._names: list[str] = []
+        self._steps: deque[list[str]] = deque(maxlen=STEPS)
+
+    def log(self, step: int, metrics: Metrics) -> None:
+        lines = [
+            self._line(step, stage, span)
+            for stage, spans in _stages(metrics).items()
+            for span in spans
+            if span[2] > 0
+        ]
+        self._steps.append(lines)
+        events = ",\n".join([*self._names, *chain(*self._steps)])
+        write_whole(self._path, f"[\n{events}\n]\n")
+
+    def close(self, failed: bool) -> None:
+        """The file is whole after every step."""
+
+    def _line(self, step: int, stage: str, span: Span) -> str:
+        where, begin, seconds = span
+        if where not in self._rows:
+            kind = int(not where.startswith(RANK))
+            self._rows[where] = kind, len(self._rows)
+            self._names += _named(where, *self._rows[where])
+        pid, tid = self._rows[where]
+        times = {"ts": round((begin - self._began) * 1e6), "dur": round(seconds * 1e6)}
+        event = {"name": stage, "ph": "X", **times, "pid": pid, "tid": tid, "args": {"step": step}}
+        return _json(event)
+
+
+def idle_shares(metrics: Metrics) -> dict[str, float]:
+    """``perf/rollout_idle`` and ``perf/train_idle`` of a step, from all ranks' metrics.
+
+    The share of the step's time in which nothing is generated, in the mean over servers or, without
+    any, over the ranks; and that in which no log-prob or update is computed.
+    """
+    steps = _spans(metrics, "perf/step_s")
+    begin = min(at for _, at, _ in steps)
+    end = max(at + seconds for _, at, seconds in steps)
+    busy = {
+        "rollout": _spans(metrics, "time/rollout"),
+        "train": (*_spans(metrics, "time/logprob"), *_spans(metrics, "time/update")),
+    }
+    return {
+        f"perf/{name}_idle": 1 - _busy(spans, begin, end) / (end - begin)
+        for name, spans in busy.items()
+    }
+
+
+def read_timeline(path: Path) -> list[Event]:
+    """The events of a file; none where there is no file. Raises UserError for a damaged one."""
+    if not path.exists():
+        return []
+    try:
+        events = json.loads(path.read_text())
+        if not isinstance(events, list):
+            raise TypeError("no list")
+        rows = {
+            (event["pid"], event["tid"]): event["args"]["name"]
+            for event in events
+            if event["name"] == "thread_name"
+        }
+        return [
+            Event(
+                step=event["args"]["step"],
+                stage=event["name"],
+                where=rows[event["pid"], event["tid"]],
+                begin=event["ts"] / 1e6,
+                seconds=event["dur"] / 1e6,
+            )
+            for event in events
+            if event["ph"] == "X"
+        ]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{path}: expected the events of a run's steps, got {type(error).__name__}: {error}; "
+            f"remove the file"
+        ) from None
+
+
+def _stages(metrics: Metrics) -> dict[str, tuple[Span, ...]]:
+    found = {"step": _spans(metrics, "perf/step_s")}
+    for name in metrics.values():
+        if name.startswith(STAGE):
+            found[name.removeprefix(STAGE)] = _spans(metrics, name)
+    return found
+
+
+def _spans(metrics: Metrics, name: str) -> tuple[Span, ...]:
+    if name not in metrics:
+        return ()
+    held = metrics[name]
+    assert isinstance(held, Spans), name
+    return held.spans
+
+
+def _busy(spans: Sequence[Span], begin: float, end: float) -> float:
+    """Seconds between ``begin`` and ``end``, in the mean over where the spans are."""
+    seconds = dict.fromkeys((where for where, _, _ in spans), 0.0)
+    for where, at, duration in spans:
+        seconds[where] += max(0.0, min(at + duration, end) - max(at, begin))
+    return fmean(seconds.values()) if seconds else 0.0
+
+
+def _named(where: str, pid: int, tid: int) -> list[str]:
+    """The names of a row and of the group that it belongs to, and its place in that."""
+    names: dict[str, dict[str, Any]] = {
+        "process_name": {"name": ("ranks", "servers")[pid]},
+        "thread_name": {"name": where},
+        "thread_sort_index": {"sort_index": tid},
+    }
+    return [
+        _json({"name": n, "ph": "M", "pid": pid, "tid": tid, "args": a}) for n, a in names.items()
+    ]
+
+
+def _json(event: dict[str, Any]) -> str:
+    return json.dumps(event, separators=(",", ":"))
