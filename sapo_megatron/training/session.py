@@ -93,15 +93,21 @@ class Session:
             readers = [self.data_parallel[place] for place in places]
             deliver_routes(samples, readers, held, world)
 
-    def evaluate(self, step: int) -> dict[str, float]:
-        """avg@k and pass@1 of the policy as it is after ``step``."""
-        return evaluate(self.collector, self.inputs.problems, self.recipe, version=step)
+    def evaluate(self, step: int, metrics: Metrics | None = None) -> dict[str, float]:
+        """avg@k and pass@1 of the policy as it is after ``step``; the time it takes servers.
+
+        That is no part of a rollout's, also where there are no ``metrics`` to add it to.
+        """
+        scores = evaluate(self.collector, self.inputs.problems, self.recipe, version=step)
+        spent = self.collector.spent("time/eval")
+        if metrics is not None:
+            metrics.update(spent)
+        return scores
 
     def evaluate_after(self, step: int, metrics: Metrics) -> dict[str, float]:
         """The same after a step, which gets ``eval/*``."""
         with self._saved_if_lost(step, metrics), metrics.timed("time/eval"):
-            scores = self.evaluate(step)
-        metrics.update(self.collector.spent("time/eval"))
+            scores = self.evaluate(step, metrics)
         if dist.get_rank() == 0:
             for name, value in scores.items():
                 metrics.add(f"eval/{name}", Mean(value, 1.0))

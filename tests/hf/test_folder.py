@@ -26,7 +26,7 @@ from sapo_megatron.policy import parallel, weights
 from sapo_megatron.policy.model import Model
 from sapo_megatron.recipe.load import load
 from sapo_megatron.training.inputs import preflight
-from tests.support.families import FAMILIES, Place, make_model
+from tests.support.families import FAMILIES, Place, can_be_made, make_model
 from tests.support.gloo import run_ranks
 from tests.support.tiny import TOKENIZER, cli, write_recipe
 from tests.support.whole_runs import command
@@ -457,8 +457,6 @@ def test_a_model_that_is_not_here(tmp_path, monkeypatch):
 
 def test_in_and_out_again(tmp_path):
     """A model in Hugging Face format is trained at TP2 x EP2, and transformers goes on with it."""
-    import transformers
-
     source = tmp_path / "source"
     make_model("qwen3-moe", source)
     shutil.copyfile(TOKENIZER, source / "tokenizer.model")
@@ -522,11 +520,7 @@ def test_one_tensor_by_two_names(model):
         WeightFiles(model)
 
 
-# transformers 4 cannot make those that are newer than it; kimi_k2 is the hub's name for another.
-MADE = {*transformers.CONFIG_MAPPING, "kimi_k2"}
-
-
-@pytest.mark.parametrize("family", [f for f, c in FAMILIES.items() if c["model_type"] in MADE])
+@pytest.mark.parametrize("family", filter(can_be_made, FAMILIES))
 def test_every_tensor_of_a_family_is_read(tmp_path, family):
     make_model(family, tmp_path)
     assert WeightFiles(tmp_path).left_out(read_architecture(tmp_path)) == ""
