@@ -102,9 +102,9 @@ test-all: venv $(MCORE_019_STAMP) $(TRANSFORMERS_4_STAMP)
 	$(PYTEST) -m "slow or not slow" $(or $(ARGS),$(ALL_CORES))
 	$(ON_MCORE_019) $(PYTEST) -m "slow or not slow" $(or $(ARGS),$(ALL_CORES))
 
-# Kills, damage, mutations, bad data and hostile files by the hundred: make torture SEED=1
-torture: venv
-	OMP_NUM_THREADS=1 $(BIN)/python -m tests.torture $(SEED) $(ARGS)
+# Kills, damage, mutations, bad data, hostile files and lost servers by the hundred: make torture SEED=1
+torture: venv $(VLLM_STAMP)
+	SAPO_VLLM_PYTHON=$(CURDIR)/$(VLLM)/bin/python OMP_NUM_THREADS=1 $(BIN)/python -m tests.torture $(SEED) $(ARGS)
 
 $(MCORE_019_STAMP): requirements-mcore-0.19.txt | $(STAMP)
 	rm -rf $(MCORE_019)

@@ -25,6 +25,7 @@ from sapo_megatron.launcher import join
 from sapo_megatron.policy import checkpoint, parallel
 from sapo_megatron.recipe.load import load
 from sapo_megatron.recipe.schema import Recipe
+from sapo_megatron.rollout.engine import Request, SamplingParams
 from sapo_megatron.rollout.vllm.client import Server
 from sapo_megatron.rollout.vllm.servers import LocalServers
 from sapo_megatron.training.inputs import read_inputs
@@ -77,7 +78,9 @@ def work(job: dict) -> None:
     )
     complete = Server.complete
 
-    def of_its_length(self, request, params, *args, **others):
+    def of_its_length(
+        self: Server, request: Request, params: SamplingParams, *args: Any, **others: Any
+    ) -> Any:
         tokens = SHORT if request.uid % EVERY else LONG
         params = replace(params, max_new_tokens=tokens, stop_ids=())
         return complete(self, request, params, *args, **others)
@@ -112,7 +115,9 @@ def measured(args: Any, folder: Path) -> list[dict[str, Any]]:
                 "prompts": args.prompts,
             }
             lines = measure.in_fresh_process("benchmarks.overlap", job)[FIRST:-LAST]
-            row = {name: statistics.fmean(line[name] for line in lines) for name in MEANS}
+            row: dict[str, Any] = {
+                name: statistics.fmean(line[name] for line in lines) for name in MEANS
+            }
             trained = (line["time/logprob"] + line["time/update"] for line in lines)
             row |= {"ahead": ahead, "on_new_weights": on_new_weights}
             rows.append(row | {"training": statistics.fmean(trained)})

@@ -10,7 +10,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-PARTS = ("kills", "damages", "mutations", "data", "hostile")
+PARTS = ("kills", "damages", "mutations", "data", "hostile", "servers")
 
 
 def main(words: list[str]) -> int:

@@ -1,152 +1,24 @@
 """A run whose servers, which others have started, are killed, start again, stall, and are gone."""
 
-import os
 import re
 import signal
-import subprocess
-import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
-import httpx
-import psutil
 import pytest
 
-from sapo_megatron.rollout.vllm import guard
-from sapo_megatron.rollout.vllm.servers import _free_port
-from tests.support.tiny import ROOT, cli, read_metrics
-from tests.vllm.test_training import recipe_in
+from tests.support.lost import GENERATIONS, PROBES, PROMPTS, Run, groups_trained, two_servers
+from tests.support.tiny import read_metrics
 
 pytestmark = pytest.mark.timeout(1800)  # that of a machine that is busy with other things
-PROBES = 2
-"""Of a server, for every load: as many as there are held-out problems."""
-PROMPTS = 8
-"""Of a step: four responses each, of which two servers have sixteen each."""
-GONE_S = 20.0
-"""``rollout.server_timeout_s``."""
-
-
-class Script:
-    """A server of ``launch/rollout_server.sh``, on one port however often it is started."""
-
-    def __init__(self, folder, model):
-        folder.mkdir()
-        self._folder, self._model = folder, model
-        self._port = _free_port()
-        self.url = f"http://127.0.0.1:{self._port.getsockname()[1]}"
-        self._guards = []
-
-    def start(self):
-        words = [sys.executable, "-m", guard.__name__, str(self._folder / "none")]
-        words += [str(ROOT / "launch" / "rollout_server.sh"), str(self._model)]
-        words += ["--enforce-eager", "--skip-tokenizer-init", "--load-format", "dummy"]
-        words += ["--dtype", "float32", "--max-model-len", "22"]
-        env = {**os.environ, "PYTHON": os.environ["SAPO_VLLM_PYTHON"], "HF_HUB_OFFLINE": "1"}
-        env |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
-        env["ROLLOUT_PORT"] = self.url.rpartition(":")[2]
-        self._log = self._folder / f"{len(self._guards)}.log"
-        with self._log.open("wb") as log:
-            process = subprocess.Popen(
-                words,
-                env=env,
-                stdin=subprocess.PIPE,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,  # what ends the tests at once does not end it first
-            )
-        self._guards.append(process)
-
-    def answers(self):
-        assert self._guards[-1].poll() is None, self._log.read_text()
-        try:
-            return httpx.get(f"{self.url}/health", trust_env=False).status_code == 200
-        except httpx.TransportError:
-            return False
-
-    def signal(self, number):
-        """To all of its processes."""
-        for process in psutil.Process(self._guards[-1].pid).children(recursive=True):
-            process.send_signal(number)
-
-    def close(self):
-        for process in self._guards:
-            process.stdin.close()
-        for process in self._guards:
-            process.wait(2 * guard.GRACE_S)
-        self._port.close()
-
-    def asked(self):
-        """Endpoints in the order in which it has answered since it was started last."""
-        return re.findall(r"POST /(?:v1/)?(\w+) HTTP", self._log.read_text())
-
-    def loads(self):
-        return self.asked().count("reset_prefix_cache")
-
-    def is_sampling(self):
-        """Whether it is in the middle of its part of a rollout, behind load and probe."""
-        asked = self.asked()
-        if "reset_prefix_cache" not in asked:
-            return False
-        latest = asked[::-1].index("reset_prefix_cache")
-        return PROBES + 2 <= latest < PROBES + 5
-
-
-class Run:
-    """``sapo-megatron train`` on a thread."""
-
-    def __init__(self, threads, folder, *words):
-        self.path = folder / "runs" / "recipe" / "run-001"
-        self._done = threads.submit(
-            cli, "train", folder / "recipe.yaml", *words, cwd=folder, timeout=1800.0
-        )
-
-    def steps(self):
-        metrics = self.path / "metrics.jsonl"
-        return metrics.read_text().count("\n") if metrics.exists() else 0
-
-    def until(self, holds):
-        while not holds():
-            assert not self._done.done(), self._done.result().stderr
-            time.sleep(0.02)
-
-    def goes_on(self, steps):
-        last = self.steps() + steps
-        self.until(lambda: self.steps() >= last)
-
-    def end(self):
-        return self._done.result()
-
-    def saved(self):
-        """The step of the newest checkpoint."""
-        names = (folder.name for folder in (self.path / "checkpoints").iterdir())
-        return max(int(name.removeprefix("step-")) for name in names)
 
 
 @pytest.fixture(scope="module")
 def story(tmp_path_factory):
     """What happened to two servers and their run, which was resumed once."""
     folder = tmp_path_factory.mktemp("lost")
-    servers = [Script(folder / str(number), folder / "model") for number in range(2)]
-    rollout = {"servers": [server.url for server in servers], "server_timeout_s": GONE_S}
-    rollout |= {"rollout_batch_size": PROMPTS, "max_response_length": 6}
-    recipe_in(
-        folder,
-        parallel={"tensor_model_parallel_size": 1, "expert_model_parallel_size": 1},
-        rollout={**rollout, "server_concurrency": 1},  # a rollout takes long enough to be met
-        train={"steps": 10_000},
-        eval={"num_problems": PROBES, "k": 1},
-    )
-    with ThreadPoolExecutor(1) as threads:
-        try:
-            for server in servers:
-                server.start()
-            while not all(server.answers() for server in servers):
-                time.sleep(0.1)
-            yield told(Run(threads, folder), threads, folder, *servers)
-        finally:
-            for server in servers:
-                server.close()
+    with ThreadPoolExecutor(1) as threads, two_servers(folder) as servers:
+        yield told(Run(threads, folder), threads, folder, *servers)
 
 
 def told(run, threads, folder, one, two):
@@ -229,3 +101,53 @@ def test_a_resumed_run_ends_below_min_servers(story):
     assert story.second.left == []
     assert story.saved_again == len(story.lines) >= story.saved + 2
     assert [line["step"] for line in story.lines] == list(range(1, story.saved_again + 1))
+
+
+@pytest.fixture(scope="module")
+def ahead(tmp_path_factory):
+    """Steps ahead, whose responses go on under new weights: a server is killed, and then the run.
+
+    The server goes in the middle of that.
+    """
+    folder = tmp_path_factory.mktemp("ahead")
+    changes = {
+        "rollout": {"async_steps": 2, "on_new_weights": "continue"},
+        "train": {"steps": 10_000, "num_mini_batches": 1},
+        "checkpoint": {"every": 2, "keep": 2},
+        "logging": {"dump_every": 1},
+    }
+    with ThreadPoolExecutor(1) as threads, two_servers(folder, **changes) as (one, _):
+        run, found = Run(threads, folder), SimpleNamespace(url=one.url)
+        run.goes_on(3)
+        run.until(one.is_interrupted)
+        one.signal(signal.SIGKILL)
+        found.killed_at = run.steps()
+        run.goes_on(3)
+        one.start()
+        run.until(one.is_sampling)
+        run.goes_on(2)
+        found.first = run.kill()
+        found.steps, found.saved = run.steps(), run.saved()
+        again = run.resumed()
+        again.goes_on(4)
+        found.second = again.stop()
+        found.lines, found.run = read_metrics(run.path), run.path
+        yield found
+
+
+def test_a_server_killed_while_its_responses_are_to_go_on_costs_them_and_not_the_run(ahead):
+    assert ahead.first.returncode == -signal.SIGKILL
+    assert re.search(f"{ahead.url} is (away|left out for now): ", ahead.first.stderr)
+    assert ahead.killed_at + 3 <= ahead.steps
+    assert sum(line["rollout/continued"] for line in ahead.lines) > 0
+    assert all(line["rollout/staleness_max"] <= 2 for line in ahead.lines)
+
+
+def test_a_killed_run_goes_on_and_no_group_is_lost_or_trained_twice(ahead):
+    assert ahead.second.returncode == 0, ahead.second.stderr
+    assert ahead.second.left == []
+    assert ahead.saved < ahead.steps + 4 <= len(ahead.lines)
+    numbers = [line["step"] for line in ahead.lines]
+    assert numbers == list(range(1, len(numbers) + 1))
+    trained = groups_trained(ahead.run, numbers)
+    assert trained == dict.fromkeys(range(PROMPTS * len(numbers)), GENERATIONS)
