@@ -396,6 +396,10 @@ class Metrics:
         """The histogram of every name that holds one."""
         return {n: m for n, m in self._metrics.items() if isinstance(m, Histogram)}
 
+    def spans(self) -> dict[str, tuple[Span, ...]]:
+        """The spans of every name that holds some, which has a value as well."""
+        return {n: m.spans for n, m in self._metrics.items() if isinstance(m, Spans)}
+
     def points(self) -> dict[str, Points]:
         """The points of every name that holds some."""
         return {n: m for n, m in self._metrics.items() if isinstance(m, Points)}

@@ -16,11 +16,11 @@ from typing import Any
 
 from sapo_megatron.errors import UserError
 from sapo_megatron.files import write_whole
-from sapo_megatron.metrics import Metrics, Span, Spans, now
+from sapo_megatron.metrics import Metrics, Span, now
 
 STEPS = 50
 """The last steps, which the file holds: it is written anew with each."""
-STAGE, RANK = "time/", "rank "
+STAGE, STEP, RANK = "time/", "step", "rank "
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +29,7 @@ class Event:
 
     step: int
     stage: str
-    """Of ``time/*``, or ``step``."""
+    """Of ``time/*``, or ``STEP`` for a whole one."""
     where: str
     begin: float
     """Seconds from the run's start."""
@@ -49,8 +49,8 @@ class TimelineTracker:
 
     def log(self, step: int, metrics: Metrics) -> None:
         lines = [
-            self._line(step, stage, span)
-            for stage, spans in _stages(metrics).items()
+            self._line(step, STEP if name == "perf/step_s" else name.removeprefix(STAGE), span)
+            for name, spans in metrics.spans().items()
             for span in spans
             if span[2] > 0
         ]
@@ -79,12 +79,12 @@ def idle_shares(metrics: Metrics) -> dict[str, float]:
     The share of the step's time in which nothing is generated, in the mean over servers or, without
     any, over the ranks; and that in which no log-prob or update is computed.
     """
-    steps = _spans(metrics, "perf/step_s")
-    begin = min(at for _, at, _ in steps)
-    end = max(at + seconds for _, at, seconds in steps)
+    held = metrics.spans()
+    begin = min(at for _, at, _ in held["perf/step_s"])
+    end = max(at + seconds for _, at, seconds in held["perf/step_s"])
     busy = {
-        "rollout": _spans(metrics, "time/rollout"),
-        "train": (*_spans(metrics, "time/logprob"), *_spans(metrics, "time/update")),
+        "rollout": held.get("time/rollout", ()),
+        "train": (*held.get("time/logprob", ()), *held.get("time/update", ())),
     }
     return {
         f"perf/{name}_idle": 1 - _busy(spans, begin, end) / (end - begin)
@@ -121,22 +121,6 @@ def read_timeline(path: Path) -> list[Event]:
             f"{path}: expected the events of a run's steps, got {type(error).__name__}: {error}; "
             f"remove the file"
         ) from None
-
-
-def _stages(metrics: Metrics) -> dict[str, tuple[Span, ...]]:
-    found = {"step": _spans(metrics, "perf/step_s")}
-    for name in metrics.values():
-        if name.startswith(STAGE):
-            found[name.removeprefix(STAGE)] = _spans(metrics, name)
-    return found
-
-
-def _spans(metrics: Metrics, name: str) -> tuple[Span, ...]:
-    if name not in metrics:
-        return ()
-    held = metrics[name]
-    assert isinstance(held, Spans), name
-    return held.spans
 
 
 def _busy(spans: Sequence[Span], begin: float, end: float) -> float:

@@ -25,7 +25,7 @@ from sapo_megatron.objective.ratio import Ratio
 from sapo_megatron.objective.sapo import sapo_gate, sapo_weight
 from sapo_megatron.recipe.schema import CLIP_DEFAULTS
 from sapo_megatron.runs.read import Run
-from sapo_megatron.runs.timeline import RANK
+from sapo_megatron.runs.timeline import RANK, STEP
 
 STAGES = {
     "rollout": "rollout",
@@ -116,7 +116,7 @@ def _draw_timeline(canvas: Canvas, run: Run, theme: Theme) -> None:
     """The last step, a row per rank and server."""
     ax = canvas.subplots()
     events = [event for event in run.timeline if event.step == run.timeline[-1].step]
-    steps = [event for event in events if event.stage == "step"]
+    steps = [event for event in events if event.stage == STEP]
     begin = min(event.begin for event in steps)
     end = max(event.begin + event.seconds for event in steps)
     everywhere = dict.fromkeys(event.where for event in events)
@@ -277,7 +277,7 @@ SECTIONS: dict[str, tuple[Figure, ...]] = {
             "One step",
             "What each rank and server did in the last step; the rest is none of these stages. "
             "timeline.json has the last steps for Perfetto (ui.perfetto.dev).",
-            lambda run: any(event.stage == "step" for event in run.timeline),
+            lambda run: any(event.stage == STEP for event in run.timeline),
             _draw_timeline,
             height=3.9,
         ),
