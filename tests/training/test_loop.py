@@ -63,6 +63,8 @@ METRICS = {
     "sapo/bound_violations",
     "sapo/gate_distance",
     "perf/tokens_per_s",
+    "perf/tokens_per_s_per_gpu",
+    "perf/tflops_per_gpu",
     "perf/step_s",
     "perf/rollout_idle",
     "perf/train_idle",
