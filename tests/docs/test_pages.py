@@ -1,15 +1,19 @@
 """The pages say what the code does: keys, metrics, links, commands."""
 
+import argparse
+import re
 from typing import Annotated, Literal
 
 import pytest
 from pydantic import Field
 
+from sapo_megatron.__main__ import _parser
 from sapo_megatron.recipe.load import keys
 from sapo_megatron.recipe.schema import Count, RolloutConfig
-from tests.docs import metrics_page, recipe_page
+from tests.docs import metrics_page, pages, recipe_page
 from tests.docs.meanings import MEANINGS
 from tests.docs.metric_names import Source, metrics_of_runs
+from tests.support.tiny import ROOT
 
 SCHEMA = [
     (key, recipe_page.docstrings(cls))
@@ -17,6 +21,15 @@ SCHEMA = [
     for key in recipe_page.keys_of(section, cls)
     if not section.startswith("data.eval")  # as data.train
 ]
+
+COMMANDS = next(a for a in _parser()._actions if isinstance(a, argparse._SubParsersAction)).choices
+OF_OTHERS = {
+    "docs/about/performance-summary.md",
+    "algorithm.rollout_correction.bypass_mode",
+    "model.language_model",
+}
+"""What pages name of other projects, and what looks like ours."""
+each_page = pytest.mark.parametrize("page", pages.PAGES, ids=lambda page: page.name)
 
 
 def test_the_page_of_keys_is_current():
@@ -85,3 +98,63 @@ def test_what_a_name_of_the_page_stands_for():
     assert metrics_page.means("a/{name}_low", "a/*_low")
     assert not metrics_page.means("a/{name}", "a/b/c")
     assert not metrics_page.means("a/b", "a/bc")
+
+
+@each_page
+def test_links_lead_somewhere(page):
+    assert [target for target in pages.links(page) if pages.broken(page, target)] == []
+
+
+@each_page
+def test_commands_exist(page):
+    of_recipes = {key.rpartition(".")[2] for key in keys()}
+    for name, flags in pages.commands(page):
+        assert name in COMMANDS
+        known = {o.lstrip("-") for a in COMMANDS[name]._actions for o in a.option_strings}
+        if "RECIPE" in (COMMANDS[name].usage or ""):
+            known |= of_recipes
+        assert set(flags) <= known, name
+    assert set(pages.targets(page)) <= pages.made()
+
+
+@each_page
+def test_files_exist(page):
+    assert [n for n in pages.files(page) if not (ROOT / n).exists() and n not in OF_OTHERS] == []
+
+
+@each_page
+def test_keys_exist(page):
+    sections = {name.split(".")[0] for name in recipe_page.names()}
+    assert set(pages.dotted(page, sections)) <= recipe_page.names() | OF_OTHERS
+
+
+@pytest.mark.parametrize(
+    "page",
+    [page for page in pages.PAGES if page.name != "patches.md"],  # which has those of hosts
+    ids=lambda page: page.name,
+)
+def test_metrics_exist(page):
+    metrics = metrics_of_runs()
+    groups = {name.split("/")[0] for name in metrics}
+    for name in pages.slashed(page, groups):
+        form = re.sub(r"\\\{\w+\\\}|\\\*", ".+", re.escape(name))
+        assert any(re.fullmatch(form, m) for m in metrics) or metrics_page.has(name), name
+
+
+def test_what_is_found_on_a_page(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text(
+        "# Two `words`, and more\n\n## Twice\n\n## Twice\n\n"
+        "[a](#two-words-and-more) [b](#twice-1) [c](#once) [d](gone.md) [e](https://a.b)\n\n"
+        'Make it `make test ARGS="-k x"`, then `train.steps=3`; `ratio/ess`, `time/*`.\n\n'
+        "    sapo-megatron train recipes/x.yaml \\\n"
+        "        --resume auto   # --none\n"
+        "    A=1 make lint docs\n"
+    )
+    assert [t for t in pages.links(page) if pages.broken(page, t)] == ["#once", "gone.md"]
+    assert list(pages.commands(page)) == [("train", ["resume"])]
+    assert list(pages.targets(page)) == ["test", "lint", "docs"]
+    assert pages.files(page) == ["recipes/x.yaml"]
+    assert list(pages.dotted(page, {"train"})) == ["train.steps"]
+    assert list(pages.slashed(page, {"ratio", "time"})) == ["ratio/ess", "time/*"]
+    assert {"lint", "docs", "venvs/vllm/.installed"} <= pages.made()
