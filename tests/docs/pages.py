@@ -10,6 +10,8 @@ from tests.support.tiny import ROOT
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 FOLDERS, ENDINGS = "recipes|launch|docs|benchmarks|tests", "yaml|sh|sbatch|py|md|json"
 
+ROOMS = "|".join(path.parent.name for path in (ROOT / "sapo_megatron").glob("*/__init__.py"))
+
 
 def links(page: Path) -> list[str]:
     """Targets of a page's links that are not on the network."""
@@ -71,8 +73,8 @@ def made() -> set[str]:
 
 
 def files(page: Path) -> list[str]:
-    """Files of the repository that code names."""
-    form = rf"(?<![\w/.-])(?:{FOLDERS})/[\w./-]+\.(?:{ENDINGS})\b"
+    """Files of the repository, and of the package's rooms, that code names."""
+    form = rf"(?<![\w/.-])((?:{FOLDERS})/[\w./-]+\.(?:{ENDINGS})|(?:{ROOMS})/\w+\.py)\b"
     return [name for line in code(page) for name in re.findall(form, line)]
 
 
