@@ -47,7 +47,7 @@ class Source:
             for adder, arguments in ADDERS.items()
             for call, inside in self.calls[adder]
             if len(call.args) == arguments and not ast.unparse(call).startswith("torch.")
-            for name in self.texts(call.args[0], inside)
+            for name in self.texts(call.args[0], inside) or {"*"}
         }
 
     def texts(self, name: ast.expr, inside: Function | None, depth: int = 0) -> set[str]:
@@ -93,7 +93,8 @@ class Source:
         if isinstance(over, ast.Tuple | ast.List):
             return over.elts
         if isinstance(over, ast.Name):
-            return [e for v in self._values(over, inside) for e in self._elements(v, inside)]
+            found = [e for v in self._values(over, inside) for e in self._elements(v, inside)]
+            return found + _keys_set(over.id, inside)
         if isinstance(over, ast.Dict):
             return [key for key in over.keys if key]
         if isinstance(over, ast.DictComp):
@@ -164,6 +165,16 @@ def _reaches(loop: ast.For | ast.comprehension, name: ast.Name) -> bool:
         return True
     assert loop.end_lineno is not None
     return loop.lineno <= name.lineno <= loop.end_lineno
+
+
+def _keys_set(name: str, inside: Function | None) -> list[ast.expr]:
+    """What a dictionary of a function gets entries for."""
+    return [
+        target.slice
+        for node in (ast.walk(inside) if inside else ())
+        for target in (node.targets if isinstance(node, ast.Assign) else ())
+        if isinstance(target, ast.Subscript) and ast.unparse(target.value) == name
+    ]
 
 
 def _place(target: ast.expr, name: str) -> tuple[int, ...] | None:

@@ -79,6 +79,10 @@ def test_the_page_of_metrics_has_what_the_code_has():
         ('def f():\n    for n in ("b", "c"):\n        metrics.add(f"a/{n}", x)', {"a/b", "a/c"}),
         ('def f():\n    for n, x in (("b", 1),):\n        metrics.add(f"a/{n}", x)', {"a/b"}),
         ('def f():\n    d = {"b": 1}\n    for n, x in d.items():\n        m.add(n, x)', {"b"}),
+        (
+            'def f():\n    d = {"b": 1}\n    d["c"] = 2\n    for n in d:\n        m.add(n, x)',
+            {"b", "c"},
+        ),
         ('def f(*, p="a"):\n    m.add(f"{p}/b", x)\nf()\nf(p="c")', {"a/b", "c/b"}),
         ('def f(p):\n    m.add(f"{p}/b", x)\ndef g(q):\n    f(f"{q}/c")\ng("a")', {"a/c/b"}),
         (
@@ -87,6 +91,7 @@ def test_the_page_of_metrics_has_what_the_code_has():
             {"a/*"},
         ),
         ("def f():\n    m.add(name(), x)", {"*"}),
+        ('def f(p):\n    m.add(f"{p}/b", x)', {"*"}),
     ],
 )
 def test_names_are_followed_to_where_they_come_from(source, expected):
