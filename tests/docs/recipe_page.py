@@ -9,7 +9,6 @@ import re
 import typing
 from collections import defaultdict
 from collections.abc import Iterator
-from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, NamedTuple
 
@@ -80,7 +79,7 @@ def keys_of(section: str, cls: type) -> list[Key]:
 
 def section_in(hint: Any) -> type | None:
     """The section that a type names, be it in a list or beside None."""
-    return next((p for p in _parts(hint) if dataclasses.is_dataclass(p)), None)  # type: ignore
+    return next((p for p in _parts(hint) if dataclasses.is_dataclass(p)), None)
 
 
 def kind_of(hint: Any) -> str:
@@ -141,7 +140,7 @@ def resumed(name: str) -> str:
         return f"stays as it was: {why}"
     if name in BOUND_AHEAD:
         return "refused while responses wait"
-    if name.startswith("data.train."):
+    if f"{name}.".startswith("data.train."):
         return "refused without `--new-data`"
     return NOTES.get(name, NOTES.get(section, ""))
 
@@ -195,5 +194,5 @@ Written by `make docs` from `sapo_megatron/recipe/schema.py`; a test fails where
 """
 
 
-def write(path: Path = PAGE) -> None:
-    path.write_text(page())
+def write() -> None:
+    PAGE.write_text(page())
