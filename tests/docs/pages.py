@@ -1,9 +1,13 @@
 """What the pages of the project name: links, commands, files, keys and metrics."""
 
 import re
+import textwrap
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 from tests.support.tiny import ROOT
 
@@ -76,6 +80,25 @@ def files(page: Path) -> list[str]:
     """Files of the repository, and of the package's rooms, that code names."""
     form = rf"(?<![\w/.-])((?:{FOLDERS})/[\w./-]+\.(?:{ENDINGS})|(?:{ROOMS})/\w+\.py)\b"
     return [name for line in code(page) for name in re.findall(form, line)]
+
+
+def recipes(page: Path) -> Iterator[dict[str, Any]]:
+    """Blocks of code that are YAML with sections in it."""
+    for block in re.findall(r"(?:^ {4}.*\n)+", page.read_text(), re.M):
+        try:
+            found = yaml.safe_load(textwrap.dedent(block))
+        except yaml.YAMLError:
+            continue  # another language
+        if isinstance(found, dict) and any(isinstance(part, dict) for part in found.values()):
+            yield found
+
+
+def flat(values: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    """Dotted names of all keys."""
+    for name, value in values.items():
+        yield f"{prefix}{name}"
+        if isinstance(value, dict):
+            yield from flat(value, f"{prefix}{name}.")
 
 
 def dotted(page: Path, sections: set[str]) -> Iterator[str]:

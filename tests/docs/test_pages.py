@@ -139,6 +139,8 @@ def test_files_exist(page):
 def test_keys_exist(page):
     sections = {name.split(".")[0] for name in recipe_page.names()}
     assert set(pages.dotted(page, sections)) <= recipe_page.names() | OF_OTHERS
+    for recipe in pages.recipes(page):
+        assert set(pages.flat(recipe)) <= recipe_page.names()
 
 
 @pytest.mark.parametrize(
@@ -162,7 +164,8 @@ def test_what_is_found_on_a_page(tmp_path):
         'Make it `make test ARGS="-k x"`, then `train.steps=3`; `ratio/ess`, `time/*`.\n\n'
         "    sapo-megatron train recipes/x.yaml \\\n"
         "        --resume auto   # --none\n"
-        "    A=1 make lint docs\n"
+        "    A=1 make lint docs\n\n"
+        "    train:\n      steps: 3\n"
     )
     assert [t for t in pages.links(page) if pages.broken(page, t)] == ["#once", "gone.md"]
     assert list(pages.commands(page)) == [("train", ["resume"])]
@@ -170,4 +173,7 @@ def test_what_is_found_on_a_page(tmp_path):
     assert pages.files(page) == ["recipes/x.yaml"]
     assert list(pages.dotted(page, {"train"})) == ["train.steps"]
     assert list(pages.slashed(page, {"ratio", "time"})) == ["ratio/ess", "time/*"]
+    assert [list(pages.flat(recipe)) for recipe in pages.recipes(page)] == [
+        ["train", "train.steps"]
+    ]
     assert {"lint", "docs", "venvs/vllm/.installed"} <= pages.made()
