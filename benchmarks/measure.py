@@ -128,6 +128,6 @@ def write(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
     """To ``--out``, where that was given."""
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        settings = {k: v for k, v in vars(args).items() if k not in ("out", "job")}
+        settings = {k: v for k, v in vars(args).items() if k not in ("out", "job", "keep")}
         settings["torch"] = torch.__version__
         args.out.write_text(json.dumps({"settings": settings, "rows": rows}, indent=1) + "\n")

@@ -32,7 +32,7 @@ from sapo_megatron.training.inputs import read_inputs
 from sapo_megatron.training.loop import train
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "tiny-moe-vllm-cpu.yaml"
-CASES = ((0, "wait"), (1, "wait"), (1, "continue"), (4, "wait"), (4, "continue"))
+CASES = ((0, "wait"), (1, "wait"), (4, "wait"), (4, "continue"))
 """``rollout.async_steps`` and ``rollout.on_new_weights``."""
 SHORT, LONG, EVERY = 32, 320, 16
 """Tokens of a response, of a long one, and how many there are to each of those."""
