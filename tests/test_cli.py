@@ -109,6 +109,9 @@ def nothing_written(folder):
         (["report", "missing"], ["run folder", "missing"]),
         (["report", "model"], ["metrics.jsonl"]),
         (["report", "model", "--dpi", "3"], ["report", "--dpi 3"]),
+        (["samples", "missing"], ["run folder", "missing"]),
+        (["samples", "model"], ["samples.jsonl", "logging.samples_per_step"]),
+        (["samples", "model", "--step", "last"], ["--step", "'last'"]),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
