@@ -41,7 +41,7 @@ def shown_groups(
 
 
 def _response(sample: Sample, step: int, tokenizer: Tokenizer) -> ShownResponse:
-    ages = [step - 1 - version for version in sample.versions] or [0]
+    versions = sample.versions or [step - 1]
     stop = None
     if not sample.truncated:
         last = sample.response_tokens[-1]
@@ -53,8 +53,8 @@ def _response(sample: Sample, step: int, tokenizer: Tokenizer) -> ShownResponse:
         tokens=len(sample.response_tokens),
         truncated=sample.truncated,
         stop_token=stop,
-        staleness_mean=fmean(ages),
-        staleness_max=max(ages),
+        staleness_mean=step - 1 - fmean(versions),
+        staleness_max=step - 1 - min(versions),
     )
 
 
