@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from sapo_megatron.data.batch import denominators, micro_batches, split_mini_batches
 from sapo_megatron.launcher import noting
-from sapo_megatron.metrics import Mean, Metrics, Spans, now
+from sapo_megatron.metrics import Metrics, Spans, now
 from sapo_megatron.policy import parallel
 from sapo_megatron.recipe.schema import Recipe
 from sapo_megatron.runs.trackers import Progress
@@ -107,8 +107,8 @@ def run_step(session: Session, step: int) -> Metrics:
 
     metrics.update(session.collector.spent("time/rollout"))
     metrics.add("perf/step_s", Spans.since(began))
-    if dist.get_rank() == 0:
+    if session.speed:
         samples = [sample for group in collected.groups for sample in group.samples]
-        tokens = sum(len(s.prompt_tokens) + len(s.response_tokens) for s in samples)
-        metrics.add("perf/tokens_per_s", Mean(tokens / (now() - began), 1.0))
+        lengths = [len(s.prompt_tokens) + len(s.response_tokens) for s in samples]
+        metrics.update(session.speed.measure(lengths, metrics, now() - began))
     return metrics

@@ -15,6 +15,7 @@ from sapo_megatron.errors import RunFailed
 from sapo_megatron.hf.architecture import Architecture
 from sapo_megatron.metrics import Mean, Metrics
 from sapo_megatron.policy import checkpoint, parallel
+from sapo_megatron.policy.flops import Parameters
 from sapo_megatron.policy.model import Model
 from sapo_megatron.policy.parallel import ParallelGroups
 from sapo_megatron.policy.step import Policy
@@ -46,6 +47,7 @@ from sapo_megatron.training.evaluate import evaluate
 from sapo_megatron.training.inputs import Inputs
 from sapo_megatron.training.observe import Observer
 from sapo_megatron.training.show import shown_groups
+from sapo_megatron.training.speed import Speed
 from sapo_megatron.training.update import Updater
 
 logger = logging.getLogger(__name__)
@@ -72,6 +74,8 @@ class Session:
     lock: Lock | None
     """Likewise."""
     journal: Journal
+    speed: Speed | None
+    """On the first rank."""
 
     @property
     def first_step(self) -> int:
@@ -274,6 +278,7 @@ def open_session(
             trackers=_open_trackers(stack, recipe, run),
             lock=lock,
             journal=Journal(run.state, began=began),
+            speed=_open_speed(recipe, inputs.arch, policy),
         )
 
 
@@ -362,6 +367,19 @@ def _open_collector(
         part=part,
         parts=parts,
         world=groups.world,
+    )
+
+
+def _open_speed(recipe: Recipe, arch: Architecture, policy: Policy) -> Speed | None:
+    listing = policy.model.weights.listing()
+    if dist.get_rank() > 0:
+        return None
+    return Speed(
+        recipe=recipe,
+        arch=arch,
+        parameters=Parameters.listed(arch, listing),
+        ranks=dist.get_world_size(),
+        on_gpus=policy.groups.device.type == "cuda",
     )
 
 

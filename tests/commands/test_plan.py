@@ -17,11 +17,11 @@ from sapo_megatron.commands.plan.layout import Batches, Layout, in_flight
 from sapo_megatron.commands.plan.memory import GIB, _cached
 from sapo_megatron.commands.plan.render import as_json, as_table
 from sapo_megatron.commands.plan.seconds import seconds, slow
-from sapo_megatron.commands.plan.step import Parameters, forward_flops
 from sapo_megatron.data.batch import pack, plan_micro_batches
 from sapo_megatron.hf.architecture import count_parameters, parse_architecture
 from sapo_megatron.hf.folder import find_architecture
 from sapo_megatron.policy import blueprint
+from sapo_megatron.policy.flops import Parameters, forward_flops
 from sapo_megatron.recipe.load import load
 from sapo_megatron.recipe.schema import ParallelConfig
 from sapo_megatron.sample import Sample

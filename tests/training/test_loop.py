@@ -4,6 +4,7 @@ import json
 import math
 import re
 from collections import defaultdict
+from itertools import pairwise
 from statistics import fmean
 
 import pytest
@@ -66,6 +67,8 @@ METRICS = {
     "sapo/bound_violations",
     "sapo/gate_distance",
     "perf/tokens_per_s",
+    "perf/tokens_per_s_per_gpu",
+    "perf/tflops_per_gpu",
     "perf/step_s",
     "perf/rollout_idle",
     "perf/train_idle",
@@ -196,6 +199,10 @@ def test_the_timeline_agrees_with_the_times(run):
             stage = name.removeprefix("time/")
             most = max(seconds[stage, where] for where in ("rank 0", "rank 1"))
             assert most == pytest.approx(line[name], abs=1e-5), name
+        for rank in ("rank 0", "rank 1"):  # which does one thing at a time
+            spans = [e for e in events if (e.step, e.where) == (line["step"], rank)]
+            own = sorted((e.begin, e.begin + e.seconds) for e in spans if e.stage != "step")
+            assert all(a[1] <= b[0] + 2e-6 for a, b in pairwise(own))
         assert seconds["step", "rank 0"] == pytest.approx(line["perf/step_s"], rel=0.1)
         # The ranks generate or train, and do little else.
         assert 0 < line["perf/rollout_idle"] < 1

@@ -10,7 +10,7 @@ from tests.support.tiny import read_metrics, write_recipe
 from tests.support.whole_runs import run
 from tests.vllm.conftest import ARCH
 
-STEPS = 8
+STEPS = 6
 
 
 def trained(folder):
@@ -57,8 +57,8 @@ def done(request, servers, tmp_path_factory):
     folder = tmp_path_factory.mktemp("async")
     rollout = {"engine": "vllm", "servers": list(servers.urls), "server_timeout_s": 300.0}
     rollout |= {"async_steps": request.param, "on_new_weights": "continue"}
-    # Two at a time they take much longer than an update: some are always under way.
-    rollout |= {"server_concurrency": 2, "num_generations": 8, "max_response_length": 96}
+    # Four at a time they take much longer than an update: some are always under way.
+    rollout |= {"server_concurrency": 4, "num_generations": 8, "max_response_length": 96}
     write_recipe(
         folder,
         arch=ARCH,

@@ -22,9 +22,8 @@ def done(request, servers, tmp_path_factory):
     if request.param == "pairs":
         found = chosen(found)
     rollout = {"engine": "vllm", "servers": list(servers.urls), "server_timeout_s": 200.0}
-    blind = {
-        "routing.observe": "false"
-    }  # who has no routes must say so with the engine's log-probs
+    # Who has no routes must say so with the engine's log-probs.
+    blind = {"routing.observe": "false"}
     asked = [cell | (blind if cell["algorithm.old_policy"] == "rollout" else {}) for cell in found]
     sections = {"rollout": rollout, "arch": ARCH}
     run_ranks(1, of_servers, folder, asked, sections)

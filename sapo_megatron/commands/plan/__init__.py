@@ -15,12 +15,13 @@ from sapo_megatron.commands.plan.host import HostMemory, host_memory
 from sapo_megatron.commands.plan.layout import Batches, Layout, longest
 from sapo_megatron.commands.plan.memory import Memory, memory
 from sapo_megatron.commands.plan.servers import Servers
-from sapo_megatron.commands.plan.step import Parameters, Step, step
+from sapo_megatron.commands.plan.step import Step, counted, step
 from sapo_megatron.errors import UserError
 from sapo_megatron.hf.architecture import Architecture
 from sapo_megatron.hf.folder import find_architecture
 from sapo_megatron.policy import blueprint
 from sapo_megatron.policy.blueprint import Stage
+from sapo_megatron.policy.flops import Parameters
 from sapo_megatron.recipe.check import (
     check_architecture,
     check_generation,
@@ -150,7 +151,7 @@ def _plan(
     layout = Layout.of(recipe, world)
     stages = build(recipe, world)
     gpu, cluster = GPUS[recipe.cluster.gpu], recipe.cluster
-    parameters = Parameters.of(arch, stages)
+    parameters = counted(arch, stages)
     servers = Servers.of(recipe, arch, parameters.total, world)
     gpus = [memory(recipe, arch, layout, stages, n, servers) for n in range(layout.pp)]
     return Plan(

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from sapo_megatron.policy.flops import PEAK_TFLOPS
 from sapo_megatron.recipe.schema import GpuName
 
 GIB = 2**30
@@ -29,18 +30,19 @@ class Gpu:
     """Of the host memory of a node with eight."""
 
 
-def _gpu(mib: int, *rest: float) -> Gpu:
-    names = ("host_memory_gib", "tflops", "memory", "nvlink", "network", "pcie", "host")
-    return Gpu(memory_gib=mib / 1024, **dict(zip(names, rest, strict=True)))
+def _gpu(tflops: float, mib: float, *rest: float) -> Gpu:
+    names = ("host_memory_gib", "memory", "nvlink", "network", "pcie", "host")
+    return Gpu(memory_gib=mib / 1024, tflops=tflops, **dict(zip(names, rest, strict=True)))
 
 
-GPUS: dict[GpuName, Gpu] = {
-    "a100-80gb": _gpu(81920, 1152, 312, 2.04e12, 300e9, 25e9, 32e9, 410e9),
-    "h100-80gb": _gpu(81559, 1740, 989, 3.35e12, 450e9, 50e9, 64e9, 614e9),
-    "h20-96gb": _gpu(97871, 1740, 148, 4.0e12, 450e9, 50e9, 64e9, 614e9),
-    "h200-141gb": _gpu(143771, 1850, 989, 4.8e12, 450e9, 50e9, 64e9, 614e9),
-    "b200-180gb": _gpu(183359, 2000, 2250, 8.0e12, 900e9, 50e9, 64e9, 717e9),
+_SHEETS: dict[GpuName, tuple[float, ...]] = {
+    "a100-80gb": (81920, 1152, 2.04e12, 300e9, 25e9, 32e9, 410e9),
+    "h100-80gb": (81559, 1740, 3.35e12, 450e9, 50e9, 64e9, 614e9),
+    "h20-96gb": (97871, 1740, 4.0e12, 450e9, 50e9, 64e9, 614e9),
+    "h200-141gb": (143771, 1850, 4.8e12, 450e9, 50e9, 64e9, 614e9),
+    "b200-180gb": (183359, 2000, 8.0e12, 900e9, 50e9, 64e9, 717e9),
 }
+GPUS = {name: _gpu(PEAK_TFLOPS[name], *sheet) for name, sheet in _SHEETS.items()}
 """SXM boards, eight to a node as NVIDIA's HGX systems have them."""
 
 

@@ -8,14 +8,8 @@ from sapo_megatron.commands.plan.decoding import Rollout, in_process, on_servers
 from sapo_megatron.commands.plan.gpus import BYTES, CONSTANTS, Constants
 from sapo_megatron.commands.plan.layout import away
 from sapo_megatron.commands.plan.memory import sharded
-from sapo_megatron.commands.plan.step import (
-    Passes,
-    bytes_sent,
-    forward_flops,
-    frozen,
-    moe_layers,
-    update_passes,
-)
+from sapo_megatron.commands.plan.step import bytes_sent, moe_layers, update_passes
+from sapo_megatron.policy.flops import Passes, forward_flops, frozen
 
 ADAM_BYTES = 28
 """Per parameter that Adam reads and writes: gradient, master weight and two moments, fp32."""

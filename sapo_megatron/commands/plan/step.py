@@ -1,35 +1,14 @@
 """The arithmetic of a step: tokens, floating-point operations, bytes sent."""
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from sapo_megatron.commands.plan.gpus import BYTES
 from sapo_megatron.commands.plan.layout import Batches, Layout
 from sapo_megatron.commands.plan.memory import GRADIENT_BYTES
-from sapo_megatron.hf.architecture import Architecture, GroupedQueryAttention
+from sapo_megatron.hf.architecture import Architecture
 from sapo_megatron.policy.blueprint import Stage
-from sapo_megatron.policy.delta_rule import CHUNK
+from sapo_megatron.policy.flops import Parameters, Passes, forward_flops, frozen
 from sapo_megatron.recipe.schema import Recipe
-
-
-@dataclass(frozen=True, kw_only=True)
-class Parameters:
-    """Numbers of parameters of the whole model."""
-
-    total: int
-    active: int
-    """Those that one token passes: all but the routed experts it is not sent to. Embedding and
-    output layer count whole."""
-    active_without_embeddings: int
-
-    @classmethod
-    def of(cls, arch: Architecture, stages: list[Stage]) -> "Parameters":
-        total = sum(s.total for s in stages)
-        experts = sum(s.total_experts for s in stages)
-        chosen = arch.experts.topk / arch.experts.number if arch.experts else 1
-        active = total - experts + round(experts * chosen)
-        embeddings = sum(s.total_embeddings for s in stages)
-        return cls(total=total, active=active, active_without_embeddings=active - embeddings)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +26,7 @@ def step(
     recipe: Recipe, arch: Architecture, layout: Layout, stages: list[Stage], length: int
 ) -> Step:
     """What a step with sequences of ``length`` tokens costs (:class:`Step`)."""
-    batches, parameters = Batches.of(recipe, layout, length), Parameters.of(arch, stages)
+    batches, parameters = Batches.of(recipe, layout, length), counted(arch, stages)
     forward = batches.sequences * forward_flops(arch, parameters, length)
     updates = update_passes(recipe)
     sent = [
@@ -65,44 +44,14 @@ def step(
     )
 
 
-def forward_flops(arch: Architecture, parameters: Parameters, length: int) -> float:
-    """Floating-point operations of one sequence of ``length`` tokens.
-
-    2 per parameter and token, and causal attention (arXiv 2204.02311, appendix B; 2104.04473).
-
-    The input embedding is a look-up and multiplies nothing; the output layer does, also where its
-    weight is the embedding's.
-    """
-    head = arch.vocab_size * arch.hidden_size
-    a = arch.attention
-    if isinstance(a, GroupedQueryAttention):
-        widths = a.num_heads * 2 * a.head_dim
-    else:
-        widths = a.num_heads * (a.qk_nope_head_dim + a.qk_rope_head_dim + a.v_head_dim)
-    # Scores and their product with the values, 2 FLOPs each, over half the square.
-    attention = arch.attends(range(arch.num_layers)) * widths * length**2
-    if d := arch.delta_net:
-        # Of a token with the state, and with those of its chunk (policy/delta_rule.py).
-        inside = d.num_value_heads * CHUNK * (5 * d.key_head_dim + 3 * d.value_head_dim)
-        attention += len(d.layers) * (6 * d.state_size + inside) * length
-    return 2 * (parameters.active_without_embeddings + head) * length + attention
-
-
-class Passes(NamedTuple):
-    """Passes over the sequences of a step."""
-
-    forwards: int
-    backwards: int
-
-    @property
-    def work(self) -> int:
-        """In forward passes: a backward pass is two."""
-        return self.forwards + 2 * self.backwards
-
-
-def frozen(recipe: Recipe) -> int:
-    """Forward passes before the updates: the old policy's and the reference's."""
-    return (recipe.algorithm.old_policy == "recompute") + (recipe.algorithm.kl_coef > 0)
+def counted(arch: Architecture, stages: list[Stage]) -> Parameters:
+    """The parameters of all stages."""
+    return Parameters.of(
+        arch,
+        total=sum(s.total for s in stages),
+        experts=sum(s.total_experts for s in stages),
+        embeddings=sum(s.total_embeddings for s in stages),
+    )
 
 
 def update_passes(recipe: Recipe) -> Passes:
