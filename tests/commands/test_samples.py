@@ -1,11 +1,7 @@
 """``sapo-megatron samples``: what is printed, also of what would steer a terminal."""
 
-import io
-import sys
-
 import pytest
 
-from sapo_megatron import __main__ as program
 from sapo_megatron.commands.samples import readable, show_samples
 from sapo_megatron.errors import UserError
 from sapo_megatron.runs.samples import LONGEST
@@ -100,11 +96,3 @@ def test_what_is_no_sign_is_escaped(text, expected):
         assert len(readable(text)) < 4 * LONGEST + 100
     else:
         assert readable(text) == expected
-
-
-def test_the_command_writes_for_any_terminal(run, monkeypatch):
-    SamplesTracker(run, resume_step=9).show(9, [shown(9, "random", ("\u4e2d \xe9", 1.0))])
-    out = io.TextIOWrapper(io.BytesIO(), encoding="latin-1")
-    monkeypatch.setattr(sys, "stdout", out)
-    assert program.main(["samples", str(run), "--worst"]) == 0
-    assert b"\n    \\u4e2d \xe9\n" in out.buffer.getvalue()
