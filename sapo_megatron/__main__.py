@@ -1,5 +1,5 @@
-"""The command line: ``sapo-megatron train | plan | eval | export | report | gates | doctor |
-qualify``.
+"""The command line: ``sapo-megatron train | plan | eval | export | report | samples | gates |
+doctor | qualify``.
 
 Exit status: 0 done, 1 the work failed, 2 the input is wrong (one line on stderr says what).
 """
@@ -144,10 +144,18 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--out", required=True, metavar="FOLDER", help="a folder that is not there")
     report = command(_report, "Draw a run's report: pictures and one HTML page.")
     report.add_argument("run", help="a run folder, finished or not")
+    _add_samples(command(_samples, "Print what the model wrote in a step, and what came of it."))
     _add_gates(command(_gates, "Compare what gates keep of the gradient of dumped tokens."))
     _add_doctor(command(_doctor, "Check what is installed and what this machine has."))
     _add_qualify(command(_qualify, "Compare what this machine's GPUs compute with the CPU."))
     return parser
+
+
+def _add_samples(samples: argparse.ArgumentParser) -> None:
+    samples.add_argument("run", help="a run folder, finished or not")
+    samples.add_argument("--step", type=int, metavar="N", help="this step, not the last one")
+    worst = "only the group with the lowest mean reward"
+    samples.add_argument("--worst", action="store_true", help=worst)
 
 
 def _add_gates(gates: argparse.ArgumentParser) -> None:
@@ -272,6 +280,19 @@ def _report(arguments: argparse.Namespace) -> int:
     from sapo_megatron.commands.report import write_report
 
     write_report(arguments.run)
+    return 0
+
+
+def _samples(arguments: argparse.Namespace) -> int:
+    from sapo_megatron.commands.samples import show_samples
+
+    text = show_samples(Path(arguments.run), arguments.step, worst=arguments.worst)
+    encoding = sys.stdout.encoding or "utf-8"
+    try:
+        sys.stdout.write(text.encode(encoding, "backslashreplace").decode(encoding))
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever reads it, less or head, has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 

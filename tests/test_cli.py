@@ -1,10 +1,13 @@
 """The command line: exit statuses, and one line for whatever is wrong with the input."""
 
 import importlib.util
+import io
 import json
 import logging
+import os
 import shutil
 import socket
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +16,8 @@ from sapo_megatron.__main__ import _overrides, main
 from sapo_megatron.errors import UserError
 from sapo_megatron.recipe.check import smallest_world
 from sapo_megatron.recipe.load import load
+from sapo_megatron.runs.trackers import SamplesTracker
+from tests.support.shown import shown
 from tests.support.tiny import ROOT, Done, cli, write_recipe
 
 
@@ -109,6 +114,9 @@ def nothing_written(folder):
         (["report", "missing"], ["run folder", "missing"]),
         (["report", "model"], ["metrics.jsonl"]),
         (["report", "model", "--dpi", "3"], ["report", "--dpi 3"]),
+        (["samples", "missing"], ["run folder", "missing"]),
+        (["samples", "model"], ["samples.jsonl", "logging.samples_per_step"]),
+        (["samples", "model", "--step", "last"], ["--step", "'last'"]),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -163,6 +171,26 @@ def test_overrides():
 def test_smallest_world(tmp_path, layout, world):
     recipe = load(write_recipe(tmp_path, parallel=layout))
     assert smallest_world(recipe.parallel) == world
+
+
+# Samples
+
+
+def test_samples_are_written_for_any_terminal(tmp_path, monkeypatch):
+    SamplesTracker(tmp_path).show(9, [shown(9, "random", ("\u4e2d \xe9", 1.0))])
+    out = io.TextIOWrapper(io.BytesIO(), encoding="latin-1")
+    monkeypatch.setattr(sys, "stdout", out)
+    assert main(["samples", str(tmp_path), "--worst"]) == 0
+    assert b"\n    \\u4e2d \xe9\n" in out.buffer.getvalue()
+
+
+def test_a_reader_that_has_read_enough_is_no_error(tmp_path, monkeypatch):
+    SamplesTracker(tmp_path).show(1, [shown(1, "random", ("4", 1.0))])
+    read, write = os.pipe()
+    os.close(read)
+    with open(write, "w") as out:
+        monkeypatch.setattr(sys, "stdout", out)
+        assert main(["samples", str(tmp_path)]) == 0
 
 
 # Files

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -49,6 +50,10 @@ class Tokenizer(Protocol):
         Other special tokens, such as the tags around a thought, are in it as they are written."""
         ...
 
+    def spell(self, ids: Iterable[int]) -> str:
+        """The same with bos, eos and padding as they are written."""
+        ...
+
 
 class SentencePieceTokenizer:
     """A sentencepiece ``.model`` file.
@@ -90,6 +95,13 @@ class SentencePieceTokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         return self._model.decode([i for i in ids if i < self.vocab_size])
+
+    def spell(self, ids: Iterable[int]) -> str:
+        parts = groupby((i for i in ids if i < self.vocab_size), self._model.is_control)
+        return "".join(
+            "".join(map(self._model.id_to_piece, part)) if control else self.decode(part)
+            for control, part in parts
+        )
 
 
 class HuggingFaceTokenizer:
@@ -181,8 +193,11 @@ class HuggingFaceTokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         silent = {self._tokenizer.bos_token_id, self.eos_id, self._tokenizer.pad_token_id}
+        return self.spell(i for i in ids if i not in silent)
+
+    def spell(self, ids: Iterable[int]) -> str:
         text = self._tokenizer.decode(
-            [i for i in ids if i < self.vocab_size and i not in silent],
+            [i for i in ids if i < self.vocab_size],
             clean_up_tokenization_spaces=False,
             spaces_between_special_tokens=False,
         )

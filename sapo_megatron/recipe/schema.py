@@ -373,6 +373,9 @@ class CheckpointConfig:
 class LoggingConfig:
     """What a run writes beside ``metrics.jsonl``."""
 
+    samples_per_step: Whole = 4
+    """Groups of each step, prompts with all their responses, that ``samples.jsonl`` and W&B are
+    given: the best, the worst and others at random; 0: none."""
     tensorboard: bool = False
     wandb: bool = False
     wandb_project: Text = "sapo-megatron"

@@ -5,8 +5,10 @@ newer: that moves to ``abandoned-1`` in the run's folder, ``abandoned-2`` the ne
 like a run of its own and stays until somebody removes it.
 """
 
+import errno
 import json
 import logging
+import os
 import re
 import shutil
 import zlib
@@ -15,7 +17,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from sapo_megatron.errors import UserError, first_problem
-from sapo_megatron.files import checksum, sync, whole_folder, write_whole
+from sapo_megatron.files import checksum, sync, whole_file, whole_folder, write_whole
 from sapo_megatron.runs.state import listed
 
 logger = logging.getLogger(__name__)
@@ -23,6 +25,8 @@ logger = logging.getLogger(__name__)
 FORMAT = 2
 """Of checkpoints, as their ``checksums.json`` says it; those of format 1 had none."""
 MANIFEST = "checksums.json"
+LINES = ("metrics.jsonl", "samples.jsonl")
+"""Files of a run in which each line is a JSON object with its ``step``."""
 MOVE = "abandoning"
 """While checkpoints are on their way aside: whereto, the step that stays the last, their names."""
 
@@ -133,10 +137,11 @@ def settle(run: Path) -> None:
     logger.warning("%s and what came with them: moved to %s", ", ".join(newer), into)
     if not into.exists():
         with whole_folder(into) as folder:
-            for name in ("config.yaml", "metrics.jsonl"):
+            for name in ("config.yaml", *LINES):
                 if (run / name).exists():
                     shutil.copy(run / name, folder / name)
-    keep_lines(run / "metrics.jsonl", after)
+    for path in filter(Path.exists, (run / name for name in LINES)):
+        keep_lines(path, after)
     moved = [run / "checkpoints" / name for name in newer]
     moved += [p for p in run.glob("dumps/step-*") if step_of(p) > after]
     moved += [run / "summary.json", run / "report", run / "wandb" / "run_id"]
@@ -150,15 +155,30 @@ def settle(run: Path) -> None:
 
 
 def keep_lines(path: Path, last: int) -> None:
-    """Leave of a ``metrics.jsonl`` the lines of steps up to ``last``, if it is there."""
-    kept = []
-    for number, line in enumerate(path.read_bytes().splitlines() if path.exists() else [], 1):
+    """Leave of a file of lines those of steps up to ``last``, none of one that is not there."""
+    path.touch()
+    with whole_file(path) as temporary, path.open("rb") as lines, temporary.open("wb") as kept:
+        for number, line in enumerate(lines, 1):
+            try:
+                if json.loads(line)["step"] <= last:
+                    kept.write(line.rstrip(b"\n") + b"\n")
+            except (ValueError, KeyError, TypeError):
+                logger.warning("%s:%d: not a whole line (cut off?), dropped", path, number)
+        kept.flush()
+        os.fsync(kept.fileno())
+
+
+def add_lines(path: Path, lines: bytes) -> None:
+    """Append to a file, on the disk at once. Raises OSError where it cannot, with none of it."""
+    with path.open("ab", buffering=0) as file:
+        before = os.fstat(file.fileno()).st_size
         try:
-            if json.loads(line)["step"] <= last:
-                kept.append(line + b"\n")
-        except (ValueError, KeyError, TypeError):
-            logger.warning("%s:%d: not a line of metrics (cut off?), dropped", path, number)
-    write_whole(path, b"".join(kept))
+            if file.write(lines) < len(lines):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            os.fsync(file.fileno())
+        except OSError:
+            file.truncate(before)
+            raise
 
 
 def _given_up(run: Path) -> list[str]:

@@ -1,4 +1,4 @@
-"""What a run folder holds, read back: the recipe, the series and the summary."""
+"""What a run folder holds, read back: the recipe, the series, the summary and the samples."""
 
 import json
 import math
@@ -12,6 +12,7 @@ import numpy.typing as npt
 from sapo_megatron.errors import UserError
 from sapo_megatron.recipe.load import load
 from sapo_megatron.recipe.schema import Recipe
+from sapo_megatron.runs.samples import NAME, ShownGroup, places_of, read_groups
 from sapo_megatron.runs.timeline import Event, read_timeline
 
 Floats = npt.NDArray[np.float64]
@@ -29,6 +30,8 @@ class Run:
     """``summary.json``; empty where the run has not ended."""
     timeline: list[Event] = field(default_factory=list)
     """Of its last steps."""
+    samples: list[ShownGroup] = field(default_factory=list)
+    """Of the last step that has some."""
 
     def names(self, prefix: str) -> list[str]:
         """Names of the metrics that begin with ``prefix``, sorted."""
@@ -127,7 +130,9 @@ def read_run(folder: Path) -> Run:
     if before and records[0]["step"] > 0:
         records.insert(0, {"step": 0} | {f"eval/{name}": score for name, score in before.items()})
     timeline = read_timeline(folder / "timeline.json")
-    return Run(load(folder / "config.yaml"), records, held, timeline)
+    places = places_of(folder / NAME)
+    samples = read_groups(folder / NAME, places[max(places)]) if places else []
+    return Run(load(folder / "config.yaml"), records, held, timeline, samples)
 
 
 def _read_records(path: Path) -> list[dict[str, Any]]:

@@ -17,6 +17,7 @@ from typing import Any
 from sapo_megatron.errors import UserError
 from sapo_megatron.files import write_whole
 from sapo_megatron.metrics import Metrics, Span, now
+from sapo_megatron.runs.samples import ShownGroup
 
 STEPS = 50
 """The last steps, which the file holds: it is written anew with each."""
@@ -46,6 +47,9 @@ class TimelineTracker:
         """Process and thread of a trace, by rank or server."""
         self._names: list[str] = []
         self._steps: deque[list[str]] = deque(maxlen=STEPS)
+
+    def show(self, step: int, groups: Sequence[ShownGroup]) -> None:
+        """It is for times."""
 
     def log(self, step: int, metrics: Metrics) -> None:
         lines = [

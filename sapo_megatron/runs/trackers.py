@@ -1,4 +1,4 @@
-"""Writers of a run's metrics: JSONL and a timeline always, TensorBoard and W&B on request.
+"""Writers of a run's metrics and samples: files always, TensorBoard and W&B on request.
 
 Only rank 0 builds these. ``metrics.jsonl`` holds one JSON object per step: ``step`` and the flat
 metric names; what is not finite is null. A histogram stands under its name as
@@ -9,7 +9,6 @@ Without its line a step is lost, so a run that cannot write it ends; any other t
 logged once and dropped.
 """
 
-import errno
 import json
 import logging
 import math
@@ -21,7 +20,7 @@ import urllib.error
 import urllib.request
 import uuid
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol, Self
 
@@ -31,7 +30,8 @@ from sapo_megatron.errors import RunFailed, with_type
 from sapo_megatron.files import write_whole
 from sapo_megatron.metrics import Metrics
 from sapo_megatron.recipe.schema import LoggingConfig
-from sapo_megatron.runs.history import keep_lines
+from sapo_megatron.runs.history import add_lines, keep_lines
+from sapo_megatron.runs.samples import NAME, ShownGroup, ShownResponse, excerpt
 from sapo_megatron.runs.timeline import TimelineTracker
 
 logger = logging.getLogger(__name__)
@@ -44,7 +44,9 @@ WANDB_FINISH_S = 60.0
 
 
 class Tracker(Protocol):
-    """One destination for metrics. Any method may raise; the owner then drops the tracker."""
+    """One destination. Any method may raise; the owner then drops the tracker."""
+
+    def show(self, step: int, groups: Sequence[ShownGroup]) -> None: ...
 
     def log(self, step: int, metrics: Metrics) -> None: ...
 
@@ -73,10 +75,15 @@ class RunTrackers:
     ) -> None:
         self._lines = JsonlTracker(run_dir / "metrics.jsonl", resume_step=resume_step)
         self._trackers: dict[str, Tracker] = {"timeline": TimelineTracker(run_dir)}
+        self._start("samples", lambda: SamplesTracker(run_dir, resume_step=resume_step))
         if config.tensorboard:
             self._start("TensorBoard", lambda: TensorBoardTracker(run_dir, resume_step=resume_step))
         if config.wandb:
             self._start("W&B", lambda: WandbTracker(run_dir, config, recipe, resume_step))
+
+    def show(self, step: int, groups: Sequence[ShownGroup]) -> None:
+        """Write what a step is about to train on; before its metrics, or not at all."""
+        self._each(step, lambda tracker: tracker.show(step, groups))
 
     def log(self, step: int, metrics: Metrics) -> None:
         """Write one step's metrics, already gathered over the ranks; once for each step.
@@ -84,13 +91,7 @@ class RunTrackers:
         Raises RunFailed where ``metrics.jsonl`` cannot be written.
         """
         self._lines.log(step, metrics)
-        for name, tracker in list(self._trackers.items()):
-            try:
-                tracker.log(step, metrics)
-            except Exception as error:
-                del self._trackers[name]
-                dropped = "%s failed at step %d and is dropped: %s"
-                logger.warning(dropped, name, step, with_type(error))
+        self._each(step, lambda tracker: tracker.log(step, metrics))
 
     def close(self, *, failed: bool = False) -> None:
         """Flush and close; ``failed`` marks the run as failed where a tracker can show it."""
@@ -100,13 +101,21 @@ class RunTrackers:
                 tracker.close(failed)
             except Exception as error:
                 logger.warning("%s failed while closing: %s", name, with_type(error))
-        self._lines.close()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self.close(failed=kind is not None)
+
+    def _each(self, step: int, write: Callable[[Tracker], None]) -> None:
+        for name, tracker in list(self._trackers.items()):
+            try:
+                write(tracker)
+            except Exception as error:
+                del self._trackers[name]
+                dropped = "%s failed at step %d and is dropped: %s"
+                logger.warning(dropped, name, step, with_type(error))
 
     def _start(self, name: str, build: Callable[[], Tracker]) -> None:
         try:
@@ -121,7 +130,7 @@ class JsonlTracker:
 
     def __init__(self, path: Path, *, resume_step: int | None = None) -> None:
         keep_lines(path, (resume_step or 1) - 1)
-        self._file = path.open("ab", buffering=0)
+        self._path = path
 
     def log(self, step: int, metrics: Metrics) -> None:
         """Raises RunFailed where the line cannot be written; then there is none of it."""
@@ -131,21 +140,32 @@ class JsonlTracker:
             record[name] = {"hist": {"edges": _rounded(h.edges), "counts": h.counts.tolist()}}
         for name, p in metrics.points().items():
             record[name] = {"points": [_rounded(pair) for pair in p.pairs()]}
-        line = json.dumps(record, allow_nan=False).encode("ascii") + b"\n"
-        before = os.fstat(self._file.fileno()).st_size
         try:
-            if self._file.write(line) < len(line):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            os.fsync(self._file.fileno())
+            add_lines(self._path, json.dumps(record, allow_nan=False).encode("ascii") + b"\n")
         except OSError as error:
-            self._file.truncate(before)
             raise RunFailed(
-                f"{self._file.name}: the line of step {step} could not be written "
+                f"{self._path}: the line of step {step} could not be written "
                 f"({error.strerror}); make room and go on with --resume auto"
             ) from None
 
-    def close(self) -> None:
-        self._file.close()
+
+class SamplesTracker:
+    """A JSON object per group of a step, as in :mod:`sapo_megatron.runs.samples`."""
+
+    def __init__(self, run_dir: Path, *, resume_step: int | None = None) -> None:
+        self._path = run_dir / NAME
+        if self._path.exists():
+            keep_lines(self._path, (resume_step or 1) - 1)
+
+    def show(self, step: int, groups: Sequence[ShownGroup]) -> None:
+        lines = "".join(json.dumps(group.model_dump(), allow_nan=False) + "\n" for group in groups)
+        add_lines(self._path, lines.encode("ascii"))
+
+    def log(self, step: int, metrics: Metrics) -> None:
+        """Metrics are elsewhere."""
+
+    def close(self, failed: bool) -> None:
+        """The file is whole after every step."""
 
 
 class TensorBoardTracker:
@@ -155,6 +175,9 @@ class TensorBoardTracker:
         from torch.utils.tensorboard import SummaryWriter
 
         self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=resume_step)
+
+    def show(self, step: int, groups: Sequence[ShownGroup]) -> None:
+        """It is for numbers."""
 
     def log(self, step: int, metrics: Metrics) -> None:
         for name, value in metrics.values().items():
@@ -222,6 +245,17 @@ class WandbTracker:
             self._run = wandb.init(mode=mode, **arguments)
         where = self._run.url if mode == "online" else Path(self._run.dir).parent
         logger.info("W&B (%s): %s", mode, where)
+
+    def show(self, step: int, groups: Sequence[ShownGroup]) -> None:
+        """A table with a row for each response."""
+        columns: list[str | int] = ["picked", "prompt", "answer", *ShownResponse.model_fields]
+        rows = [
+            [group.picked, excerpt(group.prompt), excerpt(group.answer), excerpt(response.text)]
+            + [value for name, value in response if name != "text"]
+            for group in groups
+            for response in group.responses
+        ]
+        self._run.log({"samples": self._wandb.Table(columns=columns, data=rows)}, step=step)
 
     def log(self, step: int, metrics: Metrics) -> None:
         record: dict[str, Any] = metrics.values()

@@ -85,6 +85,7 @@ def run_step(session: Session, step: int) -> Metrics:
     collected = session.collect(step)
     metrics = collected.metrics
     set_advantages(collected.groups, recipe.algorithm.adv_estimator)
+    session.show(step, collected.groups)
 
     parts = split_mini_batches(collected.groups, recipe.train.num_mini_batches)
     # One without a token makes no update: momentum alone would move the weights.

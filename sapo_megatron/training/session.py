@@ -40,12 +40,13 @@ from sapo_megatron.runs.lock import Lock
 from sapo_megatron.runs.state import RunState
 from sapo_megatron.runs.timeline import idle_shares
 from sapo_megatron.runs.trackers import RunTrackers, duration
-from sapo_megatron.sample import Sample
+from sapo_megatron.sample import Group, Sample
 from sapo_megatron.training.coldstart import initial_weights
 from sapo_megatron.training.engine import open_engine
 from sapo_megatron.training.evaluate import evaluate
 from sapo_megatron.training.inputs import Inputs
 from sapo_megatron.training.observe import Observer
+from sapo_megatron.training.show import shown_groups
 from sapo_megatron.training.speed import Speed
 from sapo_megatron.training.update import Updater
 
@@ -96,6 +97,11 @@ class Session:
             places = data_parallel_ranks(samples, cut)
             readers = [self.data_parallel[place] for place in places]
             deliver_routes(samples, readers, held, world)
+
+    def show(self, step: int, groups: Sequence[Group]) -> None:
+        """Let the trackers show some of the groups that a step is about to train on."""
+        if self.trackers and (most := self.recipe.logging.samples_per_step):
+            self.trackers.show(step, shown_groups(groups, step, most, self.inputs.tokenizer))
 
     def evaluate(self, step: int, metrics: Metrics | None = None) -> dict[str, float]:
         """avg@k and pass@1 of the policy as it is after ``step``; the time it takes servers.
@@ -181,6 +187,8 @@ class Session:
             if told := self.journal.told():
                 logger.info("router: %s (of the last measurements)", told)
             logger.info("took:   %s", duration(summary["wall_s"]))
+            if self.recipe.logging.samples_per_step:
+                logger.info("read what it wrote: sapo-megatron samples %s", self.run.path)
         return summary
 
     @contextmanager

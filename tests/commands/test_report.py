@@ -26,6 +26,8 @@ from sapo_megatron.commands.report.router_figures import (
 )
 from sapo_megatron.errors import UserError
 from sapo_megatron.runs.read import read_run
+from sapo_megatron.runs.trackers import SamplesTracker
+from tests.support.shown import HOSTILE, SEEN, shown
 from tests.support.synthetic_run import write_run
 
 FIGURES = [figure for figures in SECTIONS.values() for figure in figures]
@@ -138,6 +140,40 @@ def test_a_run_that_was_cut_off_still_has_a_report(tmp_path):
     assert run.wall_s == pytest.approx(7 * 8.2, rel=0.3)
     page = write_report(folder)
     assert "7 of 12" in _Page(page.read_text()).text
+
+
+@pytest.mark.usefixtures("in_light_alone")
+def test_the_page_shows_what_the_model_wrote_and_nothing_more(tmp_path):
+    folder = write_run(tmp_path / "run", steps=2)
+    _steps(folder, **{"reward/mean": [0.1, 0.2]})
+    assert "<details" not in write_report(folder).read_text()
+    tracker = SamplesTracker(folder)
+    tracker.show(1, [shown(1, "best", ("an old one", 1.0))])
+    hostile = {"prompt": HOSTILE, "answer": HOSTILE, "task": HOSTILE}
+    long = shown(2, "worst", ("\u4e2d" * 100_000, 0.0), ("\n  two\nlines", 0.5))
+    other = shown(2, "random", ("any other", 0.25), ("a", 0.75))
+    left_out = shown(2, "random", ("not this", 0.5))
+    tracker.show(2, [shown(2, "best", (HOSTILE, 1.0), **hostile), long, other, left_out])
+    html = write_report(folder).read_text()
+    page = _Page(html)
+    assert html.isascii()
+    assert re.findall("[\x00-\x09\x0b-\x1f\x7f]", html) == []
+    assert html.count("<details") == html.count("</details>") == 3
+    assert "<script" not in html
+    assert page.text.count(f"\n{SEEN}") == 3
+    assert "best group of the step: 1 responses, mean reward 1, task '</pre>" in page.text
+    assert "random group: 2 responses, mean reward 0.5, task 'sums'" in page.text
+    facts = "reward 0.5, advantage +0.5, 3 tokens, ended by '</s>', staleness 0"
+    assert f"response 2: {facts}" in page.text
+    assert "\n\n  two\nlines\n" in page.text, "a pre drops its first line break"
+    assert "\u4e2d\n[... 96,000 characters left out, samples.jsonl has them ...]\n" in page.text
+    for text in ("any other", "What the model wrote in step 2"):
+        assert text in page.text
+    for text in ("an old one", "not this"):
+        assert text not in page.text
+    (folder / "samples.jsonl").write_text('{"step": 2, "picked": 3}\n')
+    with pytest.raises(UserError, match=r"samples\.jsonl: expected groups"):
+        write_report(folder)
 
 
 @pytest.mark.usefixtures("in_light_alone")

@@ -84,6 +84,17 @@ def test_special_and_padding_ids_have_no_text():
     assert TINY_TOKENIZER.decode(padded) == "42"
 
 
+def test_spelled_out_are_special_ids_too(tmp_path):
+    ids = [0, *TINY_TOKENIZER.encode("4 + 2"), TINY_TOKENIZER.eos_id, 103]
+    assert TINY_TOKENIZER.spell(ids) == "<pad>4 + 2</s>"
+    assert TINY_TOKENIZER.spell(iter([TINY_TOKENIZER.eos_id])) == "</s>"
+    tokenizer = load_tokenizer(str(save_tokenizer(tmp_path)), 512)
+    prompt = tokenizer.encode_chat([user("4 \n\u4e2d")])
+    written = "<|im_start|>user\n4 \n\u4e2d<|im_end|>\n<|im_start|>assistant\n"
+    assert tokenizer.spell([*prompt, EOT, 511]) == f"{written}<|endoftext|>"
+    assert tokenizer.decode([*prompt, EOT, 511]) == written
+
+
 def test_a_character_without_a_piece_is_warned_of_once(caplog):
     tokenizer = load_tokenizer(str(TINY / "tokenizer.model"), 104)
     tokenizer.encode("caf\u00e9")

@@ -45,6 +45,8 @@ def test_an_interrupted_run_computes_what_a_whole_one_does(runs, name):
         for score in ("eval/avg@2", "eval/pass@1"):
             interrupted[1].pop(score)
     assert interrupted == straight
+    samples = [folder / run / "samples.jsonl" for run in (name, "straight")]
+    assert samples[0].read_bytes() == samples[1].read_bytes()
     assert found[name]["eval"] == found["straight"]["eval"]
     written = json.loads((folder / name / "summary.json").read_text())
     assert written["eval"] == found["straight"]["eval"]
@@ -108,6 +110,13 @@ def test_a_run_that_generates_ahead_goes_on_with_the_very_same_responses(runs):
     straight, stopped = folder / "ahead", folder / "ahead stopped"
     assert found["ahead"]["stopped"]["left"] == ["checkpoints/step-000002"]
     assert lines(stopped) == lines(straight)
+    samples = [(run / "samples.jsonl").read_text() for run in (straight, stopped)]
+    assert samples[0] == samples[1]
+    oldest = {}
+    for group in map(json.loads, samples[0].splitlines()):
+        ages = [response["staleness_max"] for response in group["responses"]]
+        oldest[group["step"]] = max(*ages, oldest.get(group["step"], 0))
+    assert oldest == {1: 0, 2: 1, 3: 2, 4: 2}
     assert [line["rollout/staleness_max"] for line in lines(straight)] == [0, 1, 2, 2]
     assert sum(line["reward/zero_std_groups"] for line in lines(straight)) > 0
     assert found["ahead"]["same"]

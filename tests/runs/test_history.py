@@ -164,6 +164,7 @@ def a_run(folder: Path) -> Path:
     run = folder / "run-001"
     add(run, 2, 4, 6)
     (run / "metrics.jsonl").write_text("".join(f'{{"step": {n}}}\n' for n in range(1, 7)))
+    (run / "samples.jsonl").write_text("".join(f'{{"step": {n}}}\n' * 2 for n in range(1, 7)))
     for name in ("config.yaml", "summary.json", "wandb/run_id", "report/index.html"):
         (run / name).parent.mkdir(exist_ok=True)
         (run / name).write_text(name)
@@ -189,10 +190,12 @@ def check_given_up(run: Path) -> None:
     aside = run / "abandoned-1"
     assert [p.name for p in checkpoints(run)] == ["step-000002", "step-000004"]
     assert steps(run / "metrics.jsonl") == [1, 2, 3, 4]
-    kept = ["abandoned-1", "checkpoints", "config.yaml", "dumps", "metrics.jsonl", "wandb"]
-    assert names(run) == kept
+    assert steps(run / "samples.jsonl") == [1, 1, 2, 2, 3, 3, 4, 4]
+    kept = ["abandoned-1", "checkpoints", "config.yaml", "dumps", "metrics.jsonl"]
+    assert names(run) == [*kept, "samples.jsonl", "wandb"]
     assert [p.name for p in checkpoints(aside)] == ["step-000006"]
     assert steps(aside / "metrics.jsonl") == [1, 2, 3, 4, 5, 6]
+    assert steps(aside / "samples.jsonl")[-3:] == [5, 6, 6]
     assert (len(names(run / "dumps")), len(names(aside / "dumps"))) == (4, 2)
     for name in ("config.yaml", "summary.json", "wandb/run_id", "report/index.html"):
         assert (aside / name).read_text() == name

@@ -16,7 +16,9 @@ from sapo_megatron.errors import RunFailed
 from sapo_megatron.metrics import Histogram, Mean, Metrics, Points, Sum
 from sapo_megatron.recipe.schema import LoggingConfig
 from sapo_megatron.runs import trackers
+from sapo_megatron.runs.samples import LONGEST
 from sapo_megatron.runs.trackers import Progress, RunTrackers, duration
+from tests.support.shown import HOSTILE, shown
 
 
 @pytest.fixture(autouse=True)
@@ -76,7 +78,7 @@ def test_resume_drops_what_will_be_logged_again_and_a_line_cut_off(tmp_path, cap
     _log(tmp_path, range(4, 7), resume_step=4)
     assert [r["step"] for r in _lines(tmp_path)] == [1, 2, 3, 4, 5, 6]
     assert "metrics.jsonl:6" in caplog.text
-    assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["metrics.jsonl", "timeline.json"]
 
 
 def test_a_line_that_does_not_fit_ends_the_run_and_leaves_no_part_of_it(tmp_path):
@@ -91,6 +93,24 @@ def test_a_line_that_does_not_fit_ends_the_run_and_leaves_no_part_of_it(tmp_path
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         assert (tmp_path / "metrics.jsonl").read_bytes() == before
+
+
+def test_samples_that_do_not_fit_are_left_out_and_the_run_goes_on(tmp_path, caplog):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with RunTrackers(tmp_path, LoggingConfig(), {}) as t:
+        t.show(1, [shown(1, "best", ("x", 1.0))])
+        before = (tmp_path / "samples.jsonl").read_bytes()
+        resource.setrlimit(resource.RLIMIT_FSIZE, (5000, hard))
+        try:
+            for step in (1, 2, 3):
+                t.show(step, [shown(step, "best", ("x" * 5000, 1.0))])
+                t.log(step, _metrics(0.5))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert (tmp_path / "samples.jsonl").read_bytes() == before
+    assert len(_lines(tmp_path)) == 3
+    assert (tmp_path / "timeline.json").exists()
+    assert caplog.text.count("samples failed at step 1 and is dropped: OSError: [Errno 28]") == 1
 
 
 def test_a_fresh_run_starts_an_empty_file(tmp_path):
@@ -125,6 +145,28 @@ def test_wandb_without_a_key_writes_an_offline_run(tmp_path):
     while not all(name in record.read_bytes() for name in logged):
         assert time.monotonic() < deadline, "the offline run does not hold the metrics"
         time.sleep(0.05)
+
+
+def test_wandb_has_a_table_of_samples(tmp_path):
+    with RunTrackers(tmp_path, LoggingConfig(wandb=True), {}) as t:
+        for step in (1, 2):
+            texts = [(HOSTILE, 1.0), ("x" * (LONGEST + 1), 0.0)]
+            t.show(step, [shown(step, "best", *texts), shown(step, "worst", ("", 0.0))])
+            t.log(step, _metrics(0.5))
+    tables = (tmp_path / "wandb").glob("offline-run-*/files/media/table/samples_*.json")
+    first, second = sorted(json.loads(path.read_text())["data"] for path in tables)
+    assert first == second
+    (best, cut, worst) = [dict(zip(SAMPLE_COLUMNS, row, strict=True)) for row in first]
+    assert best["text"] == HOSTILE
+    assert "1 characters left out" in cut["text"]
+    assert (worst["picked"], worst["text"], worst["reward"]) == ("worst", "", 0.0)
+    assert best["prompt"] == "Calculate 1 + 2."
+
+
+SAMPLE_COLUMNS = (
+    *("picked", "prompt", "answer", "text", "reward", "advantage", "tokens"),
+    *("truncated", "stop_token", "staleness_mean", "staleness_max"),
+)
 
 
 def test_wandb_with_a_key_but_no_server_goes_offline(tmp_path, monkeypatch, caplog):

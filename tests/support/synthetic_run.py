@@ -71,7 +71,6 @@ def write_run(
             metrics.update(router_metrics(step, steps, generator))
         tracker.log(step, metrics)
         timeline.log(step, metrics)
-    tracker.close()
     summary = {
         "steps": steps,
         "wall_s": 8.2 * steps,

@@ -294,6 +294,7 @@ def variants(folder: Path) -> dict[str, Any]:
                 folder,
                 train__run_dir=folder / f"{name} {observe}",
                 routing__observe=observe,
+                logging__samples_per_step=2 * observe,
                 routing__decompose_every=1,
                 **{f"routing__{key}": value for key, value in routing.items()},
             )

@@ -8,6 +8,7 @@ others any time; a kill counts where it hit a process at its work.
 """
 
 import hashlib
+import json
 import os
 import random
 import re
@@ -72,6 +73,7 @@ class Left:
     digests: list[str]
     """Of weights and optimizer state, by rank."""
     lines: list[dict[str, Any]]
+    """Of metrics, and of samples."""
     files: list[str]
 
 
@@ -132,6 +134,7 @@ def _attempt(kind: str, place: Path, kill: Kill | None) -> tuple[Left, int]:
         {name: value for name, value in line.items() if not name.startswith(("time/", "perf/"))}
         for line in read_metrics(run)
     ]
+    lines += [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
     # What runs share is named after the model's folder, too; a name left in use goes with the next,
     # and what ranks say of one that was killed stays.
     paths = (path for path in run.rglob("*") if path.name not in ("in-use", "errors.txt"))

@@ -2,17 +2,20 @@
 
 import json
 import math
+import re
 from collections import defaultdict
 from itertools import pairwise
+from statistics import fmean
 
 import pytest
 
 from sapo_megatron.recipe.load import load
 from sapo_megatron.runs.dump import read_dumps
+from sapo_megatron.runs.samples import places_of, read_groups
 from sapo_megatron.runs.timeline import read_timeline
 from tests.docs import metrics_page
 from tests.support.gloo import run_ranks
-from tests.support.tiny import ROOT, cli, read_metrics, write_recipe
+from tests.support.tiny import ROOT, cli, even, read_metrics, write_recipe
 from tests.support.whole_runs import REPLAYS, VARIANTS, command, variants
 
 METRICS = {
@@ -88,6 +91,7 @@ BUDGET = [
     "--k=4",
     "logging.dump_every=4",
     "checkpoint.every=2",
+    "logging.samples_per_step=9",
 ]
 
 
@@ -114,6 +118,7 @@ def test_it_ends_well_and_says_where_things_are(done, run):
     assert done.left == []
     assert "Traceback" not in done.stderr
     shown = ("before: avg@4", "after:  avg@4", "step 3/3", "run-001/report/index.html")
+    shown += ("sapo-megatron samples runs/tiny-moe-cpu/run-001\n",)
     for text in (*shown, "router: router share unknown (", " of 400 swaps)"):
         assert text in done.stderr
     assert done.stderr.count("step 1/3") == 1  # of two ranks, one speaks
@@ -150,6 +155,38 @@ def test_the_metrics_of_every_step(run):
     assert [("time/checkpoint" in line) for line in lines] == [False, False, True]
     summary = json.loads((run / "summary.json").read_text())
     assert lines[-1]["eval/avg@4"] == summary["eval"]["after"]["avg@4"]
+
+
+def test_the_samples_are_what_the_metrics_are_of(run):
+    """All groups are shown, of both ranks."""
+    path = run / "samples.jsonl"
+    places = places_of(path)
+    assert list(places) == [1, 2, 3]
+    for line in read_metrics(run):
+        groups = read_groups(path, places[line["step"]])
+        assert len(groups) == len({group.prompt for group in groups}) == 8
+        responses = [response for group in groups for response in group.responses]
+        for name, values in (
+            ("reward/mean", [r.reward for r in responses]),
+            ("response/length_mean", [float(r.tokens) for r in responses]),
+            ("response/truncated", [float(r.truncated) for r in responses]),
+        ):
+            assert fmean(values) == pytest.approx(line[name]), name
+        for response in responses:
+            assert response.reward == even(None, response.text)
+            assert (response.stop_token is None) == response.truncated
+            assert response.stop_token in (None, "</s>")
+            assert response.staleness_max == response.staleness_mean == 0
+        for group in groups:
+            assert sum(r.advantage for r in group.responses) == pytest.approx(0, abs=1e-5)
+            assert re.search(r"-?\d+", group.answer)
+            assert re.search(r"\d", group.prompt)
+
+
+def test_the_report_shows_the_last_samples(run):
+    page = (run / "report" / "index.html").read_text()
+    assert "<h2>What the model wrote in step 3</h2>" in page
+    assert page.count("<details") == 3
 
 
 def test_the_timeline_agrees_with_the_times(run):
@@ -266,6 +303,8 @@ def test_a_run_that_observes_nothing_trains_the_same(one_rank, mode):
     for name in ("rollout_train/replay_replaced", "routing/replay_replaced"):
         assert (0 <= seen[name] < 0.2) if mode == "graded" else name not in seen
     assert {name: unseen[name] for name in trained} == {name: seen[name] for name in trained}
+    assert len((folder / f"{mode} True" / "samples.jsonl").read_text().splitlines()) == 2
+    assert not (folder / f"{mode} False" / "samples.jsonl").exists()
 
 
 def test_dynamic_sampling(one_rank):

@@ -50,6 +50,8 @@ class Parity:
     def decode(self, ids: Iterable[int]) -> str:
         return str(sum(ids) % 2)
 
+    spell = decode
+
 
 def whole_runs(setting: Setting) -> Result:
     """Three steps in fp32 and in bf16, two updates each; and one step of a single update."""

@@ -10,10 +10,12 @@ import jinja2
 from sapo_megatron.commands.report.drawing import SMOOTH_FROM, THEMES, Figure, render
 from sapo_megatron.commands.report.figures import SECTIONS
 from sapo_megatron.commands.report.router_figures import POOLED
+from sapo_megatron.commands.samples import facts, headline, readable
 from sapo_megatron.files import whole_folder
 from sapo_megatron.routing.variance import LEAST_SWAPS, Estimate
 from sapo_megatron.runs.journal import SPLITS
 from sapo_megatron.runs.read import Run, read_run
+from sapo_megatron.runs.samples import ShownGroup
 from sapo_megatron.runs.trackers import duration
 
 logger = logging.getLogger(__name__)
@@ -44,6 +46,7 @@ def write_report(run_dir: str | Path) -> Path:
         smoothed=run.steps_done >= SMOOTH_FROM,
         sections={name: drawn for name, drawn in pictures.items() if drawn},
         missing=missing,
+        samples=_samples(run),
     )
     # Nothing is written before all is drawn, which takes seconds in which a process may be killed.
     with whole_folder(run_dir / "report") as folder:
@@ -63,6 +66,8 @@ def _template() -> jinja2.Template:
         lstrip_blocks=True,
     )
     environment.filters["base64"] = lambda png: base64.b64encode(png).decode("ascii")
+    environment.filters |= {"headline": headline, "readable": readable}
+    environment.globals["facts"] = facts
     return environment.get_template("template.html")
 
 
@@ -90,6 +95,12 @@ def _router_numbers(run: Run) -> list[tuple[str, str, str]]:
         steps, values = run.series("routing/slot_flip")
         numbers.append(("experts that changed", f"{values[-1]:.1%}", f"at step {steps[-1]:.0f}"))
     return numbers
+
+
+def _samples(run: Run) -> list[ShownGroup]:
+    """The best, the worst and one other group of the last step."""
+    first = {group.picked: group for group in reversed(run.samples)}
+    return [group for group in run.samples if group is first[group.picked]]
 
 
 def _time(run: Run) -> str:
