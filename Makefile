@@ -46,7 +46,7 @@ HOSTS_STAMP := $(HOSTS)/.installed
 
 BENCHMARKS := logprob loss step recording
 
-.PHONY: venv train test torture test-mcore-0.19 test-transformers-4 test-py312 test-vllm test-hosts test-all lint bench
+.PHONY: venv train test torture test-mcore-0.19 test-transformers-4 test-py312 test-vllm test-hosts test-all lint docs bench
 
 venv: $(STAMP)
 
@@ -148,6 +148,10 @@ lint: venv
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/shellcheck -x launch/*.sh launch/slurm.sbatch
+
+# Pages that are made of the code, such as docs/recipe.md; tests compare them.
+docs: venv
+	$(BIN)/python -m tests.docs
 
 # Tables on the screen, rows as JSON below runs/benchmarks. For instance: make bench ARGS=--full
 bench: venv

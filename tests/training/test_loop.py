@@ -10,6 +10,7 @@ import pytest
 from sapo_megatron.recipe.load import load
 from sapo_megatron.runs.dump import read_dumps
 from sapo_megatron.runs.timeline import read_timeline
+from tests.docs import metrics_page
 from tests.support.gloo import run_ranks
 from tests.support.tiny import ROOT, cli, read_metrics, write_recipe
 from tests.support.whole_runs import REPLAYS, VARIANTS, command, variants
@@ -140,6 +141,7 @@ def test_the_metrics_of_every_step(run):
     assert [line["step"] for line in lines] == [1, 2, 3]
     for line in lines:
         assert set(line) >= METRICS
+        assert [name for name in line if name != "step" and not metrics_page.has(name)] == []
         finite = METRICS - {"sapo/gate_pos_mean", "sapo/gate_neg_mean"}
         assert all(math.isfinite(line[name]) for name in finite)
         assert line["actor/grad_norm"] > 0

@@ -74,8 +74,9 @@ def test_a_killed_server_costs_its_requests_and_not_the_run(story):
 
 def test_a_server_that_is_back_has_the_weights_before_it_gets_work(story):
     """It is asked what it serves, loads, forgets, and answers the probe; then it works."""
-    loads = ["collective_rpc", "collective_rpc", "reset_prefix_cache"]
-    assert story.asked_first[: len(loads)] == loads
+    loaded = story.asked_first.index("reset_prefix_cache")
+    # It is asked again where newer weights come meanwhile.
+    assert story.asked_first[:loaded].count("collective_rpc") == loaded >= 2
     latest = story.asked_first[::-1].index("reset_prefix_cache")
     assert story.asked_first[-latest:].count("completions") > PROBES
     assert story.back_at < story.stalled_at
