@@ -109,6 +109,17 @@ def test_a_host_needs_the_core_alone():
     assert "slime" in done.stdout
 
 
+def test_reports_need_their_extra_alone():
+    program = (
+        f"{WITHOUT}\nimport sapo_megatron.commands.report, sapo_megatron.commands.gates.figure"
+    )
+    others = " ".join(modules for extra, modules in errors.EXTRAS.items() if extra != "report")
+    missing = {*others.split()} - {*errors.EXTRAS["report"].split()}
+    assert "megatron" in missing
+    done = run(program, " ".join(missing))
+    assert done.returncode == 0, done.stderr
+
+
 def test_a_run_imports_what_it_uses():
     others = ["matplotlib", "math_verify", "reasoning_gym", "sapo_megatron.rollout.vllm.fleet"]
     program = "import sys, sapo_megatron.training.loop\n"
