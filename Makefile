@@ -50,7 +50,7 @@ BENCHMARKS := logprob loss step recording
 
 venv: $(STAMP)
 
-$(STAMP): requirements.txt pyproject.toml
+$(STAMP): requirements.txt pyproject.toml setup.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 		echo "make venv: expected Python 3.11 or later as $(PYTHON); install it," \
 			"or say which one: make venv PYTHON=/path/to/python3" >&2; exit 2; }
@@ -120,7 +120,7 @@ $(VLLM_STAMP): requirements-vllm.txt pyproject.toml | $(STAMP)
 	rm -rf $(VLLM)
 	$(PYTHON) -m venv $(VLLM)
 	$(VLLM)/bin/python -m pip install --disable-pip-version-check -r $<
-	$(VLLM)/bin/python -m pip install --disable-pip-version-check --no-build-isolation -e .
+	$(VLLM)/bin/python -m pip install --disable-pip-version-check --no-build-isolation -e '.[all]'
 	$(VLLM)/bin/python -m pip check
 	$(VLLM)/bin/python -m pip uninstall --disable-pip-version-check --yes \
 		torchvision torchaudio torchcodec
@@ -134,7 +134,7 @@ CHECKOUTS := $(if $(SAPO_MEGATRON_LM),tests/hosts/test_megatron_rl.py) \
 
 test-hosts: $(HOSTS_STAMP) $(if $(strip $(CHECKOUTS)),venv)
 	OMP_NUM_THREADS=1 $(HOSTS)/bin/python -m pytest --noconftest \
-		$(or $(ARGS),tests/hosts/test_verl.py tests/hosts/test_ms_swift.py)
+		$(or $(ARGS),$(patsubst %,tests/hosts/test_%.py,install verl ms_swift))
 	$(if $(strip $(CHECKOUTS)),$(PYTEST) $(CHECKOUTS))
 
 $(HOSTS_STAMP): requirements-hosts.txt

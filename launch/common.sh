@@ -26,8 +26,8 @@ become() {
 # run_folder RECIPE JOB_ID: where the job's run lives, the same after a restart.
 run_folder() {
     local name
-    name=$(basename "$1")
-    printf '%s\n' "${RUN_DIR:-runs/${name%.*}/$2}"
+    name=$(basename "$1" .yaml)
+    printf '%s\n' "${RUN_DIR:-runs/$name/$2}"
 }
 
 # processes_here: processes on this machine, as torchrun's --nproc-per-node takes it.

@@ -4,6 +4,8 @@ doctor | qualify``.
 Exit status: 0 done, 1 the work failed, 2 the input is wrong (one line on stderr says what).
 """
 
+from __future__ import annotations
+
 import argparse
 import dataclasses
 import errno
@@ -16,15 +18,15 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from sapo_megatron.errors import RunFailed, UserError, one_line
+from sapo_megatron.errors import RunFailed, UserError, not_installed, one_line
 from sapo_megatron.files import write_whole
 from sapo_megatron.launcher import STORE, join, launch
 from sapo_megatron.patches import HOSTS
-from sapo_megatron.recipe.check import smallest_world
-from sapo_megatron.recipe.load import expanded, load
-from sapo_megatron.recipe.schema import Recipe
+
+if TYPE_CHECKING:
+    from sapo_megatron.recipe.schema import Recipe
 
 logger = logging.getLogger("sapo_megatron")
 
@@ -54,6 +56,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     _set_up_environment()
     try:
         arguments, rest = _parser().parse_known_args(words)
+        from sapo_megatron.recipe.load import expanded  # --help does without
+
         for name, word in vars(arguments).items():
             if name in PATHS and isinstance(word, str):
                 setattr(arguments, name, expanded(word, name))
@@ -68,6 +72,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(error, 2, debug, everywhere=False)
     except RunFailed as error:
         return _fail(error, 1, debug, everywhere=False)
+    except ModuleNotFoundError as error:
+        if not (mistake := not_installed(error)):
+            raise
+        return _fail(mistake, 2, debug, everywhere=False)
     except OSError as error:  # a full disk, say, and maybe on this process alone
         status = 2 if error.errno == errno.ENAMETOOLONG else 1
         return _fail(error, status, debug, everywhere=True)
@@ -106,7 +114,8 @@ def _parser() -> argparse.ArgumentParser:
 
     def recipe_command(function: Callable, help: str, usage: str) -> argparse.ArgumentParser:
         sub = command(function, help)
-        sub.add_argument("recipe", help="a YAML recipe, or the config.yaml of a run")
+        what = "a YAML recipe, the name of one that comes with the package, or a run's config.yaml"
+        sub.add_argument("recipe", help=what)
         sub.usage = f"{sub.prog} RECIPE {usage} [--debug] [--KEY VALUE | SECTION.KEY=VALUE]..."
         return sub
 
@@ -201,7 +210,7 @@ def _train(arguments: argparse.Namespace) -> int:
     from sapo_megatron.runs.folder import find_place
     from sapo_megatron.training.inputs import Inputs
 
-    recipe = load(arguments.recipe, _overrides(arguments.rest))
+    recipe = _load(arguments)
     fresh = not find_place(recipe, arguments.resume).checkpoints
 
     def work(inputs: Inputs) -> None:
@@ -222,7 +231,7 @@ def _report_apart(run: Path) -> None:
 
 
 def _plan(arguments: argparse.Namespace) -> int:
-    recipe = load(arguments.recipe, _overrides(arguments.rest))
+    recipe = _load(arguments)
     # Before torch looks: the plan is the same on a machine with GPUs and on one without.
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     from sapo_megatron.commands.plan import plan
@@ -239,7 +248,7 @@ def _plan(arguments: argparse.Namespace) -> int:
 def _eval(arguments: argparse.Namespace) -> int:
     from sapo_megatron.training.inputs import Inputs
 
-    recipe = load(arguments.recipe, _overrides(arguments.rest))
+    recipe = _load(arguments)
     data = recipe.data  # without that of training, where problems of its own are held out
     data = dataclasses.replace(data, train=data.eval or data.train)
     recipe = dataclasses.replace(recipe, data=data)
@@ -263,7 +272,7 @@ def _eval(arguments: argparse.Namespace) -> int:
 def _export(arguments: argparse.Namespace) -> int:
     from sapo_megatron.hf.architecture import Architecture
 
-    recipe = load(arguments.recipe, _overrides(arguments.rest))
+    recipe = _load(arguments)
     out = Path(arguments.out)
     if out.exists():
         raise UserError(f"--out: expected a folder that is not there yet, got {out}; name another")
@@ -341,6 +350,7 @@ def _on_all_processes(
     ``read_inputs`` with ``fresh``, or, where it is None, of ``read_model``.
     """
     # Here, not above: other commands, and mistakes in the recipe, do without.
+    from sapo_megatron.recipe.check import smallest_world
     from sapo_megatron.training.inputs import preflight, read_inputs, read_model
 
     launched = "RANK" in os.environ
@@ -358,6 +368,12 @@ def _on_all_processes(
 
     parallel.shutdown()
     return 0
+
+
+def _load(arguments: argparse.Namespace) -> Recipe:
+    from sapo_megatron.recipe.load import load
+
+    return load(arguments.recipe, _overrides(arguments.rest))
 
 
 def _overrides(words: Sequence[str]) -> dict[str, str]:

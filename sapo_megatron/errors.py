@@ -10,12 +10,35 @@ if TYPE_CHECKING:  # reward workers start without it
     from pydantic import ValidationError
 
 
+EXTRAS = {
+    "report": "PIL jinja2 matplotlib numpy pyarrow",
+    "rewards": "math_verify reasoning_gym",
+    "rollout": "httpx",
+    "train": "einops huggingface_hub megatron numpy psutil pyarrow safetensors sentencepiece "
+    "tensorboard transformers",
+    "wandb": "wandb",
+}
+"""Modules that the extras of ``pyproject.toml`` bring."""
+
+
 class UserError(ValueError):
     """The user's input is wrong: what, expected, got, how to fix it; exit status 2."""
 
 
 class RunFailed(RuntimeError):
     """The work itself failed (a diverged run, a plan that does not fit); exit status 1."""
+
+
+def not_installed(error: ModuleNotFoundError) -> UserError | None:
+    """What to install where a module of :data:`EXTRAS` is missing; None: it is none of them."""
+    module = (error.name or "").partition(".")[0]
+    for extra, modules in EXTRAS.items():
+        if module in modules.split():
+            return UserError(
+                f"{module}: expected it to be installed, got no such module; "
+                f"pip install 'sapo-megatron[{extra}]'"
+            )
+    return None
 
 
 def one_line(message: object, longest: int | None = None) -> str:

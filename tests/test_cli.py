@@ -89,6 +89,7 @@ def nothing_written(folder):
         (["trian", "recipe.yaml"], ["trian", "train", "report"]),
         (["train"], ["recipe", "sapo-megatron train --help"]),
         (["train", "missing.yaml"], ["no such file: missing.yaml"]),
+        (["train", "tiny-moe"], ["no recipe of that name", "tiny-moe-cpu, tiny-moe-vllm-cpu"]),
         (["train", "recipe.yaml", "--resume"], ["--resume", "expected one argument"]),
         (["train", "recipe.yaml", "steps"], ["steps", "section.key=value"]),
         (["train", "recipe.yaml", "--tau_pos"], ["--tau_pos", "no value"]),
@@ -135,6 +136,19 @@ def test_debug_adds_the_traceback(work):
     assert done.returncode == 2
     assert "Traceback" in done.stderr
     assert done.stderr.splitlines()[-1].startswith("error: algorithm.tau_pos")
+
+
+def test_a_recipe_by_its_name(work, monkeypatch):
+    """A recipe of the package, where the working folder has nothing of that name."""
+    monkeypatch.chdir(work)
+    assert load("qwen3.5-35b-a3b-8gpu").name == "qwen3.5-35b-a3b-8gpu"
+    tiny = load("tiny-moe-vllm-cpu")
+    assert tiny.model.path == str(ROOT / "recipes/tiny-moe")
+    assert tiny.rollout.vllm_python == str(work / "venvs/vllm/bin/python")
+    (work / "tiny-moe-cpu").write_text((work / "recipe.yaml").read_text())
+    assert load("tiny-moe-cpu").model.path == str(work / "model")
+    with pytest.raises(UserError, match=r"^recipe: no such file: recipes/tiny-moe-cpu\.yaml$"):
+        load("recipes/tiny-moe-cpu.yaml")
 
 
 @pytest.mark.parametrize("words", [["--help"], ["train", "--help"], ["eval", "-h"]])

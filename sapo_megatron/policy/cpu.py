@@ -5,35 +5,51 @@ GPU nothing here runs. Patches are few and named; none of them costs anything pe
 """
 
 import functools
+import importlib
 import importlib.util
 import sys
 import types
 from typing import Any
 
 import torch
-import torch._dynamo
 from torch import Tensor
 
 _CPU = torch.device("cpu")
 
 
 def prepare_import() -> None:
-    """Let megatron-core be imported where there is no triton. Runs before its first import."""
+    """Import megatron-core, also where there is no triton, and no more with it than is used."""
+    modules: dict[str, Any] = sys.modules
     if importlib.util.find_spec("triton") is None:
         # The one file that 0.19 imports without asking whether triton is there: GPU kernels that
         # move expert activations out of the way (`moe_paged_stash`), never launched on the CPU.
         kernels: Any = types.ModuleType("megatron.core.transformer.moe.ops.paged_stash")
         kernels.GLOBAL_BLOCK_SIZE = kernels.paged_stash_copy_kernel = None
         kernels.paged_stash_pop_kernel = None
-        sys.modules.setdefault(kernels.__name__, kernels)
+        modules.setdefault(kernels.__name__, kernels)
+    if not torch.cuda.is_available():
+        # It decorates small functions with torch.compile, which wants a C++ compiler, and seconds
+        # for its own imports at the first of them.
+        compiler: Any = torch
+        compiler.compile = _as_it_is
+    if "wandb" not in modules:
+        # Its inference engine, which is not used, imports wandb where there is one.
+        modules["wandb"] = None
+        try:
+            importlib.import_module("megatron.core")
+        finally:
+            del modules["wandb"]
+
+
+def _as_it_is(function: Any = None, **_: Any) -> Any:
+    """What ``torch.compile`` makes of a function, or as a decorator with options: the function."""
+    return function or _as_it_is
 
 
 @functools.cache
 def enable() -> None:
     """Redirect what megatron-core asks of CUDA to the CPU. Idempotent."""
     assert not torch.cuda.is_available(), "the CPU patches are for machines without a GPU"
-    # megatron-core decorates small functions with torch.compile, which wants a C++ compiler.
-    torch._dynamo.config.disable = True
     _patch_torch_cuda()
     _patch_megatron()
 

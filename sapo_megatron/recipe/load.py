@@ -57,16 +57,39 @@ _HUB_NAMES = {
 def load(path: str | Path, overrides: dict[str, str] | None = None) -> Recipe:
     """Read a recipe and check it.
 
-    ``overrides`` maps ``section.key`` (or a bare key that only one section has) to YAML text.
+    ``path`` may also be the name of a recipe that comes with the package, where there is no such
+    file. ``overrides`` maps ``section.key`` (or a bare key that only one section has) to YAML text.
     Relative paths mean: beside the recipe that holds them, or, in an override, the working folder.
     Raises UserError for anything that is wrong with either.
     """
-    path = Path(path)
+    path = _found(Path(path))
     raw = _read(path)
     raw.setdefault("name", path.stem)
     for key, text in (overrides or {}).items():
         _override(raw, key, text)
     return from_plain(raw)
+
+
+def shipped() -> dict[str, Path]:
+    """The recipes that come with the package, by name."""
+    package = Path(__file__).parents[1]
+    folder = package / "recipes"
+    if not folder.is_dir():  # in a checkout they lie beside it
+        folder = package.with_name("recipes")
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def _found(path: Path) -> Path:
+    """``path``, or the recipe of that name. Raises UserError for what may be a name and is none."""
+    if path.exists() or path.name != str(path) or path.suffix in (".yaml", ".yml"):
+        return path
+    names = shipped()
+    if path.name not in names:
+        raise UserError(
+            f"recipe: no such file: {path}, and no recipe of that name; there are "
+            f"{', '.join(names)}"
+        )
+    return names[path.name]
 
 
 def from_plain(raw: dict[str, Any]) -> Recipe:
@@ -213,7 +236,7 @@ def expanded(path: str, where: str) -> str:
 def _absolute(raw: dict[str, Any], key: str, folder: Path) -> None:
     """Make a path of the recipe absolute, unless it is a name on the hub and no folder here.
 
-    The run's folder stays relative to the working folder.
+    The run's folder stays relative to the working folder, as a Python for servers is.
     """
     *sections, name = key.split(".")
     node: Any = raw
@@ -229,6 +252,8 @@ def _absolute(raw: dict[str, Any], key: str, folder: Path) -> None:
     program = key == "rollout.vllm_python" and "/" not in given  # which is looked for
     if program or key == "train.run_dir" or not given.strip():
         return
+    if key == "rollout.vllm_python":
+        folder = Path.cwd()
     hub = re.fullmatch(_HUB_NAMES[key], given) if key in _HUB_NAMES else None
     if hub is None or (folder / hub[1]).exists():
         node[name] = os.path.abspath(folder / given)

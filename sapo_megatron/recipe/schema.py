@@ -129,7 +129,8 @@ class RolloutConfig:
     """URLs of vLLM servers, such as ``http://node7:8000``; none: the trainer starts its own. Names
     that end in ``.invalid`` stand for servers that are to be given with the run, for ``plan``."""
     vllm_python: Text | None = None
-    """The Python of an environment with vLLM, for the servers that the trainer starts."""
+    """The Python of an environment with vLLM, for the servers that the trainer starts; a relative
+    path is one of the working folder."""
     num_servers: Count | None = None
     """Servers that the trainer starts on each node; None: as many as its GPUs hold, and one where
     there are none."""

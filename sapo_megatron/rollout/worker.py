@@ -25,7 +25,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from sapo_megatron.errors import hint, one_line, with_type
+from sapo_megatron.errors import hint, not_installed, one_line, with_type
 from sapo_megatron.rollout.verifiers import BUILT_IN, RewardFunction
 from sapo_megatron.sample import Prompt
 
@@ -161,6 +161,8 @@ def _work(connection: Connection, name: str) -> None:
             importlib.import_module(name)
         if forks:
             raise ValueError("it forks when it is imported; let it do so when it is called")
+    except ModuleNotFoundError as error:
+        problem = str(not_installed(error) or error)
     except ValueError as error:
         problem = str(error)
     _leave_unless(own)

@@ -4,11 +4,14 @@ Servers get the policy's weights before they serve (:mod:`.handover`), and must 
 the log-probs that the training engine gives it; a run whose servers do not stops.
 """
 
+from __future__ import annotations
+
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -23,13 +26,12 @@ from sapo_megatron.policy.step import Offload, Policy
 from sapo_megatron.recipe.schema import Recipe
 from sapo_megatron.rollout.engine import Arrived, Engine, Request, SamplingParams
 from sapo_megatron.rollout.generate import InProcess, generate
-from sapo_megatron.rollout.vllm.engine import VllmEngine
-from sapo_megatron.rollout.vllm.fleet import Probe
-from sapo_megatron.rollout.vllm.servers import LocalServers
-from sapo_megatron.rollout.vllm.transfer import Transfer
 from sapo_megatron.sample import Sample
 from sapo_megatron.training.handover import Handover, OverFolder, OverNccl, folder_in_memory
 from sapo_megatron.training.inputs import Inputs
+
+if TYPE_CHECKING:
+    from sapo_megatron.rollout.vllm.engine import VllmEngine
 
 logger = logging.getLogger(__name__)
 
@@ -100,6 +102,10 @@ def _connect(
     weights: Path,
 ) -> VllmEngine:
     """The servers of the recipe, or some of this node's own."""
+    # Here, not above: they import httpx, which a run without servers has no use for.
+    from sapo_megatron.rollout.vllm.engine import VllmEngine
+    from sapo_megatron.rollout.vllm.servers import LocalServers
+
     with_routes = recipe.routing.router_replay == "R3"
     if nodes is None:
         engine = VllmEngine(
@@ -137,6 +143,8 @@ def _agree_on_routes(
 
 
 def _over_nccl(recipe: Recipe, policy: Policy, servers: VllmEngine | None) -> OverNccl:
+    from sapo_megatron.rollout.vllm.transfer import Transfer
+
     listing, transfer, rollout = policy.model.weights.listing(), None, recipe.rollout
     with parallel.failing_together(policy.groups):
         if servers is not None:
@@ -219,6 +227,8 @@ class Following:
 
     def _hand_over(self, version: int, leave: Callable[[], None] = lambda: None) -> Metrics:
         """``leave``: leaves the GPUs to the servers, on all ranks, once the weights are written."""
+        from sapo_megatron.rollout.vllm.fleet import Probe
+
         began = now()
         logprobs = self._policy.logprobs(self._probe, self._cut)
         metrics = self._handover.write()

@@ -4,13 +4,15 @@ Two steps, each collective over all ranks: ``write`` takes the weights from the 
 them into the servers, which then must give a probe the log-probs that the training engine gives it.
 """
 
+from __future__ import annotations
+
 import functools
 import logging
 import math
 import shutil
 import uuid
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch.distributed as dist
 
@@ -18,9 +20,11 @@ from sapo_megatron.metrics import Mean, Metrics
 from sapo_megatron.policy import parallel
 from sapo_megatron.policy.parallel import Nodes
 from sapo_megatron.policy.step import Policy
-from sapo_megatron.rollout.vllm.engine import VllmEngine
-from sapo_megatron.rollout.vllm.fleet import Probe
-from sapo_megatron.rollout.vllm.transfer import Transfer
+
+if TYPE_CHECKING:  # they import httpx, which a run without servers has no use for
+    from sapo_megatron.rollout.vllm.engine import VllmEngine
+    from sapo_megatron.rollout.vllm.fleet import Probe
+    from sapo_megatron.rollout.vllm.transfer import Transfer
 
 logger = logging.getLogger(__name__)
 

@@ -162,7 +162,7 @@ def test_servers_of_the_trainers_own_end_with_the_block(opened, server, monkeypa
         def __exit__(self, *error):
             ended.append(self.started)
 
-    monkeypatch.setattr(engines, "LocalServers", Local)
+    monkeypatch.setattr("sapo_megatron.rollout.vllm.servers.LocalServers", Local)
     with opened(engine="vllm", vllm_python="python"):
         assert ended == []
     assert ended == [("python", "model", "servers")]

@@ -30,7 +30,7 @@ INSTALL = (
     "pip install torch==2.13.0",
     "pip install setuptools wheel ninja pybind11",
     "pip install --no-build-isolation -r requirements-gpu.txt",
-    "pip install --no-build-isolation -e .",
+    "pip install --no-build-isolation -e '.[all]'",
 )
 """The order for GPUs, torch first and alone: Transformer Engine's part for torch is compiled
 against the torch that is there, not against the one that the same command brings."""

@@ -2,8 +2,9 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
-from pydantic_core import to_json
+from pydantic import TypeAdapter
 
 from sapo_megatron.commands.gates.compare import BySign, Comparison
 from sapo_megatron.runs.dump import DumpInfo
@@ -41,7 +42,7 @@ def as_json(comparison: Comparison) -> str:
         "layers_changed": comparison.buckets,
         "suggestion": comparison.suggestion,
     }
-    return to_json(whole, indent=2, inf_nan_mode="null").decode() + "\n"
+    return TypeAdapter(Any).dump_json(whole, indent=2).decode() + "\n"
 
 
 def _head(comparison: Comparison) -> str:

@@ -70,7 +70,8 @@ class LocalServers:
         if shutil.which(python) is None:
             raise UserError(
                 f"rollout.vllm_python: expected the Python of an environment with vLLM, got "
-                f"{python}, which is no program; make test-vllm sets one up in venvs/vllm"
+                f"{python}, which is no program; make one: python -m venv venvs/vllm && "
+                f"venvs/vllm/bin/pip install vllm==0.32.0"
             )
         gpus = _gpus_of_servers(recipe.rollout)
         if len(gpus) < (least := recipe.rollout.min_servers):
