@@ -114,8 +114,7 @@ def _parser() -> argparse.ArgumentParser:
 
     def recipe_command(function: Callable, help: str, usage: str) -> argparse.ArgumentParser:
         sub = command(function, help)
-        what = "a YAML recipe, the name of one that comes with the package, or a run's config.yaml"
-        sub.add_argument("recipe", help=what)
+        sub.add_argument("recipe", help="a YAML recipe, the name of a shipped one, or a config.yaml")
         sub.usage = f"{sub.prog} RECIPE {usage} [--debug] [--KEY VALUE | SECTION.KEY=VALUE]..."
         return sub
 
