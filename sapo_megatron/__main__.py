@@ -136,11 +136,8 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--mean-length", type=int, metavar="TOKENS", help=mean)
     plan.add_argument("--json", action="store_true", help="print JSON instead of tables")
     checkpoint = "a run folder, or one checkpoint of it"
-    evaluate = recipe_command(
-        _eval,
-        "Score a run on the held-out problems of a recipe.",
-        "--checkpoint PATH [--out FILE]",
-    )
+    scores = "Score a run on the held-out problems of a recipe."
+    evaluate = recipe_command(_eval, scores, "--checkpoint PATH [--out FILE]")
     evaluate.add_argument("--checkpoint", required=True, metavar="PATH", help=checkpoint)
     evaluate.add_argument("--out", metavar="FILE", help="write the scores here, as JSON")
     export = recipe_command(
