@@ -176,7 +176,7 @@ class Ahead:
         while True:
             self._schedule, action = self._schedule.next()
             if isinstance(action, Request):
-                self._ask(action)
+                metrics.update(self._ask(action))
                 if not self._collector.background:
                     self._receive(metrics)
             elif isinstance(action, Wait):
@@ -184,7 +184,8 @@ class Ahead:
             else:
                 return self._take(action.numbers, metrics)
 
-    def _ask(self, request: Request) -> None:
+    def _ask(self, request: Request) -> Metrics:
+        """Have the engine begin; what making it ready took."""
         cursor = self._source.state_dict()
         prompts = self._source.next(len(request.numbers))
         pending = self._collector.begin(
@@ -195,6 +196,7 @@ class Ahead:
             record=self._with_routes,
         )
         self._asked.append(_Asked(request=request, pending=pending, cursor=cursor))
+        return pending.metrics
 
     def _receive(self, metrics: Metrics) -> None:
         """The oldest groups under way."""

@@ -35,6 +35,7 @@ class Pending:
     scored: list[Scoring]
     """This rank's responses so far."""
     metrics: Metrics
+    """What making the engine ready took."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +47,7 @@ class Responses:
     held: dict[int, HeldRoutes]
     """Where routes are, by uid of the sample."""
     metrics: Metrics
-    """Failures of rewards and times, of this rank; what making the engine ready took."""
+    """Failures of rewards and times, of this rank."""
     problem: str = ""
     """Why the first of those samples was not scored that have no reward, on every rank."""
 
@@ -151,7 +152,7 @@ class Collector:
 
     def finish(self, pending: Pending) -> Responses:
         """What was begun, when it is there. Raises what the engine raised."""
-        metrics = pending.metrics
+        metrics = Metrics()
         mine: list[Sample] | UserError | RunFailed
         problem = ""
         try:

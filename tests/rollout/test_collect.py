@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from sapo_megatron.errors import RunFailed
-from sapo_megatron.metrics import Metrics, Sum
+from sapo_megatron.metrics import Metrics, Spans, Sum
 from sapo_megatron.recipe.schema import RolloutConfig, RoutingConfig
 from sapo_megatron.rollout.ahead import Ahead
 from sapo_megatron.rollout.collect import Collector, describe, rewards
@@ -384,6 +384,23 @@ class Slow(InProcess):
             return InProcess.generate(self, requests, params, arrived).result()
 
         return ThreadPoolExecutor(1).submit(when_let) if first else self.threads.submit(when_let)
+
+
+def test_what_it_takes_to_begin_counts_where_it_begins(world):
+    """And not in the step that trains on it."""
+
+    class Readied(Slow):
+        @contextlib.contextmanager
+        def serving(self, *, version, record):
+            with super().serving(version=version, record=record) as metrics:
+                yield metrics
+            metrics.add("time/sync", Spans((("rank 0", 0.0, 1.0),)))
+
+    engine = Readied()
+    found = ahead(lambda p, uid: float(uid), Numbers(), steps=4, engine=engine, async_steps=1)
+    engine.let.release(4)
+    seconds = [found.collect().metrics.values().get("time/sync", 0.0) for _ in range(4)]
+    assert seconds == [2.0, 1.0, 1.0, 0.0]
 
 
 def test_what_is_under_way_comes_again_after_a_resume_and_evaluations_come_before_it(world):
