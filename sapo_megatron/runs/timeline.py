@@ -36,6 +36,10 @@ class Event:
     """Seconds from the run's start."""
     seconds: float
 
+    @property
+    def end(self) -> float:
+        return self.begin + self.seconds
+
 
 class TimelineTracker:
     """Writes the file."""

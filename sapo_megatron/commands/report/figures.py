@@ -115,21 +115,21 @@ def _stages(run: Run) -> list[str]:
 def _draw_timeline(canvas: Canvas, run: Run, theme: Theme) -> None:
     """The last step, a row per rank and server."""
     ax = canvas.subplots()
-    events = [event for event in run.timeline if event.step == run.timeline[-1].step]
-    steps = [event for event in events if event.stage == STEP]
-    begin = min(event.begin for event in steps)
-    end = max(event.begin + event.seconds for event in steps)
+    last = max(event.step for event in run.timeline if event.stage == STEP)
+    steps = [event for event in run.timeline if (event.step, event.stage) == (last, STEP)]
+    begin, end = min(event.begin for event in steps), max(event.end for event in steps)
+    events = [event for event in run.timeline if event.begin < end and event.end > begin]
     everywhere = dict.fromkeys(event.where for event in events)
     ranks = [where for where in everywhere if where.startswith(RANK)]
     servers = [where for where in everywhere if where not in ranks]
     rows = {where: i for i, where in enumerate([*ranks[:MOST_ROWS], *servers[:MOST_ROWS]])}
     for i, (stage, label) in enumerate(STAGES.items()):
-        bars = [e for e in events if e.stage == stage and e.where in rows and e.begin < end]
+        bars = [e for e in events if e.stage == stage and e.where in rows]
         if bars:
             color = theme.grid if stage == "rollout_wait" else theme.series[i % len(theme.series)]
             hatch = "//" if i >= len(theme.series) else None
-            width = [min(e.begin + e.seconds, end) - e.begin for e in bars]
-            left = [e.begin - begin for e in bars]
+            left = [max(e.begin - begin, 0) for e in bars]
+            width = [min(e.end, end) - max(e.begin, begin) for e in bars]
             at = [rows[e.where] for e in bars]
             ax.barh(at, width, 0.7, left, color=color, hatch=hatch, label=label)
     names = [where.removeprefix("http://").removesuffix(" (rank 0)") for where in rows]
@@ -137,7 +137,7 @@ def _draw_timeline(canvas: Canvas, run: Run, theme: Theme) -> None:
     ax.invert_yaxis()
     ax.grid(axis="y", visible=False)
     ax.set_xlim(0, end - begin)
-    ax.set_xlabel(f"seconds of step {events[0].step}")
+    ax.set_xlabel(f"seconds of step {last}")
     legend(ax, columns=4)
 
 
