@@ -82,8 +82,9 @@ class Script:
         return self.asked().count("reset_prefix_cache")
 
     def is_interrupted(self):
-        """Whether it has just been told to end what it is in the middle of."""
-        return self.asked()[-1:] == ["abort_requests"]
+        """Whether it was told to end what it is in the middle of, and has no new weights yet."""
+        told = {"abort_requests", "reset_prefix_cache"}
+        return [path for path in self.asked() if path in told][-1:] == ["abort_requests"]
 
     def is_sampling(self):
         """Whether it is in the middle of its part of a rollout, behind load and probe."""
