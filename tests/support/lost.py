@@ -6,7 +6,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import httpx
 import psutil
@@ -133,8 +133,9 @@ class Run:
     def kill(self):
         """All of its processes, and none of the servers'."""
         for process in psutil.Process().children(recursive=True):
-            if process.cwd() == str(self._folder):
-                process.kill()
+            with suppress(psutil.NoSuchProcess):  # a killed server's guard is a zombie
+                if process.cwd() == str(self._folder):
+                    process.kill()
         return self.end()
 
     def saved(self):
