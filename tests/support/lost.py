@@ -11,9 +11,11 @@ from contextlib import contextmanager, suppress
 import httpx
 import psutil
 
+from sapo_megatron.recipe.load import load
 from sapo_megatron.rollout.vllm import guard
 from sapo_megatron.rollout.vllm.servers import _free_port
 from sapo_megatron.runs.dump import read_dumps
+from sapo_megatron.training.inputs import read_inputs
 from tests.support.tiny import ROOT, cli
 from tests.vllm.test_training import recipe_in
 
@@ -177,3 +179,10 @@ def groups_trained(run, steps):
         rows = read_dumps((run / "dumps").glob(f"step-{step:06d}*")).rows
         found.update(uid // GENERATIONS for uid in set(rows.sequence.tolist()))
     return found
+
+
+def groups_drawn(run, steps):
+    """The same as it must be: the first problems that are not too long, in their order."""
+    recipe = load(run / "config.yaml")
+    problems = read_inputs(recipe, 1).source.next(PROMPTS * len(steps))
+    return dict.fromkeys((problem.uid for problem in problems), GENERATIONS)

@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from tests.support.lost import GENERATIONS, PROMPTS, Run, groups_trained, two_servers
+from tests.support.lost import Run, groups_drawn, groups_trained, two_servers
 from tests.support.tiny import read_metrics
 from tests.torture import Outcome
 
@@ -86,8 +86,7 @@ def _problem(run: Path, ahead: int) -> str:
     numbers = [line["step"] for line in lines]
     if numbers != list(range(1, len(lines) + 1)):
         return f"steps {numbers}"
-    trained = groups_trained(run, numbers)
-    expected = dict.fromkeys(range(PROMPTS * len(lines)), GENERATIONS)
+    trained, expected = groups_trained(run, numbers), groups_drawn(run, numbers)
     wrong = {g: (trained.get(g), expected.get(g)) for g in {*trained, *expected}}
     if wrong := {g: pair for g, pair in wrong.items() if pair[0] != pair[1]}:
         return f"responses by group, trained on and expected: {wrong}"
