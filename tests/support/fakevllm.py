@@ -137,7 +137,11 @@ class FakeVllm:
                 self.do_POST()
 
             def do_POST(self) -> None:
-                text = self.rfile.read(int(self.headers.get("content-length", 0)))
+                length = int(self.headers.get("content-length", 0))
+                text = self.rfile.read(length)
+                if len(text) < length:  # whoever asked has given up in the middle
+                    self.close_connection = True
+                    return
                 status, content = fake._answer(self.path, json.loads(text or b"{}"))
                 if status == 0:
                     self.close_connection = True
