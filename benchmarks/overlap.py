@@ -144,8 +144,8 @@ def show(rows: list[dict[str, Any]]) -> None:
 def main() -> None:
     parser = measure.parser(__doc__, rounds=1)
     parser.add_argument("--vllm-python", default=os.environ.get("SAPO_VLLM_PYTHON"))
-    parser.add_argument("--steps", type=int, default=24)
-    parser.add_argument("--prompts", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--prompts", type=int, default=3)
     parser.add_argument("--keep", type=Path, help="folder for the runs, which are kept")
     args = parser.parse_args()
     if args.job:

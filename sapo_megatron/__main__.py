@@ -114,7 +114,7 @@ def _parser() -> argparse.ArgumentParser:
 
     def recipe_command(function: Callable, help: str, usage: str) -> argparse.ArgumentParser:
         sub = command(function, help)
-        sub.add_argument("recipe", help="a YAML recipe, the name of a shipped one, a config.yaml")
+        sub.add_argument("recipe", help="a YAML file, or the name of a recipe that is shipped")
         sub.usage = f"{sub.prog} RECIPE {usage} [--debug] [--KEY VALUE | SECTION.KEY=VALUE]..."
         return sub
 

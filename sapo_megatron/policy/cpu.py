@@ -41,9 +41,9 @@ def prepare_import() -> None:
             del modules["wandb"]
 
 
-def _as_it_is(function: Any = None, **_: Any) -> Any:
+def _as_it_is(model: Any = None, **_: Any) -> Any:
     """What ``torch.compile`` makes of a function, or as a decorator with options: the function."""
-    return function or _as_it_is
+    return model or _as_it_is
 
 
 @functools.cache

@@ -8,13 +8,14 @@ the clocks of the machines.
 import json
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from sapo_megatron.errors import UserError
+from pydantic import BaseModel, ConfigDict
+
+from sapo_megatron.errors import UserError, with_type
 from sapo_megatron.files import write_whole
 from sapo_megatron.metrics import Metrics, Span, now
 from sapo_megatron.runs.samples import ShownGroup
@@ -24,9 +25,10 @@ STEPS = 50
 STAGE, STEP, RANK = "time/", "step", "rank "
 
 
-@dataclass(frozen=True, kw_only=True)
-class Event:
+class Event(BaseModel):
     """A stage of a step, where and when it was."""
+
+    model_config = ConfigDict(strict=True, frozen=True, allow_inf_nan=False)
 
     step: int
     stage: str
@@ -124,9 +126,9 @@ def read_timeline(path: Path) -> list[Event]:
             for event in events
             if event["ph"] == "X"
         ]
-    except (ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(
-            f"{path}: expected the events of a run's steps, got {type(error).__name__}: {error}; "
+            f"{path}: expected the events of a run's steps, got {with_type(error, 200)}; "
             f"remove the file"
         ) from None
 

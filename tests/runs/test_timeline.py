@@ -1,4 +1,5 @@
 import json
+import math
 
 import pytest
 
@@ -70,12 +71,41 @@ def test_the_file_holds_the_last_steps(tmp_path, monkeypatch):
     assert {e.step for e in read_timeline(tmp_path / "timeline.json")} == {3, 4, 5}
 
 
-@pytest.mark.parametrize("text", ["", "[", "{}", "[1]", '[{"name": "a", "ph": "X"}]', "null"])
+ROW = '{"name": "thread_name", "ph": "M", "pid": 0, "tid": 0, "args": {"name": "rank 0"}}'
+
+
+def event(**changes):
+    made = {"name": "update", "ph": "X", "ts": 0, "dur": 1, "pid": 0, "tid": 0, "args": {"step": 1}}
+    return f"[{ROW}, {json.dumps(made | changes)}]"
+
+
+def test_an_event(tmp_path):
+    path = tmp_path / "timeline.json"
+    path.write_text(event())
+    assert len(read_timeline(path)) == 1
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", "[", "{}", "[1]", '[{"name": "a", "ph": "X"}]', "null", "[" * 100_000, "\0"),
+        *(event(ts=math.inf), event(dur=math.nan), event(dur="1"), event(ts=None)),
+        *(event(args={"step": "1"}), event(args={"step": True}), event(args=None), event(tid=1)),
+        event(name=3),
+    ],
+)
 def test_a_damaged_file_is_told(tmp_path, text):
     path = tmp_path / "timeline.json"
     path.write_text(text)
-    with pytest.raises(UserError, match=r"timeline\.json: expected the events of a run's steps"):
+    told = r"timeline\.json: expected the events of a run's steps, got .*; remove the file$"
+    with pytest.raises(UserError, match=told) as caught:
         read_timeline(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_folder_in_its_place_is_told(tmp_path):
+    with pytest.raises(UserError, match=r"got IsADirectoryError: .*; remove the file$"):
+        read_timeline(tmp_path)
 
 
 def test_without_a_file_there_are_no_events(tmp_path):

@@ -6,9 +6,11 @@ from types import SimpleNamespace
 import pytest
 
 from sapo_megatron.errors import RunFailed
+from sapo_megatron.metrics import Metrics, Spans
 from sapo_megatron.recipe.load import load
 from sapo_megatron.sample import Group, Prompt, Sample
 from sapo_megatron.training.evaluate import evaluate
+from sapo_megatron.training.session import Session
 from tests.support.tiny import write_recipe
 
 PROBLEMS = [Prompt(uid=i, text="", answer="", tokens=(5,)) for i in range(3)]
@@ -52,6 +54,27 @@ def test_scores_are_means_over_problems(recipe):
         "avg@4": pytest.approx(4.5 / 12),
         "pass@1": pytest.approx(2 / 3),
     }
+
+
+class Timed(Scored):
+    """One whose servers have worked for as many seconds as they were asked requests."""
+
+    def spent(self, name):
+        self.spans = [*getattr(self, "spans", []), (name, len(self.asked))]
+        metrics = Metrics()
+        metrics.add(name, Spans((("server", 0.0, float(len(self.asked))),)))
+        return metrics
+
+
+def test_the_time_it_takes_servers_is_its_own_and_no_rollout_s(recipe):
+    """Also where there is no step to have it, before the first one."""
+    collector, metrics = Timed(), Metrics()
+    inputs = SimpleNamespace(problems=PROBLEMS)
+    session = SimpleNamespace(collector=collector, inputs=inputs, recipe=recipe)
+    Session.evaluate(session, 0)
+    assert collector.spans == [("time/eval", 2)], "once both requests are answered"
+    assert Session.evaluate(session, 3, metrics)["pass@1"] == pytest.approx(2 / 3)
+    assert metrics.values() == {"time/eval": 4.0}
 
 
 def test_what_cannot_be_scored_is_in_no_mean_and_told(recipe, caplog):

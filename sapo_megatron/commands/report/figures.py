@@ -137,7 +137,8 @@ def _draw_timeline(canvas: Canvas, run: Run, theme: Theme) -> None:
     ax.invert_yaxis()
     ax.grid(axis="y", visible=False)
     ax.set_xlim(0, end - begin)
-    ax.set_xlabel(f"seconds of step {last}")
+    cut = f" ({len(rows)} of {len(everywhere)} rows)" if len(rows) < len(everywhere) else ""
+    ax.set_xlabel(f"seconds of step {last}{cut}")
     legend(ax, columns=4)
 
 
