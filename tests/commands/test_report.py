@@ -5,6 +5,7 @@ import re
 from html.parser import HTMLParser
 from itertools import combinations, product
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -26,6 +27,7 @@ from sapo_megatron.commands.report.router_figures import (
 )
 from sapo_megatron.errors import UserError
 from sapo_megatron.runs.read import read_run
+from sapo_megatron.runs.timeline import Event
 from sapo_megatron.runs.trackers import SamplesTracker
 from tests.support.shown import HOSTILE, SEEN, shown
 from tests.support.synthetic_run import write_run
@@ -319,6 +321,22 @@ def _apart(one, other):
     return min(one.x1, other.x1) - max(one.x0, other.x0) <= 1 or (
         min(one.y1, other.y1) - max(one.y0, other.y0) <= 1
     )
+
+
+def test_the_picture_of_a_step_has_room_for_a_cluster(written):
+    """Wherever its servers are; it says how many rows it leaves out."""
+    servers = [f"http://node-{i:03d}.cluster.example.com:8000 (rank 0)" for i in range(12)]
+    stages = [("step", 0.0, 300.0), ("rollout", 10.0, 80.0), ("update", 100.0, 190.0)]
+    timeline = [
+        Event(step=7, stage=stage, where=where, begin=begin, seconds=seconds)
+        for where in [*(f"rank {i}" for i in range(1024)), *servers]
+        for stage, begin, seconds in stages[where in servers :]
+    ]
+    (figure,) = (figure for figure in FIGURES if figure.name == "timeline")
+    canvas, texts, renderer = written(figure, SimpleNamespace(timeline=timeline))
+    assert all(_within(text.get_window_extent(renderer), canvas.bbox) for text in texts)
+    told = {text.get_text() for text in texts}
+    assert {"rank 7", "server 7", "seconds of step 7 (16 of 1036 rows)"} <= told
 
 
 def _narrowest_image():

@@ -132,7 +132,8 @@ def _draw_timeline(canvas: Canvas, run: Run, theme: Theme) -> None:
             width = [min(e.end, end) - max(e.begin, begin) for e in bars]
             at = [rows[e.where] for e in bars]
             ax.barh(at, width, 0.7, left, color=color, hatch=hatch, label=label)
-    names = [where.removeprefix("http://").removesuffix(" (rank 0)") for where in rows]
+    numbers = {where: f"server {i}" for i, where in enumerate(servers)}
+    names = [numbers.get(where, where) for where in rows]
     ax.set_yticks(range(len(rows)), names, fontsize=9.5)
     ax.invert_yaxis()
     ax.grid(axis="y", visible=False)
@@ -277,7 +278,8 @@ SECTIONS: dict[str, tuple[Figure, ...]] = {
             "timeline",
             "One step",
             "What each rank and server did in the last step; the rest is none of these stages. "
-            "timeline.json has the last steps for Perfetto (ui.perfetto.dev).",
+            "timeline.json has the last steps, and the servers' addresses, for Perfetto "
+            "(ui.perfetto.dev).",
             lambda run: any(event.stage == STEP for event in run.timeline),
             _draw_timeline,
             height=3.9,
