@@ -62,7 +62,7 @@ def load(path: str | Path, overrides: dict[str, str] | None = None) -> Recipe:
     Relative paths mean: beside the recipe that holds them, or, in an override, the working folder.
     Raises UserError for anything that is wrong with either.
     """
-    path = _found(Path(path))
+    path = _found(path)
     raw = _read(path)
     raw.setdefault("name", path.stem)
     for key, text in (overrides or {}).items():
@@ -79,9 +79,10 @@ def shipped() -> dict[str, Path]:
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
 
-def _found(path: Path) -> Path:
-    """``path``, or the recipe of that name. Raises UserError for what may be a name and is none."""
-    if path.exists() or path.name != str(path) or path.suffix in (".yaml", ".yml"):
+def _found(given: str | Path) -> Path:
+    """The path, or the recipe of that name. Raises UserError for what may be a name and is none."""
+    path = Path(given)
+    if path.exists() or os.sep in str(given) or path.suffix in (".yaml", ".yml"):
         return path
     names = shipped()
     if path.name not in names:

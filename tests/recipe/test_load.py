@@ -102,6 +102,17 @@ def test_the_defaults_are_the_papers(write):
     assert recipe.train.num_mini_batches == 4
 
 
+def test_a_recipe_of_the_package_is_found_by_its_name(write, monkeypatch, tmp_path):
+    """Where there is no file of that name, which wins."""
+    monkeypatch.chdir(tmp_path)
+    assert load("tiny-moe-cpu").cold_start.steps == 500
+    write(MINIMAL + "train: {steps: 3}\n", name="tiny-moe-cpu")
+    assert (load("tiny-moe-cpu").train.steps, load("tiny-moe-cpu").cold_start.steps) == (3, 0)
+    assert "no such file: tiny-moe-cpu.yaml" in refusal("tiny-moe-cpu.yaml")
+    assert refusal("./qwen3-30b-a3b-8gpu").endswith("no such file: qwen3-30b-a3b-8gpu")
+    assert "there are deepseek-v3-671b-128gpu, " in refusal("qwen3")
+
+
 def test_a_recipe_is_frozen(write):
     recipe = load(write())
     with pytest.raises(dataclasses.FrozenInstanceError):
