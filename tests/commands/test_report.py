@@ -332,9 +332,16 @@ def test_the_picture_of_a_step_has_room_for_a_cluster(written):
         for where in [*(f"rank {i}" for i in range(1024)), *servers]
         for stage, begin, seconds in stages[where in servers :]
     ]
+    # Of the step before, and from there into this one, as what a checkpoint takes.
+    for stage, begin, seconds in (("step", -200.0, 190.0), ("checkpoint", -20.0, 25.0)):
+        timeline.append(Event(step=6, stage=stage, where="rank 0", begin=begin, seconds=seconds))
+    timeline.append(Event(step=6, stage="update", where="rank 1", begin=-90.0, seconds=50.0))
     (figure,) = (figure for figure in FIGURES if figure.name == "timeline")
     canvas, texts, renderer = written(figure, SimpleNamespace(timeline=timeline))
     assert all(_within(text.get_window_extent(renderer), canvas.bbox) for text in texts)
+    bars = [(bar.get_x(), bar.get_width()) for ax in canvas.axes for bar in ax.patches]
+    assert (0, 5.0) in bars
+    assert all(0 <= left <= left + width <= 300 and width > 0 for left, width in bars)
     told = {text.get_text() for text in texts}
     assert {"rank 7", "server 7", "seconds of step 7 (16 of 1036 rows)"} <= told
 
