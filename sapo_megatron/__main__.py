@@ -170,8 +170,8 @@ def _add_gates(gates: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="NAME:VALUE,VALUE",
-        help="sapo:TAU_POS,TAU_NEG, or grpo, gspo or cispo with CLIP_LOW,CLIP_HIGH, or vespo; "
-        "repeat it for more; without it, one of each",
+        help="sapo:TAU_POS,TAU_NEG, a loss that clips with CLIP_LOW,CLIP_HIGH, or another by its "
+        "name; repeat it for more; without it, one of each",
     )
     gates.add_argument(
         "--attenuation",

@@ -13,6 +13,7 @@ import re
 from sapo_megatron.errors import UserError, hint
 from sapo_megatron.hf.architecture import Architecture, GroupedQueryAttention, count_parameters
 from sapo_megatron.recipe.schema import (
+    CLIP_DEFAULTS,
     AlgorithmConfig,
     CorrectionConfig,
     DataConfig,
@@ -171,7 +172,7 @@ def check_world(recipe: Recipe, world_size: int) -> None:
                 f"torchrun --nproc-per-node {least} -m sapo_megatron train ..."
             )
     sequences = recipe.rollout.rollout_batch_size * recipe.rollout.num_generations
-    generators = world_size // (tp * pp) if recipe.rollout.engine == "in_process" else 1
+    generators = world_size // (tp * pp) if recipe.rollout.engine != "vllm" else 1
     if sequences % generators:
         raise UserError(
             f"rollout.rollout_batch_size: expected rollout_batch_size x num_generations = "
@@ -242,16 +243,16 @@ def _check_template_arguments(data: DataConfig) -> None:
 
 
 def _check_servers(r: RolloutConfig) -> None:
-    if r.engine == "in_process":
+    if r.engine != "vllm":
         for name, value in (("servers", list(r.servers)), ("vllm_python", r.vllm_python)):
             if value:
                 raise UserError(
-                    f"rollout.{name}: expected none with rollout.engine in_process, got {value}; "
+                    f"rollout.{name}: expected none with rollout.engine {r.engine}, got {value}; "
                     f"remove it or set rollout.engine=vllm"
                 )
         if r.weight_transfer != "folder":
             raise UserError(
-                f"rollout.weight_transfer: expected folder with rollout.engine in_process, which "
+                f"rollout.weight_transfer: expected folder with rollout.engine {r.engine}, which "
                 f"has no servers, got {r.weight_transfer}; remove it or set rollout.engine=vllm"
             )
         return
@@ -296,15 +297,14 @@ def _check_algorithm(a: AlgorithmConfig) -> None:
             f"{a.loss_type}, got {a.importance_sampling_level} ({reason}); remove it or change "
             f"loss_type"
         )
-    soft = {"sapo": "its soft gate, tau_pos and tau_neg,", "vespo": "its weight of the sequence"}
-    if a.loss_type in soft:
+    if a.loss_type not in CLIP_DEFAULTS:
+        weight = "its soft gate, tau_pos and tau_neg," if a.loss_type == "sapo" else "a weight"
         for name in ("clip_ratio_low", "clip_ratio_high", "clip_ratio_c"):
             clip = dataclasses.asdict(a)[name]
             if clip is not None:
                 raise UserError(
                     f"algorithm.{name}: expected no clip range with loss_type {a.loss_type}, got "
-                    f"{clip} ({soft[a.loss_type]} takes the place of clipping); remove it or "
-                    f"change loss_type"
+                    f"{clip} ({weight} takes the place of clipping); remove it or change loss_type"
                 )
     if a.clip_ratio_c is not None and a.loss_type != "grpo":
         raise UserError(

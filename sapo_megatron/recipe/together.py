@@ -18,10 +18,10 @@ class Needs(NamedTuple):
 
 
 RULES = (
-    Needs("rollout.engine", "in_process", "rollout.colocate", (False,), "which has no servers"),
+    Needs("rollout.colocate", True, "rollout.engine", ("vllm",), "whose GPUs servers share"),
     Needs(
-        *("rollout.engine", "in_process", "rollout.on_new_weights", ("wait",)),
-        "which has finished all responses by then",
+        *("rollout.on_new_weights", "continue", "rollout.engine", ("vllm",)),
+        "which finds servers in the middle of responses",
     ),
     Needs(
         *("rollout.on_new_weights", "continue", "routing.router_replay", ("disabled", "R2")),

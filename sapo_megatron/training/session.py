@@ -350,7 +350,7 @@ def _open_collector(
 ) -> Collector:
     groups, nodes = policy.groups, None
     part, parts, gets_responses = 0, 1, dist.get_rank() == 0
-    if recipe.rollout.engine == "in_process":
+    if recipe.rollout.engine != "vllm":
         part, parts = groups.dp_cp.rank(), groups.dp_cp.size()
         gets_responses = groups.is_leader
     elif not recipe.rollout.servers:

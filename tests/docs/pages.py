@@ -9,9 +9,10 @@ from typing import Any
 
 import yaml
 
+from tests.docs.follow import FENCED
 from tests.support.tiny import ROOT
 
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 FOLDERS, ENDINGS = "recipes|launch|docs|benchmarks|tests", "yaml|sh|sbatch|py|md|json"
 
 ROOMS = "|".join(path.parent.name for path in (ROOT / "sapo_megatron").glob("*/__init__.py"))
@@ -36,7 +37,8 @@ def anchors(text: str) -> set[str]:
     """Those of a page's headings, as GitHub makes them."""
     found: set[str] = set()
     seen: Counter[str] = Counter()
-    for heading in re.findall(r"^#+ (.*)$", re.sub(r"^    .*$", "", text, flags=re.M), re.M):
+    text = FENCED.sub("", re.sub(r"^    .*$", "", text, flags=re.M))
+    for heading in re.findall(r"^#+ (.*)$", text, re.M):
         heading = re.sub(r"\[(.*?)\]\(.*?\)", r"\1", heading)
         slug = re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
         found.add(f"{slug}-{seen[slug]}" if seen[slug] else slug)
@@ -45,9 +47,14 @@ def anchors(text: str) -> set[str]:
 
 
 def code(page: Path) -> list[str]:
-    """Spans of code, and lines of blocks, in which a backslash goes on with the next."""
-    text = page.read_text()
-    blocks = re.findall(r"^ {4,}(?![-*|] ).*$", re.sub(r" *\\\n *", " ", text), re.M)
+    """Spans of code, and lines of blocks, in which a backslash goes on with the next.
+
+    Of fenced blocks those of shells.
+    """
+    text = re.sub(r" *\\\n *", " ", page.read_text())
+    shells = [body for kind, body in FENCED.findall(text) if kind == "sh"]
+    text = FENCED.sub("", text)
+    blocks = re.findall(r"^ {4,}(?![-*|] ).*$", text, re.M) + "".join(shells).splitlines()
     return [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", text)] + blocks
 
 

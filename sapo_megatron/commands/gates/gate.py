@@ -69,12 +69,12 @@ class Gate:
 
 
 def parse_gate(text: str) -> Gate:
-    """``NAME:VALUE,VALUE`` (or ``vespo``) -> gate. Raises UserError that shows the form."""
+    """``NAME:VALUE,VALUE``, or a bare name -> gate. Raises UserError that shows the form."""
     word, _, rest = text.partition(":")
     name = next((known for known in FORMS if known == word), None)
-    if name == "vespo" and text != name:
-        raise UserError(f"--gate: expected vespo, which has no values, got {text!r}; change it")
-    if name == "vespo":
+    if name and FORMS[name] == name:
+        if text != name:
+            raise UserError(f"--gate: expected {name}, which has no values, got {text!r}; fix it")
         return Gate(name)
     try:
         values = [float(value) for value in rest.split(",")]

@@ -49,7 +49,7 @@ def host_memory(
     """What a node needs; ``gpus``: what a GPU of each stage does."""
     batches = Batches.of(recipe, layout)
     ranks = min(recipe.cluster.gpus_per_node, layout.world_size)
-    in_process = recipe.rollout.engine == "in_process"
+    in_process = recipe.rollout.engine != "vllm"
     # In process, a rank of each model-parallel block keeps what the block made; else the first.
     parts = layout.dp_cp if in_process else 1
     makers = min(-(-ranks // layout.tp), parts)

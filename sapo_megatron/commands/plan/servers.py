@@ -36,7 +36,7 @@ class Servers:
     ) -> "Servers | None":
         """None: the trainer generates itself. ``world``: the trainer's GPUs."""
         r, memory = recipe.rollout, GPUS[recipe.cluster.gpu].memory_gib * GIB
-        if r.engine == "in_process":
+        if r.engine != "vllm":
             return None
         dtype = BYTES[recipe.model.params_dtype]
         weights = parameters * dtype

@@ -878,10 +878,10 @@ def wait_until(holds):
             },
             "rollout.weight_transfer: expected folder with rollout.colocate",
         ),
-        ({"colocate": True}, "rollout.colocate: expected false with .* in_process"),
+        ({"colocate": True}, "rollout.engine: expected vllm with .*colocate true.* in_process"),
         (
             {"async_steps": 1, "on_new_weights": "continue"},
-            "rollout.on_new_weights: expected wait with .* in_process",
+            "rollout.engine: expected vllm with .*on_new_weights continue.* in_process",
         ),
         (
             {"engine": "vllm", "servers": ["http://a"], "colocate": True, "async_steps": 1},
