@@ -20,7 +20,7 @@ ROOMS = "|".join(path.parent.name for path in (ROOT / "sapo_megatron").glob("*/_
 
 def links(page: Path) -> list[str]:
     """Targets of a page's links that are not on the network."""
-    found = re.findall(r"\]\(([^)\s]+)\)", page.read_text())
+    found = re.findall(r"\]\(([^)\s]+)\)", FENCED.sub("", page.read_text()))
     return [target for target in found if not re.match(r"\w+:", target)]
 
 
