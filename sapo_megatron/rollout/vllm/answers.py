@@ -19,6 +19,7 @@ from sapo_megatron.sample import Sample, SampleRoutes
 
 ROUTES_FLAG = "--enable-return-routed-experts"
 SLEEP_FLAG = "--enable-sleep-mode"
+WHOLE_FLAG = "--no-enable-chunked-prefill"
 PLAIN_FLAG = ("--hf-overrides", '{"quantization_config": null}')
 """Has a server take weights that are not quantised, which those of a training are, also where
 the model's folder has fp8."""
@@ -54,6 +55,9 @@ class Description(BaseModel):
     routed_experts: bool
     sleep_mode: bool
     weight_transfer: str | None
+    on_cpu: bool
+    chunked_prefill: bool
+    """Whether a prompt may be taken in pieces."""
 
 
 class Loaded(BaseModel):
@@ -169,6 +173,11 @@ def check_description(
             f"{url}: generation_config: expected vllm (others bring the model's own stop "
             f"tokens), got {got.generation_config}; start the server with "
             f"--generation-config vllm"
+        )
+    if got.on_cpu and got.chunked_prefill:
+        raise UserError(
+            f"{url}: enable_chunked_prefill: expected false on a CPU, where vLLM 0.32 dies of a "
+            f"seeded prompt that is taken in pieces, got true; start the server with {WHOLE_FLAG}"
         )
     if got.quantized:
         raise UserError(

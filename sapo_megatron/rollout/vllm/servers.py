@@ -20,7 +20,7 @@ import sapo_megatron
 from sapo_megatron.errors import RunFailed, UserError
 from sapo_megatron.recipe.schema import Recipe, RolloutConfig
 from sapo_megatron.rollout.vllm import guard
-from sapo_megatron.rollout.vllm.answers import PLAIN_FLAG, ROUTES_FLAG, SLEEP_FLAG
+from sapo_megatron.rollout.vllm.answers import PLAIN_FLAG, ROUTES_FLAG, SLEEP_FLAG, WHOLE_FLAG
 from sapo_megatron.rollout.vllm.client import EXTENSION
 
 logger = logging.getLogger(__name__)
@@ -189,7 +189,8 @@ def _command(recipe: Recipe, model: Path, port: int) -> list[str]:
     if rollout.colocate:
         words += [SLEEP_FLAG, "--gpu-memory-utilization", str(rollout.gpu_memory_utilization)]
     if not torch.cuda.is_available():
-        words += ["--enforce-eager"]  # compiling takes longer than a small model runs
+        # Compiling takes longer than a small model runs.
+        words += ["--enforce-eager", WHOLE_FLAG]
     return words
 
 
