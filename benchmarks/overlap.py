@@ -37,7 +37,7 @@ CASES = ((0, "wait"), (1, "wait"), (4, "wait"), (4, "continue"))
 SHORT, LONG, EVERY = 32, 320, 16
 """Tokens of a response, of a long one, and how many there are to each of those."""
 GENERATIONS = 8
-FIRST, LAST = 6, 5
+FIRST, LAST = 6, 6
 """Steps at both ends of a run that do not count."""
 MEANS = ("perf/step_s", "time/rollout", "time/sync", "perf/rollout_idle", "perf/train_idle")
 
