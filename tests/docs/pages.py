@@ -11,7 +11,7 @@ import yaml
 
 from tests.support.tiny import ROOT
 
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 FOLDERS, ENDINGS = "recipes|launch|docs|benchmarks|tests", "yaml|sh|sbatch|py|md|json"
 
 ROOMS = "|".join(path.parent.name for path in (ROOT / "sapo_megatron").glob("*/__init__.py"))

@@ -29,7 +29,9 @@ OF_OTHERS = {
     "model.language_model",
 }
 """What pages name of other projects, and what looks like ours."""
-each_page = pytest.mark.parametrize("page", pages.PAGES, ids=lambda page: page.name)
+each_page = pytest.mark.parametrize(
+    "page", pages.PAGES, ids=lambda page: str(page.relative_to(ROOT))
+)
 
 
 def test_the_page_of_keys_is_current():
@@ -111,9 +113,11 @@ def test_links_lead_somewhere(page):
 
 
 def test_the_index_has_every_page():
-    index = ROOT / "docs" / "README.md"
-    named = {target.partition("#")[0] for target in pages.links(index)}
-    assert {p.name for p in (ROOT / "docs").glob("*.md")} - {index.name} <= named
+    for index in (ROOT / "docs").rglob("README.md"):
+        named = {target.partition("#")[0] for target in pages.links(index)}
+        below = {p.name for p in index.parent.glob("*.md")} - {index.name}
+        below |= {f"{p.parent.name}/{p.name}" for p in index.parent.glob("*/README.md")}
+        assert below <= named, index
     assert "docs/README.md" in pages.links(ROOT / "README.md")
 
 
@@ -145,8 +149,8 @@ def test_keys_exist(page):
 
 @pytest.mark.parametrize(
     "page",
-    [page for page in pages.PAGES if page.name != "patches.md"],  # which has those of hosts
-    ids=lambda page: page.name,
+    [page for page in pages.PAGES if page.parent.name != "patches"],  # which have those of hosts
+    ids=lambda page: str(page.relative_to(ROOT)),
 )
 def test_metrics_exist(page):
     metrics = metrics_of_runs()
