@@ -36,7 +36,8 @@ CASES = ((0, "wait"), (1, "wait"), (4, "wait"), (4, "continue"))
 """``rollout.async_steps`` and ``rollout.on_new_weights``."""
 SHORT, LONG, EVERY = 32, 320, 16
 """Tokens of a response, of a long one, and how many there are to each of those."""
-FIRST, LAST = 6, 5
+GENERATIONS = 8
+FIRST, LAST = 6, 6
 """Steps at both ends of a run that do not count."""
 MEANS = ("perf/step_s", "time/rollout", "time/sync", "perf/rollout_idle", "perf/train_idle")
 
@@ -52,7 +53,7 @@ def make_recipe(steps: int, prompts: int, **changes: Any) -> Recipe:
         "routing.observe": "false",
         "train.steps": steps,
         "rollout.rollout_batch_size": prompts,
-        "rollout.num_generations": EVERY,
+        "rollout.num_generations": GENERATIONS,
         "rollout.max_response_length": LONG,
         "rollout.server_concurrency": 8 * EVERY,
     }
@@ -145,7 +146,7 @@ def main() -> None:
     parser = measure.parser(__doc__, rounds=1)
     parser.add_argument("--vllm-python", default=os.environ.get("SAPO_VLLM_PYTHON"))
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--prompts", type=int, default=3)
+    parser.add_argument("--prompts", type=int, default=5)
     parser.add_argument("--keep", type=Path, help="folder for the runs, which are kept")
     args = parser.parse_args()
     if args.job:

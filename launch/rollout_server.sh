@@ -28,9 +28,12 @@ host=${ROLLOUT_HOST:-127.0.0.1} port=${ROLLOUT_PORT:-8000}
 if [[ ${DRY_RUN:-0} != 1 ]] && (: >"/dev/tcp/$host/$port") 2>/dev/null; then
     fail "ROLLOUT_PORT: expected a free port, got $port, where a program listens; choose another"
 fi
-gpus=1
 if command -v nvidia-smi >/dev/null; then
     gpus=$(nvidia-smi --list-gpus | wc -l)
+else
+    # vLLM 0.32 on a CPU dies of a prompt with a seed that it takes in pieces.
+    gpus=1
+    set -- --no-enable-chunked-prefill "$@"
 fi
 # The endpoints through which the trainer puts new weights into the server.
 export VLLM_SERVER_DEV_MODE="${VLLM_SERVER_DEV_MODE:-1}"

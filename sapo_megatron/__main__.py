@@ -192,7 +192,7 @@ def _add_doctor(doctor: argparse.ArgumentParser) -> None:
     doctor.add_argument(
         "--host",
         choices=HOSTS,
-        help="look instead at a pipeline that is to be patched (docs/patches.md)",
+        help="look instead at a pipeline that is to be patched (docs/patches)",
     )
 
 

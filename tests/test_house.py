@@ -32,7 +32,7 @@ FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 FILES = sorted(PACKAGE.rglob("*.py"))
 LONGEST_FILE = 450
 LONGEST_FUNCTION = 60
-MOST_LINES = 26_734
+MOST_LINES = 26_744
 MOST_KEYS = 140
 
 

@@ -218,6 +218,13 @@ def test_a_port_that_a_program_has(start):
     )
 
 
+def test_a_server_without_gpus_takes_prompts_whole(start):
+    without_gpus = "/usr/bin:/bin"
+    run = start("rollout_server.sh", "model", DRY_RUN="1", PATH=without_gpus)
+    assert run.wait() == 0
+    assert run.said.strip().endswith(f"{EXTENSION} --no-enable-chunked-prefill")
+
+
 def test_one_process_a_gpu_unless_told(start, tmp_path):
     path = two_gpus(tmp_path)
     run = start("single_node.sh", "recipe.yaml", DRY_RUN="1", NPROC_PER_NODE=None, PATH=path)

@@ -22,7 +22,7 @@ USAGE = """python -m sapo_megatron.patches megatron_rl|nemo_rl -- SCRIPT [ITS FL
            [--vocab_parallel_logprobs]  (megatron_rl only)
        python -m sapo_megatron.patches ms_swift RECIPE
 
-The other hosts are patched by flags of their own: docs/patches.md."""
+The other hosts are patched by flags of their own: docs/patches."""
 SEE = "see python -m sapo_megatron.patches --help"
 
 

@@ -108,7 +108,7 @@ def sapo_policy_loss(
     if len(seen) != 1:
         raise UserError(
             f"{module.__name__}.policy_loss_function: expected one call of compute_policy_loss, "
-            f"got {len(seen)}; take the version that docs/patches.md names"
+            f"got {len(seen)}; take the version that docs/patches/slime-miles.md names"
         )
     reported |= dashboard(
         seen[0], masks, batch["loss_masks"], sum_of_sample_mean, cp_group, temperatures

@@ -69,7 +69,7 @@ def _stage(recipe: Recipe, arch: Architecture, world_size: int, rank: int) -> St
     )
     config = transformer_config(arch, recipe.model, recipe.parallel)
     # Random numbers for tensors without data are most of the time that building takes.
-    config.init_method = config.output_layer_init_method = config.embedding_init_method = _leave
+    config.perform_initialization = False
     with parallel.pretended(recipe.parallel, rank=rank, world_size=world_size) as groups:
         try:
             chunks = build_model(arch, config, groups, recipe)
@@ -115,10 +115,6 @@ def _count(chunks: list[LogprobGPT], groups: ParallelGroups, *, expert_tp: int) 
             if isinstance(a, Attention)  # others keep a state, however long a sequence is
         ),
     )
-
-
-def _leave(weight: Tensor) -> Tensor:
-    return weight
 
 
 def _is_cut(weight: Tensor) -> bool:

@@ -16,7 +16,7 @@ PEAK_TFLOPS: dict[GpuName, float] = {
     "h200-141gb": 989,
     "b200-180gb": 2250,
 }
-"""Peak of dense bf16 matrix products, 1e12 FLOP/s, of SXM boards (docs/plan.md)."""
+"""Peak of dense bf16 matrix products, 1e12 FLOP/s, of SXM boards (docs/plan-arithmetic.md)."""
 
 
 @dataclass(frozen=True, kw_only=True)

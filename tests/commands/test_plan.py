@@ -90,9 +90,6 @@ def test_recipe(planned, name):
     *_, ratio, step = row.strip("| ").split(" | ")
     assert float(ratio) == pytest.approx(took.rollout / (took.logprobs + took.update), abs=0.006)
     assert float(step) == pytest.approx(took.step, abs=0.6)
-    stem = re.split(r"-\d+gpu", name)[0]
-    listed = rf"`{stem}.*{name.removeprefix(stem)}`.*\b{gpus}\b"
-    assert re.search(listed, (ROOT / "docs" / "usage.md").read_text())
     assert all(len(line) <= 100 for line in as_table(made).splitlines())
     assert as_table(made).isascii()
 

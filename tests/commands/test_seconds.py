@@ -197,7 +197,7 @@ def documented(row: Row) -> list[float]:
     """The ratios behind the row in the docs."""
     (line,) = [
         line
-        for line in (ROOT / "docs" / "plan.md").read_text().splitlines()
+        for line in (ROOT / "docs" / "plan-arithmetic.md").read_text().splitlines()
         if line.startswith(row.words)
     ]
     return [float(cell) for cell in line.removeprefix(row.words).strip(" |").split("|")]
@@ -225,7 +225,7 @@ def test_each_row_from_the_others(row):
 
 def test_constants_are_few():
     assert len(dataclasses.fields(Constants)) + 1 <= 8  # and the experts' imbalance
-    docs = (ROOT / "docs" / "plan.md").read_text()
+    docs = (ROOT / "docs" / "plan-arithmetic.md").read_text()
     assert all(f"| `{field.name}` |" in docs for field in dataclasses.fields(Constants))
 
 

@@ -31,7 +31,9 @@ VLLM: dict[str, dict[str, str]] = {
         "model_config": "",
         "aux_output_config": "",
         "weight_transfer_config": "",
+        "scheduler_config": "",
     },
+    "vllm.config.SchedulerConfig": {"enable_chunked_prefill": ""},
     "vllm.config.ModelConfig": {
         **{"hf_text_config": "", "get_vocab_size": "", "max_model_len": "", "revision": ""},
         **{"generation_config": "", "enable_sleep_mode": "", "model": "", "model_weights": ""},

@@ -30,7 +30,9 @@ OF_OTHERS = {
     "model.language_model",
 }
 """What pages name of other projects, and what looks like ours."""
-each_page = pytest.mark.parametrize("page", pages.PAGES, ids=lambda page: page.name)
+each_page = pytest.mark.parametrize(
+    "page", pages.PAGES, ids=lambda page: str(page.relative_to(ROOT))
+)
 
 
 def test_the_page_of_keys_is_current():
@@ -112,10 +114,9 @@ def test_links_lead_somewhere(page):
 
 
 def test_the_index_has_every_page():
-    index = ROOT / "docs" / "README.md"
-    named = {target.partition("#")[0] for target in pages.links(index)}
-    pages_there = {p.relative_to(index.parent).as_posix() for p in index.parent.rglob("*.md")}
-    assert pages_there - {index.name} <= named
+    indices = [*(ROOT / "docs").rglob("README.md")]
+    found = [(i.parent / t.partition("#")[0]).resolve() for i in indices for t in pages.links(i)]
+    assert {*(ROOT / "docs").rglob("*.md")} <= {*found, ROOT / "docs" / "README.md"}
     assert "docs/README.md" in pages.links(ROOT / "README.md")
 
 
@@ -147,9 +148,9 @@ def test_keys_exist(page):
 
 @pytest.mark.parametrize(
     "page",
-    # Which have those of hosts, and one that is added there.
-    [page for page in pages.PAGES if page.name not in ("patches.md", "metric.md")],
-    ids=lambda page: page.name,
+    # Those have metrics of hosts, and one that is added there.
+    [p for p in pages.PAGES if p.parent.name != "patches" and p.name != "metric.md"],
+    ids=lambda page: str(page.relative_to(ROOT)),
 )
 def test_metrics_exist(page):
     metrics = metrics_of_runs()

@@ -25,6 +25,8 @@ DESCRIPTION = {
     "routed_experts": False,
     "sleep_mode": False,
     "weight_transfer": None,
+    "on_cpu": True,
+    "chunked_prefill": False,
 }
 TRANSFER = (
     "/init_weight_transfer_engine",

@@ -15,6 +15,7 @@ from sapo_megatron.recipe.load import load
 from sapo_megatron.rollout.vllm import guard
 from sapo_megatron.rollout.vllm.servers import _free_port
 from sapo_megatron.runs.dump import read_dumps
+from sapo_megatron.runs.history import checkpoints, step_of
 from sapo_megatron.training.inputs import read_inputs
 from tests.support.tiny import ROOT, cli
 from tests.vllm.test_training import recipe_in
@@ -142,8 +143,7 @@ class Run:
 
     def saved(self):
         """The step of the newest checkpoint."""
-        names = (folder.name for folder in (self.path / "checkpoints").iterdir())
-        return max(int(name.removeprefix("step-")) for name in names)
+        return step_of(checkpoints(self.path)[-1])
 
 
 @contextmanager

@@ -228,6 +228,14 @@ def test_a_colocated_server_that_is_back_is_woken_before_it_gets_weights(tmp_pat
     assert server.asleep
 
 
+def test_a_server_on_a_cpu_that_takes_prompts_in_pieces(tmp_path, server):
+    server.description["chunked_prefill"] = True
+    with pytest.raises(UserError, match=f"^{server.url}: .* --no-enable-chunked-prefill$"):
+        following(tmp_path, server)
+    server.description["on_cpu"] = False
+    following(tmp_path, server)
+
+
 def test_a_colocated_server_that_cannot_sleep(tmp_path, server):
     server.description["sleep_mode"] = False
     with pytest.raises(UserError, match=f"^{server.url}: sleep_mode: .* --enable-sleep-mode$"):

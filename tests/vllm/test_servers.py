@@ -182,6 +182,15 @@ def test_a_seed_says_what_is_sampled(served):
     assert first[:4] != first[4:]
 
 
+def test_more_prompts_than_one_forward_pass_takes(served):
+    """vLLM's is of 2048 tokens here; a seeded prompt that it cut in two would end a server."""
+    model = bring(served, 0)
+    others = [Request(uid=i, prompt_tokens=tokens(290, seed=100 + i)) for i in range(80)]
+    samples = sampled(served.engine, others, params(1.0, new=4))
+    assert [s.uid for s in samples] == list(range(80))
+    assert worst(model, samples, 1.0) < 1e-4
+
+
 def test_a_response_ends_with_a_stop_token_or_is_truncated(served):
     """Those of the request, and not what the model's own files name."""
     model = bring(served, 0)

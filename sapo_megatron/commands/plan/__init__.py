@@ -2,7 +2,7 @@
 
 Every pipeline stage is built at the recipe's full world size by megatron-core itself, on the meta
 device (:mod:`sapo_megatron.policy.blueprint`); all the rest is arithmetic, explained in
-``docs/plan.md``.
+``docs/plan-arithmetic.md``.
 """
 
 import math

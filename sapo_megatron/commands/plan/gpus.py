@@ -13,7 +13,7 @@ BYTES = {"bfloat16": 2, "float32": 4, "float64": 8}
 
 @dataclass(frozen=True, kw_only=True)
 class Gpu:
-    """What data sheets say, in bytes/s and one direction where not said (docs/plan.md)."""
+    """What data sheets say, in bytes/s one direction where not said (docs/plan-arithmetic.md)."""
 
     memory_gib: float
     """What the driver reports as total (``nvidia-smi``, MiB / 1024)."""
@@ -48,7 +48,7 @@ GPUS = {name: _gpu(PEAK_TFLOPS[name], *sheet) for name, sheet in _SHEETS.items()
 
 @dataclass(frozen=True, kw_only=True)
 class Constants:
-    """What data sheets do not say: each with its source in docs/plan.md, none for one model."""
+    """What data sheets do not say, for no model alone; sources: docs/plan-arithmetic.md."""
 
     matrix: float = 0.39
     """Share of the peak that matrix products and attention reach."""

@@ -1,4 +1,4 @@
-"""Bytes of host memory on a node, by part: docs/plan.md explains them."""
+"""Bytes of host memory on a node, by part: docs/plan-arithmetic.md explains them."""
 
 from dataclasses import asdict, dataclass
 

@@ -1,4 +1,4 @@
-"""Bytes on a GPU, by part: the memory model that docs/plan.md explains."""
+"""Bytes on a GPU, by part: the memory model that docs/plan-arithmetic.md explains."""
 
 from dataclasses import dataclass, fields
 

@@ -123,7 +123,7 @@ def _server_verdict(plan: Plan, servers: Servers) -> str:
         f"does not fit: a server takes {servers.utilization:g} of each of its {servers.gpus} GPUs, "
         f"{servers.share / GIB:.1f} GiB; weights are {servers.weights / GIB:.1f} of that, all else "
         f"{RESERVE / GIB:.1f}, and keys and values of one sequence {servers.least / GIB:.1f}; it "
-        f"would fit with {enough} (servers larger than a node: docs/plan.md)"
+        f"would fit with {enough} (servers larger than a node: docs/launch.md)"
     )
 
 

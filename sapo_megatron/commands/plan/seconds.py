@@ -1,4 +1,4 @@
-"""Seconds of a step, by stage: docs/plan.md explains the formulae, and how well they do."""
+"""Seconds of a step, by stage: docs/plan-arithmetic.md has the formulae, and how well they do."""
 
 from dataclasses import asdict, dataclass
 

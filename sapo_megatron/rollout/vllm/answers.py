@@ -19,6 +19,7 @@ from sapo_megatron.sample import Sample, SampleRoutes
 
 ROUTES_FLAG = "--enable-return-routed-experts"
 SLEEP_FLAG = "--enable-sleep-mode"
+WHOLE_FLAG = "--no-enable-chunked-prefill"
 PLAIN_FLAG = ("--hf-overrides", '{"quantization_config": null}')
 """Has a server take weights that are not quantised, which those of a training are, also where
 the model's folder has fp8."""
@@ -54,6 +55,9 @@ class Description(BaseModel):
     routed_experts: bool
     sleep_mode: bool
     weight_transfer: str | None
+    on_cpu: bool
+    chunked_prefill: bool
+    """Whether a prompt may be taken in pieces."""
 
 
 class Loaded(BaseModel):
@@ -146,51 +150,52 @@ def check_description(
 
     Raises UserError, naming server and setting.
     """
-    wanted = {
-        "model_type": arch.model_type,
-        "num_layers": arch.num_layers,
-        "hidden_size": arch.hidden_size,
-        "vocab_size": arch.vocab_size,
-    }
-    for name, value in wanted.items():
-        if (served := getattr(got, name)) != value:
+    for name in ("model_type", "num_layers", "hidden_size", "vocab_size"):
+        if (served := getattr(got, name)) != (value := getattr(arch, name)):
             raise UserError(
                 f"{url}: {name}: expected {value}, as model.path has it, got {served}; start "
                 f"the server with the model that is trained"
             )
-    if got.max_model_len < longest:
-        raise UserError(
-            f"{url}: max_model_len: expected at least rollout.max_prompt_length + "
-            f"max_response_length = {longest}, got {got.max_model_len}; start the server with "
-            f"--max-model-len {longest}"
-        )
-    if got.generation_config != "vllm":
-        raise UserError(
-            f"{url}: generation_config: expected vllm (others bring the model's own stop "
-            f"tokens), got {got.generation_config}; start the server with "
-            f"--generation-config vllm"
-        )
-    if got.quantized:
-        raise UserError(
-            f"{url}: quantization_config: expected none, as weights come in the dtype that they "
-            f"are trained in, got one; start the server with --load-format dummy {PLAIN_FLAG[0]} "
-            f"'{PLAIN_FLAG[1]}'"
-        )
-    if with_routes and not got.routed_experts:
-        raise UserError(
-            f"{url}: routed_experts: expected a server that returns them, as routing.router_replay "
-            f"R3 needs and the others do, got one that does not; start it with {ROUTES_FLAG}"
-        )
-    if sleeps and not got.sleep_mode:
-        raise UserError(
-            f"{url}: sleep_mode: expected a server that can sleep, which rollout.colocate needs, "
-            f"got one that keeps its memory; start it with {SLEEP_FLAG}"
-        )
-    if over_nccl and got.weight_transfer != "nccl":
-        raise UserError(
-            f"{url}: weight_transfer: expected nccl, as rollout.weight_transfer has it, got "
-            f"{got.weight_transfer or 'none'}; start the server with {TRANSFER_FLAG}"
-        )
+    refused = (
+        (
+            got.max_model_len < longest,
+            f"max_model_len: expected at least rollout.max_prompt_length + max_response_length = "
+            f"{longest}, got {got.max_model_len}; start the server with --max-model-len {longest}",
+        ),
+        (
+            got.generation_config != "vllm",
+            f"generation_config: expected vllm (others bring the model's own stop tokens), got "
+            f"{got.generation_config}; start the server with --generation-config vllm",
+        ),
+        (
+            got.on_cpu and got.chunked_prefill,
+            f"enable_chunked_prefill: expected false on a CPU, where vLLM 0.32 dies of a seeded "
+            f"prompt that is taken in pieces, got true; start the server with {WHOLE_FLAG}",
+        ),
+        (
+            got.quantized,
+            f"quantization_config: expected none, as weights come in the dtype that they are "
+            f"trained in, got one; start the server with --load-format dummy {PLAIN_FLAG[0]} "
+            f"'{PLAIN_FLAG[1]}'",
+        ),
+        (
+            with_routes and not got.routed_experts,
+            f"routed_experts: expected a server that returns them, as routing.router_replay R3 "
+            f"needs and the others do, got one that does not; start it with {ROUTES_FLAG}",
+        ),
+        (
+            sleeps and not got.sleep_mode,
+            f"sleep_mode: expected a server that can sleep, which rollout.colocate needs, got one "
+            f"that keeps its memory; start it with {SLEEP_FLAG}",
+        ),
+        (
+            over_nccl and got.weight_transfer != "nccl",
+            f"weight_transfer: expected nccl, as rollout.weight_transfer has it, got "
+            f"{got.weight_transfer or 'none'}; start the server with {TRANSFER_FLAG}",
+        ),
+    )
+    if message := next((message for wrong, message in refused if wrong), None):
+        raise UserError(f"{url}: {message}")
 
 
 def to_sample(

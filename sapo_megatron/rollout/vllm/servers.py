@@ -20,7 +20,7 @@ import sapo_megatron
 from sapo_megatron.errors import RunFailed, UserError
 from sapo_megatron.recipe.schema import Recipe, RolloutConfig
 from sapo_megatron.rollout.vllm import guard
-from sapo_megatron.rollout.vllm.answers import PLAIN_FLAG, ROUTES_FLAG, SLEEP_FLAG
+from sapo_megatron.rollout.vllm.answers import PLAIN_FLAG, ROUTES_FLAG, SLEEP_FLAG, WHOLE_FLAG
 from sapo_megatron.rollout.vllm.client import EXTENSION
 
 logger = logging.getLogger(__name__)
@@ -101,7 +101,9 @@ class LocalServers:
         (process,) = (p for p in self._processes if p.url == url)
         status = process.guard.poll()
         return (
-            None if status is None else f"it has ended with status {status}; {_tail(process.log)}"
+            None
+            if status is None
+            else f"it has ended with status {status}; {_last_words(process.log)}"
         )
 
     def close(self) -> None:
@@ -137,7 +139,7 @@ class LocalServers:
                         raise RunFailed(
                             f"{process.url}: expected a vLLM server within "
                             f"rollout.server_timeout_s {timeout_s:g} s, got none yet; "
-                            f"{_tail(process.log)}, or raise the limit"
+                            f"{_last_words(process.log)}, or raise the limit"
                         )
                     time.sleep(POLL_S)
         seconds = time.monotonic() - began
@@ -189,7 +191,8 @@ def _command(recipe: Recipe, model: Path, port: int) -> list[str]:
     if rollout.colocate:
         words += [SLEEP_FLAG, "--gpu-memory-utilization", str(rollout.gpu_memory_utilization)]
     if not torch.cuda.is_available():
-        words += ["--enforce-eager"]  # compiling takes longer than a small model runs
+        # Compiling takes longer than a small model runs.
+        words += ["--enforce-eager", WHOLE_FLAG]
     return words
 
 
@@ -254,7 +257,11 @@ def _answers(http: httpx.Client, url: str) -> bool:
         return False
 
 
-def _tail(log: Path) -> str:
+def _last_words(log: Path) -> str:
+    """The error that a server ended with, behind which there may be thousands of lines."""
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines()]
+    for line in lines:
+        if re.search(r"\w(Error|Exception): ", line) and " WARNING " not in line:
+            return f"the first error in {log} is: {line}"
     last = [line for line in lines if line][-LOG_LINES:]
     return f"the last lines of {log} are: {' | '.join(last) or 'none'}"

@@ -44,6 +44,8 @@ class Worker:
             "routed_experts": self.vllm_config.aux_output_config.enable_return_routed_experts,
             "sleep_mode": model.enable_sleep_mode,
             "weight_transfer": transfer.backend if transfer else None,
+            "on_cpu": self.device.type == "cpu",
+            "chunked_prefill": self.vllm_config.scheduler_config.enable_chunked_prefill,
         }
 
     def sapo_label(self, label: str) -> None:

@@ -710,8 +710,15 @@ def program(folder, text):
 
 
 def test_a_server_that_does_not_start(tmp_path):
-    python = program(tmp_path, "echo one; echo two; echo three; echo 'ValueError: no' >&2; exit 3")
-    with pytest.raises(RunFailed, match=r"status 3; .*0.log are: two \| three \| ValueError: no"):
+    python = program(tmp_path, "echo one; echo two; echo three; echo four >&2; exit 3")
+    with pytest.raises(RunFailed, match=r"status 3; .*0.log are: two \| three \| four$"):
+        LocalServers(recipe(tmp_path, python), tmp_path, tmp_path / "servers", tmp_path / "weights")
+
+
+def test_the_error_of_a_server_is_found_in_its_log(tmp_path):
+    said = ("a WARNING ValueError: harmless", "b RuntimeError: why", "c DeadError: of b", "leaked")
+    python = program(tmp_path, "\n".join(f"echo '{line}'" for line in said) + "\nexit 3")
+    with pytest.raises(RunFailed, match=r"status 3; the first error in .*0.log is: b .*: why$"):
         LocalServers(recipe(tmp_path, python), tmp_path, tmp_path / "servers", tmp_path / "weights")
 
 

@@ -77,7 +77,7 @@ def made(sampler=None, **config):
     """A worker as vLLM makes one, with the extension mixed in."""
     wanted = DESCRIPTION | config
     served = worker.Worker()
-    served.device = torch.device("cpu")
+    served.device = torch.device("cpu" if wanted["on_cpu"] else "cuda")
     served.model_runner = SimpleNamespace(**({} if sampler is None else {"sampler": sampler}))
     served.vllm_config = SimpleNamespace(
         model_config=SimpleNamespace(
@@ -94,6 +94,7 @@ def made(sampler=None, **config):
                 quantization_config={"quant_method": "fp8"} if wanted["quantized"] else None
             ),
         ),
+        scheduler_config=SimpleNamespace(enable_chunked_prefill=wanted["chunked_prefill"]),
         aux_output_config=SimpleNamespace(enable_return_routed_experts=wanted["routed_experts"]),
         weight_transfer_config=(
             SimpleNamespace(backend=wanted["weight_transfer"])
@@ -109,6 +110,7 @@ def made(sampler=None, **config):
     [
         {},
         {"weight_transfer": "nccl", "sleep_mode": True, "routed_experts": True, "quantized": True},
+        {"on_cpu": False, "chunked_prefill": True},
     ],
 )
 def test_it_says_what_the_trainer_reads(config):
